@@ -1,0 +1,49 @@
+"""Causal grouped-query attention over packed rows."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+from cda4rec_jax.nn.dropout import dropout
+from cda4rec_jax.nn.rotary import rotate
+
+
+def segment_mask(segment_ids: Int[Array, "r t"]) -> Bool[Array, "r t u"]:
+    """True where token ``t`` may read token ``u``: the same segment, not later, and no padding (segment 0)."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    length = segment_ids.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    return same & causal & (segment_ids > 0)[:, None, :]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, dropout_rate: float, *, rngs: nnx.Rngs):
+        head_size = width // num_heads
+        init = nnx.initializers.normal(width**-0.5)
+        self.num_heads, self.num_kv_heads, self.head_size, self.dropout_rate = num_heads, num_kv_heads, head_size, dropout_rate
+        self.qkv = nnx.Param(init(rngs.params(), (width, (num_heads + 2 * num_kv_heads) * head_size)))
+        self.out = nnx.Param(init(rngs.params(), (num_heads * head_size, width)))
+
+    def __call__(
+        self,
+        x: Float[Array, "r t d"],
+        mask: Bool[Array, "r t u"],
+        angles: Float[Array, "r t half"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "r t d"]:
+        rows, length, _ = x.shape
+        groups = self.num_heads // self.num_kv_heads
+        qkv = jnp.einsum("rtd,df->rtf", x, self.qkv[...]).reshape(rows, length, -1, self.head_size)
+        query, keys, values = jnp.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
+        query, keys = rotate(query, angles), rotate(keys, angles)
+        query = query.reshape(rows, length, self.num_kv_heads, groups, self.head_size) * self.head_size**-0.5
+        logits = jnp.einsum("rtngh,runh->rngtu", query, keys)
+        # A finite mask keeps the softmax of a padding token (which reads nothing) free of NaN.
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e9), axis=-1)
+        weights = dropout(weights, self.dropout_rate, key)
+        mixed = jnp.einsum("rngtu,runh->rtngh", weights, values).reshape(rows, length, -1)
+        return jnp.einsum("rtf,fd->rtd", mixed, self.out[...])

@@ -1,0 +1,19 @@
+"""The gated feed-forward block."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+
+class SwiGLU(nnx.Module):
+    """``(silu(x W_gate) * (x W_up)) W_down`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.gate_up = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width, 2 * hidden)))
+        self.down = nnx.Param(nnx.initializers.normal(hidden**-0.5)(rngs.params(), (hidden, width)))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        gate, up = jnp.split(x @ self.gate_up[...], 2, axis=-1)
+        return (jax.nn.silu(gate) * up) @ self.down[...]

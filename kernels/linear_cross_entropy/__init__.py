@@ -1,0 +1,5 @@
+"""Next-item cross-entropy over the whole catalogue, without the [tokens, items] logits."""
+
+from cda4rec_jax.kernels.linear_cross_entropy.api import linear_cross_entropy
+
+__all__ = ["linear_cross_entropy"]

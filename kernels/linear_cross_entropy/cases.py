@@ -1,0 +1,30 @@
+"""Shapes that every implementation must agree on, and the workloads that matter."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """``num_items`` counts the padding row."""
+
+    name: str
+    tokens: int
+    num_items: int
+    width: int
+    chunk_size: int = 256
+
+
+CONTRACT_CASES = (
+    Case(name="one token", tokens=1, num_items=5, width=3),
+    Case(name="one item", tokens=7, num_items=2, width=4, chunk_size=3),
+    Case(name="whole chunks", tokens=32, num_items=17, width=8, chunk_size=8),
+    Case(name="a last chunk of one token", tokens=33, num_items=50, width=8, chunk_size=16),
+    Case(name="odd everything", tokens=131, num_items=101, width=13, chunk_size=37),
+    Case(name="chunks of one token", tokens=5, num_items=9, width=2, chunk_size=1),
+    Case(name="fewer tokens than a chunk", tokens=20, num_items=300, width=16),
+)
+
+WORKLOAD_CASES = (
+    Case(name="amazon-beauty step", tokens=1016, num_items=12_102, width=64),
+    Case(name="ml-1m step", tokens=4096, num_items=3_417, width=64),
+)

@@ -1,0 +1,145 @@
+"""Contract of linear_cross_entropy: every implementation against the specification, and the promises of the chunked one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from cda4rec_jax.kernels.linear_cross_entropy.cases import CONTRACT_CASES, Case
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def make_inputs(case: Case, dtype=jnp.float32, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(case.tokens, case.width)), dtype)
+    items = jnp.asarray(rng.normal(size=(case.num_items, case.width)), dtype)
+    targets = jnp.asarray(rng.integers(0, case.num_items, case.tokens), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 3, case.tokens) / 2, dtype)
+    return hidden, items, targets, weights
+
+
+def value_and_gradients(inputs, **options):
+    def loss(hidden, items, weights):
+        return 1.5 * linear_cross_entropy(hidden, items, inputs[2], weights, **options)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(inputs[0], inputs[1], inputs[3])
+
+
+def value_alone(inputs, **options):
+    return jax.jit(lambda *arrays: 1.5 * linear_cross_entropy(*arrays, **options))(*inputs)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equals_hand_computed_fraction(implementation):
+    """exp(logits) are 1, 2, 5 for the items 1, 2, 3, so the losses are log(8 / 5) and log(8 / 1)."""
+    items = jnp.log(jnp.array([[100.0], [1.0], [2.0], [5.0]]))
+    loss = linear_cross_entropy(jnp.ones((2, 1)), items, jnp.array([3, 1]), jnp.array([2.0, 0.5]), implementation=implementation)
+    np.testing.assert_allclose(loss, 2 * np.log(8 / 5) + 0.5 * np.log(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
+def test_value_alone_and_with_gradients_equal_reference_in_float64(case):
+    with jax.enable_x64(True):
+        inputs = make_inputs(case, jnp.float64)
+        expected = value_and_gradients(inputs, implementation="reference")
+        actual = value_and_gradients(inputs, chunk_size=case.chunk_size, implementation="xla")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), actual, expected)
+        alone = value_alone(inputs, chunk_size=case.chunk_size, implementation="xla")
+        np.testing.assert_allclose(alone, expected[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_row_is_no_class_and_gets_no_gradient(implementation):
+    hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
+    value, (_, d_items, _) = value_and_gradients((hidden, items, targets, weights), implementation=implementation)
+    other, _ = value_and_gradients((hidden, items.at[0].set(50.0), targets, weights), implementation=implementation)
+    assert value == other
+    assert np.all(np.asarray(d_items[0]) == 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_with_target_0_or_weight_0_count_nothing(implementation):
+    hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
+    counted = np.asarray((targets > 0) & (weights > 0))
+    assert counted.any() and not counted.all()
+    value, (d_hidden, _, _) = value_and_gradients((hidden, items, targets, weights), implementation=implementation)
+    kept, _ = value_and_gradients((hidden[counted], items, targets[counted], weights[counted]), implementation=implementation)
+    np.testing.assert_allclose(value, kept, rtol=1e-6)
+    assert np.all(np.asarray(d_hidden)[~counted] == 0)
+
+
+def test_all_weights_0_give_zero_loss_and_gradients():
+    hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
+    value, (d_hidden, d_items, _) = value_and_gradients((hidden, items, targets, jnp.zeros_like(weights)))
+    assert value == 0
+    assert not np.any(d_hidden) and not np.any(d_items)
+
+
+def test_no_token_gives_zero_loss():
+    value, (d_hidden, d_items, _) = value_and_gradients(make_inputs(Case(name="none", tokens=0, num_items=4, width=3)))
+    assert value == 0
+    assert d_hidden.shape == (0, 3)
+    assert not np.any(d_items)
+
+
+def test_vmap_equals_a_loop():
+    case = CONTRACT_CASES[3]
+    batch = [make_inputs(case, seed=seed) for seed in range(3)]
+    stacked = tuple(np.stack(arrays) for arrays in zip(*batch, strict=True))
+
+    @jax.jit
+    def gradients(*inputs):
+        return jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))(*inputs, chunk_size=case.chunk_size)
+
+    together = jax.jit(jax.vmap(gradients))(*stacked)
+    for row, inputs in enumerate(batch):
+        jax.tree.map(
+            lambda a, b, row=row: np.testing.assert_allclose(a[row], b, rtol=2e-5, atol=1e-5), together, gradients(*inputs)
+        )
+
+
+def test_logits_of_ten_thousand_stay_finite():
+    hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
+    inputs = (1e4 * hidden, items, targets, weights)
+    expected, actual = value_and_gradients(inputs, implementation="reference"), value_and_gradients(inputs, chunk_size=37)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(actual))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=0.1), actual, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_inputs_accumulate_in_float32_and_keep_their_dtype_in_gradients(implementation):
+    inputs = make_inputs(CONTRACT_CASES[4], jnp.bfloat16)
+    value, gradients = value_and_gradients(inputs, implementation=implementation)
+    widened = tuple(array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array for array in inputs)
+    expected, expected_gradients = value_and_gradients(widened, implementation="reference")
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        np.testing.assert_allclose(gradient.astype(jnp.float32), expected_gradient, rtol=1e-2, atol=1e-2)
+
+
+def test_two_runs_agree_bit_for_bit():
+    inputs = make_inputs(CONTRACT_CASES[4])
+    first, second = (value_and_gradients(inputs, chunk_size=37) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_temporary_memory_stays_far_below_the_logits():
+    case = Case(name="memory", tokens=4096, num_items=4001, width=16)
+    inputs = make_inputs(case)
+    analysis = jax.jit(jax.grad(linear_cross_entropy, argnums=(0, 1))).lower(*inputs).compile().memory_analysis()
+    if analysis is None:
+        pytest.skip("this backend gives no memory analysis")
+    assert analysis.temp_size_in_bytes < case.tokens * case.num_items * 4 / 8
+
+
+def test_bad_arguments_raise_a_user_error():
+    hidden, items, targets, weights = make_inputs(CONTRACT_CASES[0])
+    with pytest.raises(UserError, match="at least one item"):
+        linear_cross_entropy(hidden, items[:1], targets * 0, weights)
+    with pytest.raises(UserError, match="chunk_size is 0"):
+        linear_cross_entropy(hidden, items, targets, weights, chunk_size=0)
