@@ -1,0 +1,109 @@
+"""Text of items as frozen vectors, behind one protocol."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+from scipy.sparse import csr_array
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+CATEGORY_SEPARATOR = " | "
+_SMALL_CORPUS = 2000  # below this many texts a word that occurs once may be all that tells an item from the others
+_WORD = re.compile(r"\w+")
+
+
+@runtime_checkable
+class TextProvider(Protocol):
+    """Gives every item of a catalogue a vector from its text alone, so that an item without interactions has one too."""
+
+    @property
+    def name(self) -> str:
+        """Short name for results and run directories: what made the vectors, and their width."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "items z"]:
+        """One row per text, finite, with mean row norm 1. Equal texts give equal rows, and the same call gives the same rows."""
+        ...
+
+
+def item_texts(titles: Sequence[str], categories: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Text of each item: its title, and on a second line its categories joined by ``" | "`` (no second line without any)."""
+    texts = []
+    for title, names in zip(titles, categories, strict=True):
+        line = " ".join(title.split())
+        texts.append(line + "\n" + CATEGORY_SEPARATOR.join(names) if names else line)
+    return tuple(texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfidfSvd:
+    """TF-IDF over words, word pairs and whole categories, then a partially whitened truncated SVD (scikit-learn; no weights).
+
+    With P the principal components of the SVD scores of the tf-idf matrix (sublinear tf, unit rows), column j is
+    ``P_j (var_j / var_1)^(-1/4)``: halfway between plain principal components, where a few broad categories drown the rest, and
+    full whitening, which blows up noise. All rows are then divided by one number, so that the mean norm of rows with text is 1.
+
+    It is fitted on the texts that it encodes: encode a catalogue in one call, since rows of two calls do not compare. In
+    catalogues of 2,000 texts or more only tokens of at least two texts count. Texts without any token that counts give zero rows,
+    and where the texts span fewer dimensions than asked for, the last columns are zero.
+    """
+
+    dimensions: int = 64
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"tfidf-svd-{self.dimensions}"
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "items z"]:
+        """Rows of shape [len(texts), dimensions].
+
+        Raises:
+          ValueError: dimensions is below 1.
+        """
+        if self.dimensions < 1:
+            raise ValueError(f"dimensions must be at least 1, got {self.dimensions}")
+        vectors = np.zeros((len(texts), self.dimensions), np.float32)
+        min_texts = 1 if len(texts) < _SMALL_CORPUS else 2
+        text_counts = Counter(token for text in texts for token in set(_tokens(text)))
+        vocabulary = sorted(token for token, count in text_counts.items() if count >= min_texts)
+        rank = min(self.dimensions, len(texts) - 1, len(vocabulary) - 1)
+        if rank < 1:
+            return vectors
+        vectoriser = TfidfVectorizer(
+            analyzer=_tokens,  # pyright: ignore[reportArgumentType]  # a callable is documented
+            vocabulary=vocabulary,
+            lowercase=False,
+            sublinear_tf=True,
+        )
+        weights = csr_array(vectoriser.fit_transform(texts))
+        known = np.diff(weights.indptr) > 0
+        scores = TruncatedSVD(rank, algorithm="randomized", random_state=self.seed).fit_transform(weights)
+        whitened = _partially_whitened(scores[known])
+        vectors[known, : whitened.shape[1]] = whitened / max(np.linalg.norm(whitened, axis=1).mean(), 1e-9)
+        return vectors
+
+
+def _partially_whitened(scores: np.ndarray) -> np.ndarray:
+    """Principal components of the rows, each divided by the square root of its relative standard deviation."""
+    centred = scores - scores.mean(axis=0)
+    variances, directions = np.linalg.eigh(centred.T @ centred / len(centred))
+    # Largest variance first; directions that carry nothing must not be scaled up to noise.
+    order = np.flatnonzero(variances > 1e-6 * variances[-1])[::-1]
+    variances, directions = variances[order], directions[:, order]
+    signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(len(order))])
+    return centred @ (directions * signs) * (variances / variances[:1]) ** -0.25
+
+
+def _tokens(text: str) -> list[str]:
+    """Words and word pairs of the title, and each category as one token."""
+    title, _, categories = text.partition("\n")
+    words = _WORD.findall(title.lower())
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
+    return words + pairs + [f"category:{name}" for name in categories.split(CATEGORY_SEPARATOR) if name]
