@@ -1,0 +1,210 @@
+"""Where the numbers of a cost profile come from: a modelled deployment, or times measured on this machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from cda4rec_jax.array_typing import Array
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, RELEASING_LEVELS
+
+_LEVEL_NAMES = tuple(level.name.lower() for level in RELEASING_LEVELS)
+_COUNT_NAMES = tuple(str(count) for count in CANDIDATE_COUNTS)
+
+# Active power of the application processor while it computes, by tier; phones sustain 3-5 W before they throttle
+# (Bhat et al., "Power-temperature stability and safety analysis for multiprocessor systems", ACM TECS 2017).
+DEVICE_POWER_W = (2.0, 3.0, 4.5)
+
+# Radio energy by Link. WiFi, LTE and 3G: power = alpha * throughput + beta (Huang et al., MobiSys 2012, table 4: alpha up/down in
+# mW/Mbps 283/137, 438/52, 869/122; beta 133, 1288, 818 mW); 1 mW/Mbps = .008 mJ/KB. EDGE: .036 J/KB as for GSM, transfer only
+# (Balasubramanian et al., IMC 2009). The tail after a transfer is left out: in a foreground app it is shared with other traffic.
+RADIO_UPLINK_MJ_PER_KB = (2.27, 3.51, 6.95, 36.0, 0.0)
+RADIO_DOWNLINK_MJ_PER_KB = (1.10, 0.42, 0.98, 36.0, 0.0)
+RADIO_ACTIVE_W = (0.133, 1.288, 0.818, 0.0, 0.0)
+
+# How much slower a low and a mid device computes than the machine that was measured: single-core scores of entry, middle and top
+# phones are near 450, 1000 and 2000 (Geekbench 6, browser.geekbench.com/mobile-benchmarks).
+TIER_SLOWDOWN = (4.5, 2.0, 1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class CostProfile:
+    """What a sub-task costs, as a table with linear terms; a pytree, so that every cost is differentiable in it.
+
+    Axes: ``tier`` DeviceTier (3), ``level`` EgressLevel (4, NOTHING first), ``count`` CANDIDATE_COUNTS (3), ``link`` Link (5).
+    """
+
+    name: str = field(metadata={"static": True})  # "deployment (modelled)" or "measured"
+    planning_ms: Float[Array, "tier"]
+    abstract_ms: Float[Array, "tier"]
+    semantic_ms: Float[Array, "level"]
+    semantic_ms_per_event: Float[Array, ""]  # released event
+    retrieval_ms: Float[Array, "count"]
+    cache_retrieval_ms: Float[Array, "tier"]
+    structured_ms: Float[Array, "tier"]
+    structured_ms_per_event: Float[Array, "tier"]
+    structured_cloud_ms: Float[Array, ""]
+    structured_cloud_ms_per_event: Float[Array, ""]
+    ranking_ms: Float[Array, "tier count"]
+    ranking_cloud_ms: Float[Array, ""]
+    queue_ms: Float[Array, ""]  # mean wait for the cloud model
+    device_power_w: Float[Array, "tier"]
+    radio_uplink_mj_per_kb: Float[Array, "link"]
+    radio_downlink_mj_per_kb: Float[Array, "link"]
+    radio_active_w: Float[Array, "link"]  # while a transfer lasts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Declared sizes of the modelled deployment.
+
+    FLOPs of a prefill are 2 * parameters * tokens (Kaplan et al. 2020, arXiv 2001.08361).
+
+    - Cloud: a 1.7B-parameter LLM (the size of Qwen3-1.7B) that reads titles, 12 tokens an item and 64 for the profile and the
+      instruction, on an L4: 121 TFLOP/s in bf16 without sparsity and 300 GB/s (NVIDIA L4 data sheet). At 40% of that peak and
+      half a card per request it does 24 TFLOP/s; reading 3.4 GB of weights once takes 11 ms, tokenising and dispatch 4 ms.
+    - Device: a .3B-parameter model (near Gemma 3 270M) that reads one item vector an event. High tier: 3.6 TFLOP/s, from 1,000
+      prefill tokens a second of a 1.8B model on a phone's NPU (Xu et al. 2024, arXiv 2407.05858), 22 times its baselines on
+      average. Declared between and below: mid tier .5 TFLOP/s (a phone GPU), low tier .08 TFLOP/s (an entry phone's CPU).
+    - Queue: 8 ms, an M/M/1 server at 35% load with the 15 ms of one short request.
+    - Fusion head and features: 4 multiply-adds for each of 64 dimensions, each candidate and each of 200 events.
+    """
+
+    cloud_parameters: float = 1.7e9
+    cloud_flops_per_s: float = 24e12
+    cloud_overhead_ms: float = 15.0
+    cloud_profile_tokens: float = 64.0
+    cloud_tokens_per_event: float = 12.0
+    cloud_queue_ms: float = 8.0
+    cloud_retrieval_ms: float = 1.0  # ScaNN over a million items (ann-benchmarks.com: about a millisecond at recall .95)
+    cloud_ranking_ms: float = 3.0
+    device_parameters: float = 0.3e9
+    device_flops_per_s: tuple[float, float, float] = (0.08e12, 0.5e12, 3.6e12)
+    device_dispatch_ms: tuple[float, float, float] = (4.0, 2.0, 1.0)
+    device_planning_ms: tuple[float, float, float] = (0.09, 0.04, 0.02)
+    ranking_flops_per_candidate: float = 2.0 * 4 * 64 * 200
+
+
+def deployment_profile(workload: Workload | None = None) -> CostProfile:
+    """The modelled deployment: overhead + FLOPs / throughput, from the declared ``workload``, which names its sources."""
+    declared = workload or Workload()
+    cloud_ms_per_token = 2e3 * declared.cloud_parameters / declared.cloud_flops_per_s
+    profile_ms = declared.cloud_overhead_ms + declared.cloud_profile_tokens * cloud_ms_per_token
+    device_flops = jnp.asarray(declared.device_flops_per_s)
+    dispatch_ms = jnp.asarray(declared.device_dispatch_ms)
+    counts = jnp.asarray(CANDIDATE_COUNTS, jnp.float32)
+    ranking_ms = 1e3 * declared.ranking_flops_per_candidate * counts[None, :] / device_flops[:, None]
+    return CostProfile(
+        name="deployment (modelled)",
+        planning_ms=jnp.asarray(declared.device_planning_ms),
+        abstract_ms=0.25 * dispatch_ms,
+        semantic_ms=jnp.asarray([0.0, profile_ms, profile_ms, profile_ms]),
+        semantic_ms_per_event=jnp.asarray(declared.cloud_tokens_per_event * cloud_ms_per_token),
+        retrieval_ms=declared.cloud_retrieval_ms * (1.0 + counts / 1000.0),
+        cache_retrieval_ms=0.25 * dispatch_ms,
+        structured_ms=dispatch_ms,
+        structured_ms_per_event=2e3 * declared.device_parameters / device_flops,
+        structured_cloud_ms=jnp.asarray(1.0),
+        structured_cloud_ms_per_event=jnp.asarray(2e3 * declared.device_parameters / declared.cloud_flops_per_s),
+        ranking_ms=dispatch_ms[:, None] + ranking_ms,
+        ranking_cloud_ms=jnp.asarray(declared.cloud_ranking_ms),
+        queue_ms=jnp.asarray(declared.cloud_queue_ms),
+        **_energy_fields(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredTimes:
+    """Median (p50) milliseconds of each sub-task, warm, one request, on the machine that ran the calibration.
+
+    As JSON this is one object with these keys; the three mappings are objects with exactly the keys named here.
+    """
+
+    planning_ms: float
+    abstract_ms: float
+    semantic_ms: Mapping[str, float]  # "profile", "recent", "full"
+    retrieval_ms: Mapping[str, float]  # "20", "100", "500"
+    cache_retrieval_ms: float
+    structured_ms: float
+    ranking_ms: Mapping[str, float]  # on the device: "20", "100", "500"
+    ranking_cloud_ms: float
+
+    def __post_init__(self):
+        problems = []
+        for name, expected in (("semantic_ms", _LEVEL_NAMES), ("retrieval_ms", _COUNT_NAMES), ("ranking_ms", _COUNT_NAMES)):
+            if set(getattr(self, name)) != set(expected):
+                problems.append(f"{name} has keys {sorted(getattr(self, name))}, expected {list(expected)}")
+        for name, value in self._numbers():
+            if not 0 <= value < float("inf"):
+                problems.append(f"{name} is {value}, expected a finite number of milliseconds, 0 or more")
+        if problems:
+            raise UserError("bad measured times: " + "; ".join(problems) + ". Calibrate again.")
+
+    def _numbers(self) -> list[tuple[str, float]]:
+        numbers = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Mapping):
+                numbers.extend((f"{entry.name}[{key!r}]", number) for key, number in value.items())
+            else:
+                numbers.append((entry.name, value))
+        return numbers
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> "MeasuredTimes":
+        """Reads what ``dataclasses.asdict`` wrote.
+
+        Raises:
+          UserError: a key is missing or unknown, or a time is not a finite number of milliseconds.
+        """
+        expected = {entry.name for entry in fields(cls)}
+        if set(data) != expected:
+            raise UserError(f"bad measured times: got keys {sorted(data)}, expected {sorted(expected)}. Calibrate again.")
+        tables = {"semantic_ms", "retrieval_ms", "ranking_ms"}
+        try:
+            numbers: dict = {name: float(data[name]) for name in expected - tables}
+            maps: dict = {name: {key: float(value) for key, value in data[name].items()} for name in tables}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"bad measured times: {error} in {dict(data)}, expected milliseconds. Calibrate again.") from error
+        return cls(**numbers, **maps)
+
+
+def measured_profile(times: MeasuredTimes) -> CostProfile:
+    """Times of these models on this machine. The machine stands for a high-tier device; lower tiers are TIER_SLOWDOWN as slow.
+
+    Shapes are padded, so times do not depend on the history; there is no queue; cloud sub-tasks take what they take here. Energy
+    is modelled, as in the deployment profile: no energy was measured.
+    """
+    slowdown = jnp.asarray(TIER_SLOWDOWN)
+    zero = jnp.asarray(0.0)
+    ranking_ms = jnp.asarray([times.ranking_ms[name] for name in _COUNT_NAMES])
+    return CostProfile(
+        name="measured",
+        planning_ms=times.planning_ms * slowdown,
+        abstract_ms=times.abstract_ms * slowdown,
+        semantic_ms=jnp.asarray([0.0, *(times.semantic_ms[name] for name in _LEVEL_NAMES)]),
+        semantic_ms_per_event=zero,
+        retrieval_ms=jnp.asarray([times.retrieval_ms[name] for name in _COUNT_NAMES]),
+        cache_retrieval_ms=times.cache_retrieval_ms * slowdown,
+        structured_ms=times.structured_ms * slowdown,
+        structured_ms_per_event=0.0 * slowdown,
+        structured_cloud_ms=jnp.asarray(times.structured_ms),
+        structured_cloud_ms_per_event=zero,
+        ranking_ms=slowdown[:, None] * ranking_ms[None, :],
+        ranking_cloud_ms=jnp.asarray(times.ranking_cloud_ms),
+        queue_ms=zero,
+        **_energy_fields(),
+    )
+
+
+def _energy_fields() -> dict[str, Array]:
+    return {
+        "device_power_w": jnp.asarray(DEVICE_POWER_W),
+        "radio_uplink_mj_per_kb": jnp.asarray(RADIO_UPLINK_MJ_PER_KB),
+        "radio_downlink_mj_per_kb": jnp.asarray(RADIO_DOWNLINK_MJ_PER_KB),
+        "radio_active_w": jnp.asarray(RADIO_ACTIVE_W),
+    }

@@ -1,0 +1,122 @@
+"""The learned planners. Quality is learned and cost is known, so a decision explains itself in ms, mJ, bytes and exposure."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from cda4rec_jax.array_typing import Array, ContextFeatures, PlanLogits, PlanMask, PlanValues
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.messages import Context
+from cda4rec_jax.planner.contexts import NUM_CONTEXT_FEATURES, context_features, weight_features
+from cda4rec_jax.planner.costs import PlanCosts
+from cda4rec_jax.planner.plan_space import NUM_PLANS, plan_features
+from cda4rec_jax.planner.utility import cost_in_utility
+
+MAX_MULTIPLY_ADDS = 15_000
+
+
+class Planner(Protocol):
+    """Anything that scores plans: higher is better, -inf is never chosen, serving takes the argmax."""
+
+    def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
+        """Scores [b, p]; -inf where ``mask`` is False."""
+        ...
+
+
+class PolicyScale(nnx.Variable):
+    """A number that is set from data and never trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Sizes of the policy, and the units it starts in."""
+
+    hidden: int = 64
+    rank: int = 32  # of the product between the context tower and the plan tower
+    quality_scale: float = 0.05  # what one unit of the network's output is worth; set to dQ once that is known
+    temperature: float = 0.1  # tau in units of quality_scale
+
+    def multiply_adds(self, num_plans: int = NUM_PLANS) -> int:
+        """Multiply-adds of the quality of one context under all plans; the plan tower is cached and not counted."""
+        tower = NUM_CONTEXT_FEATURES * self.hidden + self.hidden * self.hidden + self.hidden * self.rank
+        return tower + self.rank * num_plans
+
+
+def _forbid(values: PlanValues, mask: PlanMask) -> PlanLogits:
+    return jnp.where(mask, values, -jnp.inf)
+
+
+class _Mlp(nnx.Module):
+    """Dense layers with GELU between them."""
+
+    def __init__(self, sizes: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+
+    def __call__(self, x: Float[Array, "n f"]) -> Float[Array, "n o"]:
+        hidden = jnp.asarray(x)
+        for layer in list(self.layers)[:-1]:
+            hidden = jax.nn.gelu(layer(hidden))
+        return self.layers[-1](hidden)
+
+
+class Policy(nnx.Module):
+    """logits_p = (q_theta(context, phi(plan))_p - w . c_p(context)) / tau.
+
+    q_theta = mean_quality_p + quality_scale * <context tower, plan tower> / sqrt(rank). ``mean_quality`` is measured, never
+    trained: what the towers learn is how a context departs from it.
+
+    Raises:
+      UserError: the config asks for more than ``MAX_MULTIPLY_ADDS`` a decision.
+    """
+
+    def __init__(self, config: PolicyConfig, *, rngs: nnx.Rngs):
+        if config.multiply_adds() > MAX_MULTIPLY_ADDS:
+            raise UserError(
+                f"policy of hidden={config.hidden}, rank={config.rank} needs {config.multiply_adds()} multiply-adds a decision, "
+                f"more than {MAX_MULTIPLY_ADDS}: choose smaller sizes"
+            )
+        self.config = config
+        self.context_tower = _Mlp((NUM_CONTEXT_FEATURES, config.hidden, config.hidden, config.rank), rngs=rngs)
+        # A policy starts as plug-in: the same mean quality in every context, until it has learned where that is wrong.
+        last = self.context_tower.layers[-1]
+        last.kernel[...] = jnp.zeros_like(last.kernel[...])
+        self.plan_tower = _Mlp((plan_features().shape[1], config.hidden, config.rank), rngs=rngs)
+        self.quality_scale = PolicyScale(jnp.asarray(config.quality_scale, jnp.float32))
+        self.mean_quality = PolicyScale(jnp.zeros((NUM_PLANS,)))
+
+    def plan_vectors(self) -> Float[Array, "p r"]:
+        """The plan tower's output: depends on weights only, so serving computes it once."""
+        return self.plan_tower(plan_features())
+
+    def quality(self, features: ContextFeatures) -> PlanValues:
+        """Learned quality [b, p] of every plan, in units of 1 / log2(1 + rank)."""
+        product = self.context_tower(features) @ self.plan_vectors().T
+        return self.mean_quality[...][None, :] + self.quality_scale[...] * product / self.config.rank**0.5
+
+    def tau(self) -> Float[Array, ""]:
+        """Temperature in units of quality."""
+        return jnp.asarray(self.config.temperature * self.quality_scale[...])
+
+    def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
+        """Scores [b, p] from the predicted ``costs``; -inf where ``mask`` is False."""
+        worth = self.quality(context_features(context)) - cost_in_utility(costs, context)
+        return _forbid(worth / self.tau(), mask)
+
+
+class DirectPolicy(nnx.Module):
+    """The ablation: an MLP from the context and its weights straight to logits. It sees no costs, and explains nothing."""
+
+    def __init__(self, config: PolicyConfig, *, rngs: nnx.Rngs):
+        self.net = _Mlp((NUM_CONTEXT_FEATURES + 3, config.hidden, config.hidden, NUM_PLANS), rngs=rngs)
+        self.quality_scale = PolicyScale(jnp.asarray(config.quality_scale, jnp.float32))
+
+    def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
+        """Scores [b, p]; ``costs`` is there for the protocol alone."""
+        del costs
+        weights = weight_features(context, self.quality_scale[...])
+        return _forbid(self.net(jnp.concatenate([context_features(context), weights], axis=1)), mask)

@@ -1,0 +1,284 @@
+"""How much of a private history can be read off what was released: an attack by ridge regression, trained on other users.
+
+The attacker holds the whole histories and the releases of half of the users, learns to map a release to the multi-hot vector of
+the history's items, and attacks the other half; then the halves swap. It ranks the catalogue for every victim, released ids
+first, and is measured by
+
+    recall@k = |top k  ∩  items of the history| / min(k, |items of the history|)
+
+so that knowing everything gives exactly 1. Ridge strength is chosen on the attacker's own users, and infinite strength (the
+popularity ranking, whatever was released) is among the choices: a release that tells nothing gives the recall of popularity.
+Ids are ranked first only where most of them are in the histories of the attacker's own users.
+
+Two controls accompany every figure. Positive: the whole history as release must give 1. Null: the same releases, shuffled among
+the users, must give the recall of popularity.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from sklearn.utils.extmath import randomized_svd
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.messages import EgressLevel
+
+_MIN_USERS = 20
+_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """Settings of the attack.
+
+    Attributes:
+        k: length of the attacker's list.
+        rank: catalogues above this size are attacked in the space of so many singular vectors of the attacker's own histories.
+        ridge_strengths: candidates, relative to the number of training users; the popularity ranking is always one more.
+        max_victims: users attacked in each half, drawn at random; all users of the other half train.
+        holdout: share of the attacker's users on whom the strength is chosen.
+        max_holdout: most users in that share.
+        seed: of the halves, the draws and the shuffling.
+    """
+
+    k: int = 20
+    rank: int = 128
+    ridge_strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    max_victims: int = 1_000
+    holdout: float = 0.2
+    max_holdout: int = 300
+    seed: int = 0
+
+
+_DEFAULT = AttackConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What left the devices of ``u`` users at one level.
+
+    Attributes:
+        features: float [u, f]: everything but ids, as numbers (shares, one-hot length bucket, attributes, embedding); f may be 0.
+        items: int [u, r] released item indices, 0 is padding; r may be 0.
+    """
+
+    features: np.ndarray
+    items: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExposureReport:
+    """Recall of the attack at each level, its controls, and the exposure that the planner pays for.
+
+    Attributes:
+        recall: mean recall@k for each level that was attacked.
+        null_recall: the same with releases shuffled among users; should be near ``nothing_recall``.
+        nothing_recall: A_NOTHING, of the popularity ranking.
+        raw_recall: A_raw, of the attack on whole histories; 1 if the attack works.
+        exposure: one value for each EgressLevel, (A_level - A_NOTHING) / (A_raw - A_NOTHING) clipped to [0, 1]; 0 at NOTHING.
+        num_victims: users over whom the means are taken.
+    """
+
+    recall: dict[EgressLevel, float]
+    null_recall: dict[EgressLevel, float]
+    nothing_recall: float
+    raw_recall: float
+    exposure: tuple[float, float, float, float]
+    num_victims: int
+
+
+def exposure_by_level(
+    releases: Mapping[EgressLevel, Release],
+    offsets: np.ndarray,
+    items: np.ndarray,
+    num_items: int,
+    config: AttackConfig = _DEFAULT,
+) -> ExposureReport:
+    """Attack every level, with both controls.
+
+    Clipping: a level whose attack does worse than popularity has exposure 0 (telling something cannot tell less than nothing; the
+    attacker may ignore it), and 1 is the whole history. A level that is not in ``releases`` counts as exposed as the most exposed
+    lower one.
+
+    Args:
+        releases: what leaves at each level, for the same ``u`` users in the same order.
+        offsets: int [u+1]; user j's history is ``items[offsets[j]:offsets[j+1]]``.
+        items: int [N] item indices from 1 on; repeats are allowed, order does not matter.
+        num_items: catalogue size.
+        config: of the attack.
+
+    Raises:
+        UserError: fewer than 20 users, a catalogue of at most k items, or histories that popularity alone recovers.
+    """
+    private = _multi_hot(offsets, items, num_items)
+    halves = _split(private, config)
+    nothing = float(_attack(_silent(private.get_shape()[0]), private, halves, config).mean())
+    raw = float(_attack(_whole(offsets, items), private, halves, config).mean())
+    if raw <= nothing:
+        raise UserError(f"popularity alone recovers the histories (recall@{config.k} {nothing:.3f}); use a larger catalogue")
+    recall: dict[EgressLevel, float] = {}
+    null: dict[EgressLevel, float] = {}
+    exposure = [0.0]
+    for level in (EgressLevel.PROFILE, EgressLevel.RECENT, EgressLevel.FULL):
+        if level not in releases:
+            exposure.append(max(exposure))
+            continue
+        recall[level] = float(_attack(releases[level], private, halves, config).mean())
+        null[level] = float(_attack(_shuffle(releases[level], config.seed), private, halves, config).mean())
+        exposure.append(float(np.clip((recall[level] - nothing) / (raw - nothing), 0.0, 1.0)))
+    return ExposureReport(
+        recall=recall,
+        null_recall=null,
+        nothing_recall=nothing,
+        raw_recall=raw,
+        exposure=(exposure[0], exposure[1], exposure[2], exposure[3]),
+        num_victims=sum(len(half.victims) for half in halves),
+    )
+
+
+def history_recovery(
+    release: Release, offsets: np.ndarray, items: np.ndarray, num_items: int, config: AttackConfig = _DEFAULT
+) -> np.ndarray:
+    """Recall@k of the attack for every victim, float64 [number of victims].
+
+    Halves and victims depend on the seed and the number of users only: two releases of the same users are attacked alike.
+
+    Arguments and errors are those of ``exposure_by_level``, for one release.
+    """
+    private = _multi_hot(offsets, items, num_items)
+    return _attack(release, private, _split(private, config), config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Half:
+    """One half of the users as attackers: what they know before they see any release."""
+
+    fitted: np.ndarray  # users on whom ridge regression is fitted
+    held: np.ndarray  # users on whom its strength is chosen
+    victims: np.ndarray  # users of the other half
+    popularity: np.ndarray  # [i] share of the fitted users who have the item
+    basis: np.ndarray | None  # [i, rank]; None: the catalogue is small enough as it is
+    target: np.ndarray  # [fitted, rank] or [fitted, i]: their histories less the mean history
+
+
+def _split(private: sparse.csr_matrix, config: AttackConfig) -> list[_Half]:
+    num_users, num_items = private.get_shape()
+    if num_users < _MIN_USERS:
+        raise UserError(f"got {num_users} users; the attack needs at least {_MIN_USERS} to train on some and attack others")
+    if num_items <= config.k:
+        raise UserError(f"got {num_items} items; recall@{config.k} says nothing unless the catalogue is larger")
+    parts = np.array_split(np.random.default_rng(config.seed).permutation(num_users), 2)
+    halves = []
+    for attackers, others in (parts, parts[::-1]):
+        num_held = min(max(1, int(len(attackers) * config.holdout)), config.max_holdout)
+        held, fitted = attackers[:num_held], attackers[num_held:]
+        known = private[fitted]
+        basis = None
+        if num_items > config.rank:
+            rank = min(config.rank, len(fitted))
+            basis = randomized_svd(known, rank, random_state=config.seed)[2].T.astype(np.float32)
+        reduced = known.toarray() if basis is None else np.asarray(known @ basis)
+        halves.append(
+            _Half(
+                fitted=fitted,
+                held=held,
+                victims=others[: config.max_victims],
+                popularity=np.asarray(known.mean(axis=0)).ravel().astype(np.float32),
+                basis=basis,
+                target=reduced - reduced.mean(axis=0, keepdims=True),
+            )
+        )
+    return halves
+
+
+def _attack(release: Release, private: sparse.csr_matrix, halves: list[_Half], config: AttackConfig) -> np.ndarray:
+    """Recall@k of each half's victims, one after the other."""
+    released = _released_multi_hot(release.items, private.get_shape()[1])
+    return np.concatenate([_attack_half(release.features, released, private, half, config) for half in halves])
+
+
+def _attack_half(
+    features: np.ndarray, released: sparse.csr_matrix, private: sparse.csr_matrix, half: _Half, config: AttackConfig
+) -> np.ndarray:
+    """Fit on some of the attacker's users, choose the ridge strength on the rest, attack the other half."""
+    design = _design(features[half.fitted], released[half.fitted], half.basis)
+    mean, spread = design.mean(axis=0, keepdims=True), design.std(axis=0, keepdims=True)
+    # A column that is constant among the attacker's users carries nothing to learn from; it must not be blown up.
+    scale = np.where(spread > 1e-6, spread, np.inf).astype(np.float32)
+    design = (design - mean) / scale
+    values, vectors = np.linalg.eigh(design.T @ design)
+    projected = vectors.T @ (design.T @ half.target)
+    true_ids = released[half.fitted].multiply(private[half.fitted]).sum()
+    trusts_ids = bool(released.nnz and true_ids > 0.5 * released[half.fitted].sum())
+
+    def recall(users: np.ndarray, strength: float) -> np.ndarray:
+        rows = (_design(features[users], released[users], half.basis) - mean) / scale
+        if np.isinf(strength):
+            guess = np.zeros((len(users), half.target.shape[1]), np.float32)
+        else:
+            damping = np.maximum(values, 0.0)[:, None] + strength * len(half.fitted)
+            guess = rows @ (vectors @ (projected / damping)).astype(np.float32)
+        return _recall(guess, released[users] if trusts_ids else None, private[users], half, config.k)
+
+    strengths = (np.inf, *config.ridge_strengths)
+    chosen = int(np.argmax([recall(half.held, strength).mean() for strength in strengths]))
+    return recall(half.victims, strengths[chosen])
+
+
+def _recall(guess: np.ndarray, known: sparse.csr_matrix | None, private: sparse.csr_matrix, half: _Half, k: int) -> np.ndarray:
+    """Recall@k of ranking by popularity + guess, with known ids first; float64 [u]."""
+    found = []
+    for start in range(0, len(guess), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        scores = guess[rows] if half.basis is None else guess[rows] @ half.basis.T
+        scores = scores + half.popularity[None, :]
+        if known is not None:
+            ids = known[rows].tocoo()
+            scores[ids.row, ids.col] = np.inf
+        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        truth = private[rows].toarray()
+        hits = np.take_along_axis(truth, top, axis=1).sum(axis=1)
+        found.append(hits / np.minimum(k, np.maximum(truth.sum(axis=1), 1)))
+    return np.concatenate(found).astype(np.float64)
+
+
+def _design(features: np.ndarray, released: sparse.csr_matrix, basis: np.ndarray | None) -> np.ndarray:
+    if released.nnz == 0:
+        return features.astype(np.float32)
+    ids = released.toarray() if basis is None else np.asarray(released @ basis)
+    return np.concatenate([features.astype(np.float32), ids.astype(np.float32)], axis=1)
+
+
+def _multi_hot(offsets: np.ndarray, items: np.ndarray, num_items: int) -> sparse.csr_matrix:
+    """Float32 [u, i] of zeros and ones; column j is item j + 1."""
+    rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return _binary(rows, items[offsets[0] : offsets[-1]], len(offsets) - 1, num_items)
+
+
+def _released_multi_hot(items: np.ndarray, num_items: int) -> sparse.csr_matrix:
+    rows, columns = np.nonzero(items)
+    return _binary(rows, items[rows, columns], len(items), num_items)
+
+
+def _binary(rows: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sparse.csr_matrix:
+    matrix = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, items - 1)), shape=(num_users, num_items))
+    matrix.data[:] = 1.0  # a repeated item was summed
+    return matrix
+
+
+def _silent(num_users: int) -> Release:
+    return Release(features=np.zeros((num_users, 0), np.float32), items=np.zeros((num_users, 0), np.int32))
+
+
+def _whole(offsets: np.ndarray, items: np.ndarray) -> Release:
+    lengths = np.diff(offsets)
+    padded = np.zeros((len(lengths), int(lengths.max())), np.int32)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    padded[rows, np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)] = items[offsets[0] : offsets[-1]]
+    return Release(features=np.zeros((len(lengths), 0), np.float32), items=padded)
+
+
+def _shuffle(release: Release, seed: int) -> Release:
+    order = np.random.default_rng([seed, 1]).permutation(len(release.features))
+    return Release(features=release.features[order], items=release.items[order])

@@ -1,0 +1,19 @@
+"""Candidate retrieval: the items with the greatest inner product with a semantic user embedding."""
+
+from cda4rec_jax.retrieval.build import Comparison, build_index, compare, load_index, scann_available
+from cda4rec_jax.retrieval.exact import ExactIndex, exact_search
+from cda4rec_jax.retrieval.index import Index
+from cda4rec_jax.retrieval.scann import ScannConfig, ScannIndex
+
+__all__ = [
+    "Comparison",
+    "ExactIndex",
+    "Index",
+    "ScannConfig",
+    "ScannIndex",
+    "build_index",
+    "compare",
+    "exact_search",
+    "load_index",
+    "scann_available",
+]

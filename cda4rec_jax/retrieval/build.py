@@ -1,0 +1,89 @@
+"""Choosing, loading and comparing indices."""
+
+import importlib.util
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.retrieval.exact import ExactIndex
+from cda4rec_jax.retrieval.index import Index, Queries, Vectors, read_implementation
+from cda4rec_jax.retrieval.scann import ScannIndex
+
+Implementation = Literal["exact", "scann"]
+_logger = logging.getLogger(__name__)
+
+
+def scann_available() -> bool:
+    """Whether ScaNN is installed."""
+    return importlib.util.find_spec("scann") is not None
+
+
+def build_index(item_vectors: Vectors, implementation: Implementation | None = None) -> Index:
+    """Index of ``item_vectors``, where row 0 is padding. None chooses ScaNN where it is installed, else exact, and logs that.
+
+    Raises:
+      UserError: The implementation is not installed or unknown, there is no item, or a value is not finite.
+    """
+    if implementation is None:
+        implementation = "scann" if scann_available() else "exact"
+        if implementation == "exact":
+            _logger.warning("ScaNN is not installed (it exists for Linux with Python below 3.14): the exact index serves.")
+    return _class_of(implementation).build(item_vectors)
+
+
+def load_index(directory: Path, implementation: Implementation | None = None) -> Index:
+    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; ``exact`` reads any index folder.
+
+    Raises:
+      UserError: The folder is no index, damaged or of another version, or needs ScaNN and ScaNN is not installed.
+    """
+    return _class_of(implementation or read_implementation(directory)).load(directory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """An index against the exact one on the same queries, asked one at a time as in serving."""
+
+    k: int
+    num_queries: int
+    recall: float  # mean share of the exact k items that the index found
+    index_ms: float  # median time of one query
+    exact_ms: float
+
+
+def compare(index: Index, exact: Index, queries: Queries, k: int) -> Comparison:
+    """Recall@k of ``index`` and the median time of a query for both, alternating. UserError if there is no query."""
+    if queries.shape[0] == 0:
+        raise UserError("no queries to compare on; expected at least one.")
+    rows = np.asarray(queries, np.float32)
+    for each in (index, exact):
+        each.search(rows[:1], k)
+    times_ms: dict[bool, list[float]] = {False: [], True: []}
+    recalls = []
+    for row in rows[:, None]:
+        found = {}
+        for is_exact, each in ((False, index), (True, exact)):
+            start = time.perf_counter()
+            found[is_exact], _ = each.search(row, k)
+            times_ms[is_exact].append(1e3 * (time.perf_counter() - start))
+        recalls.append(np.isin(found[True], found[False]).mean())
+    return Comparison(
+        k=k,
+        num_queries=rows.shape[0],
+        recall=float(np.mean(recalls)),
+        index_ms=float(np.median(times_ms[False])),
+        exact_ms=float(np.median(times_ms[True])),
+    )
+
+
+def _class_of(implementation: str) -> type[ExactIndex] | type[ScannIndex]:
+    if implementation == "exact":
+        return ExactIndex
+    if implementation == "scann":
+        return ScannIndex
+    raise UserError(f"index implementation {implementation!r} is unknown; expected 'exact' or 'scann'.")
