@@ -1,0 +1,88 @@
+"""What is known of items: tables that the data gives once, and vectors that follow the weights."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cda4rec_jax.agents.cloud import CloudAgent
+from cda4rec_jax.agents.device import DeviceAgent
+from cda4rec_jax.array_typing import Array, ItemCategories, ItemVectors
+from cda4rec_jax.data.statistics import ItemStatistics
+from cda4rec_jax.messages import Evidence
+from cda4rec_jax.nn import quantise_rows
+
+POPULAR_ITEMS = 100  # items that every device keeps; they say nothing about its user
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ItemTables:
+    """Tables of the training data by item_index; they do not depend on any weight."""
+
+    categories: ItemCategories  # each row sums to 1 (or 0): an event's weight in each category
+    category_ids: UInt8[Array, "i q"]
+    text: Float[Array, "i z"]
+    previous_items: Int[Array, "i m"]
+    previous_weights: UInt8[Array, "i m"]
+    cooccurring_items: Int[Array, "i m"]
+    cooccurring_weights: UInt8[Array, "i m"]
+    log_popularity: Float[Array, "i"]
+    train_counts: Int[Array, "i"]
+    popular_items: Int[Array, "c"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """All items as the cloud holds them: index vectors, and the records that may travel to a device."""
+
+    vectors: ItemVectors
+    evidence: Evidence
+    categories: ItemCategories
+    popular_items: Int[Array, "c"]
+
+    @property
+    def num_items(self) -> int:
+        return self.vectors.shape[0] - 1
+
+
+def item_tables(statistics: ItemStatistics, multi_hot: np.ndarray, category_ids: np.ndarray, text: np.ndarray) -> ItemTables:
+    """Tables from the statistics of the training events and from item text."""
+    normalised = multi_hot / np.maximum(multi_hot.sum(axis=1, keepdims=True), 1.0)
+    by_count = np.argsort(-statistics.train_counts[1:], kind="stable")[:POPULAR_ITEMS] + 1
+    unit_text = text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-6)
+    return ItemTables(
+        categories=jnp.asarray(normalised, jnp.float32),
+        category_ids=jnp.asarray(category_ids),
+        text=jnp.asarray(unit_text, jnp.float32),
+        previous_items=jnp.asarray(statistics.previous_items),
+        previous_weights=jnp.asarray(statistics.previous_weights),
+        cooccurring_items=jnp.asarray(statistics.cooccurring_items),
+        cooccurring_weights=jnp.asarray(statistics.cooccurring_weights),
+        log_popularity=jnp.asarray(statistics.log_popularity, jnp.float32),
+        train_counts=jnp.asarray(statistics.train_counts, jnp.int32),
+        popular_items=jnp.asarray(by_count, jnp.int32),
+    )
+
+
+def build_catalogue(cloud: CloudAgent, device: DeviceAgent, tables: ItemTables) -> Catalogue:
+    """The catalogue under the current weights; what a device may see is rounded to int8 here, once."""
+    vectors = cloud.items.vectors()
+    device_vectors, vector_scales = quantise_rows(device.item_vectors(vectors))
+    text, text_scales = quantise_rows(tables.text)
+    evidence = Evidence(
+        vectors=device_vectors,
+        vector_scales=vector_scales,
+        text=text,
+        text_scales=text_scales,
+        previous_items=tables.previous_items,
+        previous_weights=tables.previous_weights,
+        cooccurring_items=tables.cooccurring_items,
+        cooccurring_weights=tables.cooccurring_weights,
+        categories=tables.category_ids,
+        log_popularity=tables.log_popularity,
+    )
+    return Catalogue(vectors=vectors, evidence=evidence, categories=tables.categories, popular_items=tables.popular_items)

@@ -1,0 +1,138 @@
+"""From a private history to everything that a planner is asked, and to what then really happens."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from cda4rec_jax.array_typing import Array
+from cda4rec_jax.links import LinkConfig, Realisation, downlink_ms, realise, uplink_ms
+from cda4rec_jax.messages import Context, HistoryBatch
+from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables
+from cda4rec_jax.planner import (
+    ContextConfig,
+    CostProfile,
+    PayloadSizes,
+    PlanCosts,
+    TransferTimes,
+    UserFacts,
+    WeightScales,
+    allowed,
+    plan_bytes,
+    plan_costs,
+    sample_contexts,
+    user_facts,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PlanningWorld:
+    """What planning costs and exposes, measured or modelled before the planner learns."""
+
+    profile: CostProfile
+    exposure_by_level: Float[Array, "level"]
+    sizes: PayloadSizes
+    scales: WeightScales
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """``b`` requests as a planner meets them, and what happens after it has chosen."""
+
+    context: Context
+    mask: Bool[Array, "*b p"]
+    predicted: PlanCosts
+    realised: PlanCosts
+    failed: Bool[Array, "*b"]
+
+
+def facts_of(history: HistoryBatch, tables: ItemTables, max_cache_age: int) -> UserFacts:
+    """What a planner may know of the users."""
+    age = jnp.minimum(jnp.maximum(history.lengths - 1, 0), max_cache_age)
+    return user_facts(
+        history.items,
+        history.total_lengths,
+        tables.categories,
+        tables.train_counts,
+        session_count=history.session_counts,
+        hours_since_last=history.hours_since_last,
+        has_timestamps=history.has_timestamps,
+        max_cache_age=age.astype(jnp.float32),
+    )
+
+
+def payload_sizes(catalogue: Catalogue) -> PayloadSizes:
+    """Bytes of what travels, from the shapes of what there is."""
+    evidence = catalogue.evidence
+    record = sum(leaf[0].size * leaf.dtype.itemsize for leaf in jax.tree.leaves(evidence))
+    scored = 4 + 4  # item index and score
+    return PayloadSizes(
+        embedding_bytes=4.0 * catalogue.vectors.shape[1],
+        evidence_bytes=float(record + scored),
+        scored_item_bytes=float(scored + evidence.log_popularity.dtype.itemsize),
+    )
+
+
+def realised_costs(world: PlanningWorld, context: Context, realisation: Realisation) -> PlanCosts:
+    """Costs of every plan over the link as it turned out."""
+    up_bytes, down_bytes = plan_bytes(context, world.sizes)
+    transfer = TransferTimes(
+        uplink_ms=uplink_ms(up_bytes, realisation),
+        downlink_ms=downlink_ms(down_bytes, realisation),
+        queue_ms=realisation.queue_ms,
+    )
+    return plan_costs(world.profile, context, world.exposure_by_level, world.sizes, transfer)
+
+
+def requests_of(
+    world: PlanningWorld, context: Context, event_ids: Int[Array, "b"], draw: Array | int, links: LinkConfig
+) -> Requests:
+    """Mask and predicted costs of the contexts, and the realised ones under draw ``draw`` of the links."""
+    realisation = realise(context, event_ids, draw, world.profile.queue_ms, links)
+    return Requests(
+        context=context,
+        mask=allowed(context),
+        predicted=plan_costs(world.profile, context, world.exposure_by_level, world.sizes),
+        realised=realised_costs(world, context, realisation),
+        failed=realisation.failed,
+    )
+
+
+def draw_requests(
+    world: PlanningWorld,
+    history: HistoryBatch,
+    tables: ItemTables,
+    draw: Array | int,
+    *,
+    max_cache_age: int,
+    contexts: ContextConfig,
+    links: LinkConfig,
+) -> Requests:
+    """Draw ``draw`` of context distribution v1 for the target events of ``history``; the same for every system compared."""
+    facts = facts_of(history, tables, max_cache_age)
+    context = sample_contexts(facts, history.event_ids, world.scales, draw, contexts)
+    return requests_of(world, context, history.event_ids, draw, links)
+
+
+def redraw_requests(
+    world: PlanningWorld,
+    history: HistoryBatch,
+    tables: ItemTables,
+    draw: Array | int,
+    cached: Context,
+    *,
+    max_cache_age: int,
+    contexts: ContextConfig,
+    links: LinkConfig,
+) -> Requests:
+    """Another draw of the same events with the cache and the consent of ``cached``.
+
+    Outcomes depend on the cache alone, so that one pass over the models serves several contexts.
+    """
+    facts = facts_of(history, tables, max_cache_age)
+    drawn = sample_contexts(facts, history.event_ids, world.scales, draw, contexts)
+    context = replace(drawn, cache_level=cached.cache_level, cache_age_events=cached.cache_age_events, consent=cached.consent)
+    return requests_of(world, context, history.event_ids, draw, links)

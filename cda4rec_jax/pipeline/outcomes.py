@@ -1,0 +1,220 @@
+"""What every plan would answer: the target's rank, and the slate, under each of the 32 plans, for a batch of users."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from cda4rec_jax.agents.cloud import CloudAgent
+from cda4rec_jax.agents.device import DeviceAgent, FusionHead
+from cda4rec_jax.array_typing import Array, CandidateFeatures, CandidateItems, CandidateMask, CandidateScores, Lengths, PlanRanks
+from cda4rec_jax.messages import Candidates, EgressLevel, HistoryBatch, Placement, Plan
+from cda4rec_jax.metrics import MISS_RANK
+from cda4rec_jax.pipeline.catalogue import Catalogue
+from cda4rec_jax.pipeline.subtasks import (
+    CACHED_CANDIDATES,
+    StructuredState,
+    abstract_evidence,
+    cached_candidates,
+    gather_evidence,
+    model_semantics,
+    model_structure,
+    rank_slate,
+    release,
+    released_items,
+    retrieve,
+    score_features,
+    unseen,
+)
+from cda4rec_jax.pipeline.system import SystemConfig
+from cda4rec_jax.planner import PLANS
+
+Scores = dict[tuple[str, str], CandidateScores]  # by view and kind of features
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One ranked pool of candidates: what a family of plans chooses from."""
+
+    items: CandidateItems
+    allowed: CandidateMask  # real, and not seen by the user
+    features: dict[str, CandidateFeatures]  # by structured user modelling: "skip", "done"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """Result of every plan, in the order of ``PLANS``."""
+
+    ranks: PlanRanks  # 1 is best; MISS_RANK where the target is no candidate
+    slates: Int[Array, "b p k"] | None  # None where none were asked for
+
+
+def max_candidates(num_items: int) -> int:
+    """Largest number of candidates that any plan asks for, cut to the catalogue."""
+    return min(max(plan.num_candidates for plan in PLANS), num_items)
+
+
+def view_name(plan: Plan) -> str:
+    """Pool that a plan ranks: plans of one name differ in K and in structured user modelling only."""
+    if plan.retrieval is Placement.DEVICE_CACHE:
+        return f"local-{plan.semantic}"
+    return "reuse" if plan.semantic is Placement.REUSE else plan.level.name.lower()
+
+
+def compute_views(
+    cloud: CloudAgent,
+    device: DeviceAgent,
+    catalogue: Catalogue,
+    history: HistoryBatch,
+    cache_level: Lengths,
+    cache_age_events: Float[Array, "b"],
+    config: SystemConfig,
+) -> dict[str, View]:
+    """All pools of a batch. Retrieval runs once for each semantic view, at the largest K; smaller K are prefixes."""
+    num_users, num_items = history.items.shape[0], catalogue.num_items
+    now = jnp.zeros((num_users,), jnp.int32)
+    sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
+    age = jnp.minimum(cache_age_events.astype(jnp.int32), config.max_cache_age)
+
+    def level_of(level: EgressLevel) -> Array:
+        return jnp.full((num_users,), level.value, jnp.int32)
+
+    full = release(history, catalogue.categories, level_of(EgressLevel.FULL), now, max_items=config.history_length, **sizes)
+    structured = model_structure(device, full, abstract_evidence(catalogue, full))
+    semantics = {}
+    for level in (EgressLevel.PROFILE, EgressLevel.RECENT, EgressLevel.FULL):
+        width = released_items(level, config.history_length)
+        abstract = release(history, catalogue.categories, level_of(level), now, max_items=width, **sizes)
+        semantics[level.name.lower()] = (model_semantics(cloud, catalogue.vectors, abstract), level_of(level), now)
+    cached = release(history, catalogue.categories, cache_level, age, max_items=config.history_length, **sizes)
+    semantics["reuse"] = (model_semantics(cloud, catalogue.vectors, cached), cache_level, age)
+
+    # One retrieval for all views: the catalogue is read once.
+    stacked = retrieve(catalogue.vectors, jnp.concatenate([value[0] for value in semantics.values()]), max_candidates(num_items))
+    pools, views = {}, {}
+    for number, (name, (_, level, ages)) in enumerate(semantics.items()):
+        rows = slice(number * num_users, (number + 1) * num_users)
+        pools[name] = (Candidates(items=stacked.items[rows], scores=stacked.scores[rows]), level, ages)
+    reused = pools["reuse"][0]
+    cache = cached_candidates(
+        Candidates(items=reused.items[:, :CACHED_CANDIDATES], scores=reused.scores[:, :CACHED_CANDIDATES]),
+        catalogue.popular_items,
+        cache_level > 0,
+    )
+    has_score = (jnp.arange(cache.items.shape[1])[None, :] < min(CACHED_CANDIDATES, reused.items.shape[1])) & (cache.items > 0)
+    for name, (candidates, level, ages) in pools.items():
+        views[name] = _view(catalogue, history, structured, candidates, jnp.ones(candidates.items.shape), ages, level)
+    views["local-reuse"] = _view(catalogue, history, structured, cache, has_score.astype(jnp.float32), age, cache_level)
+    nothing = jnp.zeros(cache.items.shape)
+    views["local-skip"] = _view(catalogue, history, structured, cache, nothing, now, now)
+    return views
+
+
+def _view(
+    catalogue: Catalogue,
+    history: HistoryBatch,
+    structured: StructuredState,
+    candidates: Candidates,
+    present: Float[Array, "b c"],
+    age: Lengths,
+    level: Lengths,
+) -> View:
+    evidence = gather_evidence(catalogue, candidates.items)
+    shared = {"present": present, "age_events": age.astype(jnp.float32), "level": level, "num_items": catalogue.num_items}
+    return View(
+        items=candidates.items,
+        allowed=unseen(candidates.items, history.seen, catalogue.num_items),
+        features={
+            "skip": score_features(candidates, evidence, None, **shared),
+            "done": score_features(candidates, evidence, structured, **shared),
+        },
+    )
+
+
+def plan_group(plan: Plan) -> tuple[str, str]:
+    """View and kind of features that a plan ranks with."""
+    return view_name(plan), "skip" if plan.structured is Placement.SKIP else "done"
+
+
+def score_views(head: FusionHead, views: dict[str, View]) -> Scores:
+    """Scores of every pool, with and without structured user modelling; once each, whatever the number of plans."""
+    return {(name, kind): head(features) for name, view in views.items() for kind, features in view.features.items()}
+
+
+def plan_limits(views: dict[str, View]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """For each pool with its kind of features: the plans that rank it, as (plan index, candidates that it may use)."""
+    limits: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for index, plan in enumerate(PLANS):
+        available = views[view_name(plan)].items.shape[1]
+        local = plan.retrieval is Placement.DEVICE_CACHE
+        limits.setdefault(plan_group(plan), []).append((index, available if local else min(plan.num_candidates, available)))
+    return limits
+
+
+def _in_plan_order(columns: dict[int, Array]) -> Array:
+    return jnp.stack([columns[index] for index in range(len(PLANS))], axis=1)
+
+
+def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths) -> PlanRanks:
+    """``1 + #{j != target: s_j >= s_target}`` among each plan's allowed candidates; ``MISS_RANK`` where the target is none."""
+    columns = {}
+    for group, plans in plan_limits(views).items():
+        view, score = views[group[0]], scores[group]
+        is_target = (view.items == targets[:, None]) & view.allowed
+        target_score = jnp.sum(jnp.where(is_target, score, 0.0), axis=1, keepdims=True)
+        above = view.allowed & ~is_target & (score >= target_score)
+        # Running counts give every prefix of the pool at once.
+        found, better = jnp.cumsum(is_target, axis=1), jnp.cumsum(above, axis=1)
+        for index, limit in plans:
+            columns[index] = jnp.where(found[:, limit - 1] > 0, 1 + better[:, limit - 1], MISS_RANK).astype(jnp.int32)
+    return _in_plan_order(columns)
+
+
+def plan_slates(scores: Scores, views: dict[str, View], k: int) -> Int[Array, "b p k"]:
+    """The slate of length ``k`` under every plan; 0 where fewer candidates remain."""
+    columns = {}
+    for group, plans in plan_limits(views).items():
+        view, score = views[group[0]], scores[group]
+        for index, limit in plans:
+            columns[index] = rank_slate(view.items[:, :limit], score[:, :limit], view.allowed[:, :limit], k).items
+    return _in_plan_order(columns)
+
+
+def outcomes(
+    cloud: CloudAgent,
+    device: DeviceAgent,
+    catalogue: Catalogue,
+    history: HistoryBatch,
+    cache_level: Lengths,
+    cache_age_events: Float[Array, "b"],
+    config: SystemConfig,
+    k: int = 0,
+) -> Outcomes:
+    """The slate and the target's rank under every plan; jit it with ``config`` and ``k`` static.
+
+    A plan that the context forbids has an outcome too; masking is the planner's work.
+    """
+    views = compute_views(cloud, device, catalogue, history, cache_level, cache_age_events, config)
+    scores = score_views(device.head, views)
+    return Outcomes(ranks=target_ranks(scores, views, history.targets), slates=plan_slates(scores, views, k) if k else None)
+
+
+def fusion_cross_entropy(
+    scores: Scores, views: dict[str, View], targets: Lengths
+) -> tuple[Float[Array, "b p"], Bool[Array, "b p"]]:
+    """Cross-entropy of the target among each plan's allowed candidates, and where there is one (a retrieval miss has none)."""
+    losses, present = {}, {}
+    for group, plans in plan_limits(views).items():
+        view, logits = views[group[0]], scores[group]
+        is_target = (view.items == targets[:, None]) & view.allowed
+        found = jnp.cumsum(is_target, axis=1) > 0
+        target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=1)
+        masked = jnp.where(view.allowed, logits, -1e9)
+        for index, limit in plans:
+            here = found[:, limit - 1]
+            losses[index] = jnp.where(here, jax.nn.logsumexp(masked[:, :limit], axis=1) - target_logit, 0.0)
+            present[index] = here
+    return _in_plan_order(losses), _in_plan_order(present)

@@ -1,0 +1,147 @@
+"""Outcomes of all plans for many users: what evaluation, weight scales and plug-in planners are computed from."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cda4rec_jax.links import LinkConfig
+from cda4rec_jax.messages import HistoryBatch
+from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables, build_catalogue
+from cda4rec_jax.pipeline.corpus import Corpus
+from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests, draw_requests, redraw_requests
+from cda4rec_jax.pipeline.full_ranking import full_ranks, in_batches
+from cda4rec_jax.pipeline.outcomes import outcomes
+from cda4rec_jax.pipeline.system import SystemConfig
+from cda4rec_jax.planner import ContextConfig, plan_quality
+
+CONTEXTS_PER_EVENT = 8
+BATCH_USERS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecords:
+    """What every plan would have answered to ``n`` requests, in ``draws`` contexts each. NumPy arrays.
+
+    The contexts of one event share its cache and its consent (of draw 0), on which outcomes depend; everything else is drawn anew.
+    """
+
+    users: np.ndarray  # [n]
+    ranks: np.ndarray  # [n, p]
+    quality: np.ndarray  # [n, p]
+    requests: Requests  # leaves [draws, n, ...]
+
+
+class Population:
+    """Compiled functions over the users of one corpus under one set of weights."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        config: SystemConfig,
+        tables: ItemTables,
+        corpus: Corpus,
+        *,
+        contexts: ContextConfig | None = None,
+        links: LinkConfig | None = None,
+    ):
+        self.config, self.tables, self.corpus = config, tables, corpus
+        options = {
+            "max_cache_age": config.max_cache_age,
+            "contexts": contexts or ContextConfig(),
+            "links": links or LinkConfig(),
+        }
+        self._catalogue = jax.jit(partial(_catalogue, graph))
+        self._first = jax.jit(partial(_first_requests, graph=graph, config=config, options=options))
+        self._redraw = jax.jit(partial(redraw_requests, **options))
+        self._full = jax.jit(partial(_full_ranks, graph=graph, config=config))
+
+    def catalogue(self, weights: Any) -> Catalogue:
+        """The catalogue under ``weights``, the state that the graph definition was split from."""
+        return self._catalogue(weights, self.tables)
+
+    def records(
+        self,
+        weights: Any,
+        world: PlanningWorld,
+        users: np.ndarray,
+        positions: np.ndarray,
+        *,
+        draws: int = CONTEXTS_PER_EVENT,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> PlanRecords:
+        """Outcomes and contexts of ``users`` before the events at ``positions``."""
+        catalogue = self.catalogue(weights)
+        ranks, requests = [], []
+        for done, history, size in self._batches(users, positions):
+            found, first = self._first(weights, catalogue, self.tables, world, history)
+            drawn = [first] + [self._redraw(world, history, self.tables, draw, first.context) for draw in range(1, draws)]
+            stacked = jax.tree.map(lambda *leaves, size=size: np.stack([np.asarray(leaf)[:size] for leaf in leaves]), *drawn)
+            ranks.append(np.asarray(found)[:size])
+            requests.append(stacked)
+            if progress:
+                progress(done, len(users))
+        merged = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *requests)
+        all_ranks = np.concatenate(ranks)
+        return PlanRecords(users=users, ranks=all_ranks, quality=np.asarray(plan_quality(all_ranks)), requests=merged)
+
+    def full_ranks(self, weights: Any, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Rank of each target among all unseen items by the cloud agent alone, [n]."""
+        found = [
+            np.asarray(self._full(weights, self.tables.categories, history))[:size]
+            for _, history, size in self._batches(users, positions)
+        ]
+        ranks = np.concatenate(found)
+        if np.any(ranks < 1):
+            raise ValueError("a rank below 1: the scores are not finite")
+        return ranks
+
+    def _batches(self, users: np.ndarray, positions: np.ndarray) -> Iterator[tuple[int, HistoryBatch, int]]:
+        for index in in_batches(len(users), BATCH_USERS):
+            size = len(np.unique(index))
+            history = self.corpus.histories(users[index], positions[index], self.config.stored_events)
+            yield int(index[-1]) + 1, history, size
+
+
+def _catalogue(graph: nnx.GraphDef, weights: Any, tables: ItemTables) -> Catalogue:
+    system = nnx.merge(graph, weights)
+    assert system.device is not None
+    return build_catalogue(system.cloud, system.device, tables)
+
+
+def _first_requests(
+    weights: Any,
+    catalogue: Catalogue,
+    tables: ItemTables,
+    world: PlanningWorld,
+    history: HistoryBatch,
+    *,
+    graph: nnx.GraphDef,
+    config: SystemConfig,
+    options: dict[str, Any],
+) -> tuple[jax.Array, Requests]:
+    system = nnx.merge(graph, weights)
+    requests = draw_requests(world, history, tables, 0, **options)
+    context = requests.context
+    found = outcomes(system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config)
+    return found.ranks, requests
+
+
+def _full_ranks(
+    weights: Any, categories: jax.Array, history: HistoryBatch, *, graph: nnx.GraphDef, config: SystemConfig
+) -> jax.Array:
+    system = nnx.merge(graph, weights)
+    ranks = full_ranks(
+        system.cloud,
+        system.cloud.items.vectors(),
+        categories,
+        history,
+        history_length=config.history_length,
+        profile_events=config.profile_events,
+    )
+    return jnp.where(jnp.isfinite(system.cloud.items.vectors()).all(), ranks, 0)

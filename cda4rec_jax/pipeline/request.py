@@ -1,0 +1,168 @@
+"""The sub-tasks of one request, compiled once per shape: what the runtime calls and what calibration times."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cda4rec_jax.array_typing import Array
+from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, Slate, UserAbstract
+from cda4rec_jax.pipeline.catalogue import Catalogue
+from cda4rec_jax.pipeline.subtasks import (
+    StructuredState,
+    cached_candidates,
+    model_semantics,
+    model_structure,
+    rank_slate,
+    release,
+    released_items,
+    score_features,
+    unseen,
+)
+from cda4rec_jax.pipeline.system import System, SystemConfig
+from cda4rec_jax.planner.contexts import NUM_CONTEXT_FEATURES
+from cda4rec_jax.retrieval import Index
+
+
+class RequestFunctions:
+    """Jitted sub-tasks over batches of one user.
+
+    Modules are split once and passed as flat arrays: flattening a module on every call costs milliseconds.
+
+    Args:
+        system: trained modules, with a device agent and a policy.
+        catalogue: all items under the weights of ``system``.
+        config: of ``system``.
+        index: candidate search of the cloud, over the vectors of ``catalogue``.
+    """
+
+    num_context_features = NUM_CONTEXT_FEATURES
+
+    def __init__(self, system: System, catalogue: Catalogue, config: SystemConfig, index: Index):
+        assert system.device is not None and system.policy is not None
+        self.config, self.num_items, self._index = config, catalogue.num_items, index
+        self.embedding_size, self.num_categories = catalogue.vectors.shape[1], catalogue.categories.shape[1]
+        self._catalogue = catalogue
+        # Rows for one request are gathered on the host, where they become bytes anyway.
+        self._evidence = jax.tree.map(np.asarray, catalogue.evidence)
+        sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
+        self._release = jax.jit(partial(release, **sizes), static_argnames="max_items")
+        self._semantic = _flat(system.cloud, lambda cloud, vectors, abstract: model_semantics(cloud, vectors, abstract))
+        self._structured = _flat(system.device, lambda device, abstract, own: model_structure(device, abstract, own))
+        self._score = _flat(system.device.head, partial(_score, num_items=self.num_items))
+        self._rank = _flat(system.device.head, partial(_rank, num_items=self.num_items), static_argnames="k")
+        self._finish = jax.jit(partial(_finish, num_items=self.num_items), static_argnames="k")
+        self._cached = jax.jit(cached_candidates)
+        self._quality = _flat(system.policy, lambda policy, features: policy.quality(features))
+
+    def abstract(self, history: HistoryBatch, level: EgressLevel, age_events: int) -> UserAbstract:
+        """User abstract at ``level`` of the history as it was ``age_events`` ago."""
+        return self._release(
+            history,
+            self._catalogue.categories,
+            np.full(1, int(level), np.int32),
+            np.full(1, age_events, np.int32),
+            max_items=released_items(level, self.config.history_length),
+        )
+
+    def semantic(self, abstract: UserAbstract) -> jax.Array:
+        """Semantic embedding, [1, d]."""
+        return self._semantic(self._catalogue.vectors, abstract)
+
+    def retrieve(self, semantic: jax.Array | np.ndarray, num_candidates: int) -> Candidates:
+        """The best items for an embedding, [1, c]; as many as there are where the catalogue is smaller."""
+        items, scores = self._index.search(np.asarray(semantic), min(num_candidates, self.num_items))
+        return Candidates(items=items, scores=scores)
+
+    def evidence(self, items: np.ndarray) -> Evidence:
+        """Records of items, with the leading axes of ``items``; NumPy, as they travel."""
+        return jax.tree.map(lambda table: table[items], self._evidence)
+
+    def structured(self, full: UserAbstract, own_evidence: Evidence) -> StructuredState:
+        """Structured user modelling over a FULL abstract and the records of its items (leading axes [1, l])."""
+        return self._structured(full, own_evidence)
+
+    def cached(self, last: Candidates, has_cache: bool) -> Candidates:
+        """The candidate cache: last candidates (if there are any), then popular items."""
+        return self._cached(last, self._catalogue.popular_items, np.full(1, has_cache))
+
+    def score(
+        self,
+        candidates: Candidates,
+        evidence: Evidence,
+        structured: StructuredState | None,
+        present: np.ndarray,
+        age_events: float,
+        level: EgressLevel,
+    ) -> jax.Array:
+        """Final scores, [1, c], of candidates whose history is not known (ranking in the cloud)."""
+        return self._score(candidates, evidence, structured, present, *_described(age_events, level))
+
+    def rank(
+        self,
+        candidates: Candidates,
+        evidence: Evidence,
+        structured: StructuredState | None,
+        present: np.ndarray,
+        age_events: float,
+        level: EgressLevel,
+        seen: Array,
+        k: int,
+    ) -> Slate:
+        """The slate, [1, k]: final ranking on the device, without what the user has seen."""
+        return self._rank(candidates, evidence, structured, present, *_described(age_events, level), seen, k=k)
+
+    def finish(self, items: np.ndarray, scores: np.ndarray, seen: Array, k: int) -> Slate:
+        """The slate, [1, k], of candidates that the cloud has ranked."""
+        return self._finish(items, scores, seen, k=k)
+
+    def plan_quality(self, features: np.ndarray) -> jax.Array:
+        """Learned quality of every plan, [1, p]."""
+        return self._quality(features)
+
+
+def _flat(module: nnx.Module, function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
+    """``function(module, ...)`` compiled over the module's arrays as a flat list."""
+    graph, state = nnx.split(module)
+    leaves, tree = jax.tree.flatten(state)
+
+    def call(arrays: list[jax.Array], *arguments: Any, **options: Any) -> Any:
+        return function(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), *arguments, **options)
+
+    return partial(jax.jit(call, **jit_options), [jnp.asarray(leaf) for leaf in leaves])
+
+
+def _described(age_events: float, level: EgressLevel) -> tuple[np.ndarray, np.ndarray]:
+    return np.full(1, age_events, np.float32), np.full(1, int(level), np.int32)
+
+
+def _score(
+    head: Any, candidates: Any, evidence: Any, structured: Any, present: Any, age: Any, level: Any, *, num_items: int
+) -> Any:
+    features = score_features(candidates, evidence, structured, present=present, age_events=age, level=level, num_items=num_items)
+    return head(features)
+
+
+def _rank(
+    head: Any,
+    candidates: Any,
+    evidence: Any,
+    structured: Any,
+    present: Any,
+    age: Any,
+    level: Any,
+    seen: Any,
+    *,
+    num_items: int,
+    k: int,
+) -> Slate:
+    scores = _score(head, candidates, evidence, structured, present, age, level, num_items=num_items)
+    return _finish(candidates.items, scores, seen, num_items=num_items, k=k)
+
+
+def _finish(items: Any, scores: Any, seen: Any, *, num_items: int, k: int) -> Slate:
+    return rank_slate(items, scores, unseen(items, seen, num_items), k)

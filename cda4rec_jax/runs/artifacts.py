@@ -1,0 +1,101 @@
+"""A trained system as a run keeps it: enough to evaluate and to recommend, and nothing else is needed."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cda4rec_jax.data.prepared import load_prepared
+from cda4rec_jax.data.statistics import ItemStatistics
+from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables
+from cda4rec_jax.pipeline.corpus import Corpus
+from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
+from cda4rec_jax.pipeline.population import Population
+from cda4rec_jax.pipeline.system import System, SystemConfig
+from cda4rec_jax.planner import MeasuredTimes, WeightScales, deployment_profile, measured_profile
+from cda4rec_jax.runs.directory import RunDirectory
+
+JOINT, SASREC = "joint", "sasrec"
+_WEIGHTS = "final"
+
+
+@dataclass(kw_only=True)
+class TrainedSystem:
+    """Weights, tables and data of one run, in memory."""
+
+    run: RunDirectory
+    config: SystemConfig
+    corpus: Corpus
+    graph: nnx.GraphDef
+    weights: Any  # the state that `graph` merges
+    tables: ItemTables  # from all training events
+
+    @cached_property
+    def population(self) -> Population:
+        """Compiled functions over the users of this run."""
+        return Population(self.graph, self.config, self.tables, self.corpus)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The catalogue under the run's weights."""
+        return self.population.catalogue(self.weights)
+
+    @cached_property
+    def system(self) -> System:
+        """The modules themselves."""
+        return nnx.merge(self.graph, self.weights)
+
+    def world(self, profile: str = "deployment") -> PlanningWorld:
+        """Costs, exposure and scales that the planner was trained with; ``profile`` "measured" takes this machine's times."""
+        planner = self.run.read_json("planner")
+        if profile == "measured":
+            costs = measured_profile(MeasuredTimes(**self.run.read_json("cost_profile")["times"]))
+        else:
+            costs = deployment_profile()
+        return PlanningWorld(
+            profile=costs,
+            exposure_by_level=jnp.asarray(self.run.read_json("exposure")["exposure"], jnp.float32),
+            sizes=payload_sizes(self.catalogue),
+            scales=WeightScales.of(**planner["scales"]),
+        )
+
+
+def save_weights(run: RunDirectory, weights: Any) -> None:
+    """Keep the final weights."""
+    run.save_weights(_WEIGHTS, weights)
+
+
+def save_corpus(run: RunDirectory, corpus: Corpus, statistics: ItemStatistics) -> None:
+    """Keep item text features and item statistics beside the prepared data."""
+    run.save_arrays("text", {"text": corpus.text})
+    run.save_arrays("statistics", dict(vars(statistics)))
+
+
+def load_corpus(run: RunDirectory) -> Corpus:
+    """Data and text features of a run."""
+    return Corpus(interactions=load_prepared(run.data_folder), text=run.load_arrays("text")["text"], ids_only=run.kind == SASREC)
+
+
+def load_trained(path: Path | str) -> TrainedSystem:
+    """A finished run.
+
+    Raises:
+        UserError: no run, a run of another version, or one whose training has not finished.
+    """
+    run = RunDirectory.open(path)
+    config = run.read_config("system", SystemConfig)
+    corpus = load_corpus(run)
+    tables = corpus.tables(ItemStatistics(**run.load_arrays("statistics")))
+    shapes = nnx.eval_shape(
+        lambda: System(config, jnp.zeros(corpus.text.shape, jnp.float32), corpus.prefix_size, rngs=nnx.Rngs(0))
+    )
+    graph, abstract = nnx.split(shapes)
+    weights = run.load_weights(_WEIGHTS, abstract)
+    return TrainedSystem(
+        run=run, config=config, corpus=corpus, graph=graph, weights=jax.tree.map(np.asarray, weights), tables=tables
+    )

@@ -1,0 +1,148 @@
+"""Checkpoints of arrays on disk, by Orbax. No other module imports Orbax.
+
+A tree is stored flat, one array for each leaf, named by its path (``params/layers/0/kernel``), so that a checkpoint can be read
+without the classes that wrote it and a mismatch is reported by name. Typed PRNG keys are stored as their uint32 data.
+
+A step is written under another name and renamed when it is complete, and renamed again before it is deleted. So a folder whose
+name is a number is always complete, whenever the process was killed.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from cda4rec_jax.errors import UserError
+
+
+class Checkpoint(NamedTuple):
+    """One restored checkpoint: the step it was saved at, the tree of arrays, and what was saved beside them."""
+
+    step: int
+    state: Any
+    extras: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one folder, ``<folder>/<step>``, of which the newest ``keep`` stay."""
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder
+        self._keep = keep
+
+    def steps(self) -> list[int]:
+        """The saved steps, oldest first."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
+
+    def save(self, step: int, tree: Any, extras: Mapping[str, Any]) -> None:
+        """Write one checkpoint and return when it is on disk; then drop the oldest ones and what killed processes left.
+
+        A step that exists already is replaced. Leaves are arrays (of up to 32 bits a number) or typed PRNG keys.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._folder.iterdir():
+            if not leftover.name.isdecimal():
+                shutil.rmtree(leftover)
+        arrays = {name: _storable(leaf) for name, leaf in _named_leaves(tree).items()}
+        unfinished = self._folder.absolute() / f"{step}.unfinished"
+        with _checkpointer() as checkpointer:
+            items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), extras=ocp.args.JsonSave(dict(extras)))
+            checkpointer.save(unfinished, args=items)
+        if step in self.steps():
+            self._remove(step)
+        unfinished.rename(self._folder / str(step))
+        for old in self.steps()[: -self._keep]:
+            self._remove(old)
+
+    def restore(self, step: int, abstract: Any | None) -> Checkpoint:
+        """Read one checkpoint.
+
+        ``abstract`` is a tree of arrays or ``jax.ShapeDtypeStruct`` of the wanted structure; a leaf's sharding, where it has one,
+        says where to put it, else it goes to the first device, whatever devices wrote it. Without ``abstract`` the state is a
+        flat dict, path to array.
+
+        Raises:
+            UserError: the stored arrays are not those of ``abstract`` (all differences are named).
+        """
+        path = self._folder.absolute() / str(step)
+        with _checkpointer() as checkpointer:
+            stored = _stored_shapes(checkpointer.metadata(path))
+            leaves = stored if abstract is None else _named_leaves(abstract)
+            wanted = {name: _storable_shape(leaf) for name, leaf in leaves.items()}
+            _check_match(path, stored, wanted)
+            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted), extras=ocp.args.JsonRestore())
+            restored = checkpointer.restore(path, args=items)
+        arrays = {name: _as_stated(restored.arrays[name], leaf) for name, leaf in leaves.items()}
+        state = arrays if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
+        return Checkpoint(step, state, restored.extras)
+
+    def _remove(self, step: int) -> None:
+        doomed = self._folder / f"{step}.removed"
+        (self._folder / str(step)).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    handlers = {"arrays": ocp.StandardCheckpointHandler(), "extras": ocp.JsonCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the tree have the same path: a key of a dict contains '/'")
+    return named
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _storable(leaf: Any) -> jax.Array:
+    array = jnp.asarray(leaf)
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _storable_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of what ``_storable`` makes of such a leaf."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, Sharding):
+        sharding = SingleDeviceSharding(jax.devices()[0])
+    shape = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _as_stated(array: jax.Array, leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        # Orbax commits arrays to their devices; programs compiled for others would be compiled again.
+        array = jnp.asarray(np.asarray(array))
+    return jax.random.wrap_key_data(array, dtype=cast(Any, leaf.dtype)) if _is_key(leaf) else array
+
+
+def _stored_shapes(metadata: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    tree = metadata.item_metadata["arrays"].tree
+    return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
+
+
+def _check_match(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+    problems += [f"{name} is not expected" for name in stored.keys() - wanted.keys()]
+    for name in wanted.keys() & stored.keys():
+        have, want = stored[name], wanted[name]
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            problems.append(f"{name} is {have.dtype}{list(have.shape)}, expected {want.dtype}{list(want.shape)}")
+    if problems:
+        raise UserError(
+            f"{path} was saved by a model of another shape or version: {'; '.join(sorted(problems))}. "
+            "Use the version and configuration that wrote it, or train again."
+        )

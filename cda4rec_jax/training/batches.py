@@ -1,0 +1,93 @@
+"""Training batches as a grain source: a pure function of (seed, step), so that an iterator's position is a single number."""
+
+from dataclasses import dataclass
+
+import grain.python as grain
+import jax
+import numpy as np
+
+from cda4rec_jax.data.packing import PackedEpoch, PackingConfig
+from cda4rec_jax.data.splits import train_lengths
+from cda4rec_jax.messages import HistoryBatch, SequenceBatch
+from cda4rec_jax.pipeline.corpus import Corpus
+
+MIN_EVENTS_TO_WITHHOLD = 3  # training events below which a user's last one is needed for the trunks
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """What one joint step reads."""
+
+    cloud: SequenceBatch
+    device: SequenceBatch | None
+    withheld: HistoryBatch | None
+
+
+def withheld_users(corpus: Corpus, share: float, seed: int) -> np.ndarray:
+    """1 for a seeded share of the users with enough events: their last training event teaches the head and the planner only."""
+    draw = np.random.default_rng([seed, 17]).random(corpus.interactions.num_users)
+    return ((draw < share) & (train_lengths(corpus.interactions) >= MIN_EVENTS_TO_WITHHOLD)).astype(np.int64)
+
+
+class TrainingSource:
+    """Random access to the batches of a whole training run (grain's ``RandomAccessDataSource``)."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        packing: PackingConfig,
+        *,
+        rows_per_batch: int,
+        epochs: int,
+        seed: int,
+        withheld: np.ndarray | None,
+        withheld_per_step: int,
+        stored_events: int,
+    ):
+        self._corpus, self._packing, self._rows, self._seed = corpus, packing, rows_per_batch, seed
+        self._withheld = None if withheld is None else np.flatnonzero(withheld)
+        self._withheld_per_step, self._stored_events = withheld_per_step, stored_events
+        self._histories = corpus.training_histories(withheld)
+        self._category_counts = self._histories.category_counts()
+        self._epoch: tuple[int, PackedEpoch, PackedEpoch | None] | None = None
+        cloud, device = self._packed(0)
+        self.steps_per_epoch = max(1, cloud.num_rows // rows_per_batch)
+        # The same number of steps covers the device's rows, which are fewer: it is trained at FULL only.
+        self._device_rows = 0 if device is None else -(-device.num_rows // self.steps_per_epoch)
+        self._num_steps = epochs * self.steps_per_epoch
+        self.targets_per_epoch = cloud.num_targets
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, index: int) -> TrainingBatch:
+        epoch, place = divmod(int(index), self.steps_per_epoch)
+        cloud, device = self._packed(epoch)
+        return TrainingBatch(
+            cloud=cloud.batch(place * self._rows, self._rows),
+            device=None if device is None else device.batch(place * self._device_rows, self._device_rows),
+            withheld=None if self._withheld is None else self.withheld_batch(int(index), self._withheld_per_step),
+        )
+
+    def withheld_batch(self, step: int, size: int) -> HistoryBatch:
+        """Pasts of ``size`` withheld users before their withheld event; drawn for each step alone."""
+        assert self._withheld is not None
+        users = np.random.default_rng([self._seed, 29, step]).choice(self._withheld, size)
+        positions = train_lengths(self._corpus.interactions)[users] - 1
+        return self._corpus.histories(users, positions, self._stored_events)
+
+    def _packed(self, epoch: int) -> tuple[PackedEpoch, PackedEpoch | None]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            rng = np.random.default_rng([self._seed, 43, epoch])
+            shared = (self._histories, self._category_counts, self._packing, rng)
+            cloud = PackedEpoch(*shared, all_levels=True)
+            device = None if self._withheld is None else PackedEpoch(*shared, all_levels=False)
+            self._epoch = (epoch, cloud, device)
+        return self._epoch[1], self._epoch[2]
+
+
+def batch_iterator(source: TrainingSource) -> grain.DatasetIterator:
+    """Batches in order from a reading thread ahead of the training step; ``get_state`` and ``set_state`` are exact."""
+    dataset = grain.MapDataset.source(source)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

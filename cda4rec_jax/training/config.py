@@ -1,0 +1,36 @@
+"""How a system is trained."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation of the trunks (both agents' decoders and the item table) and of the deciders (fusion head and policy)."""
+
+    seed: int = 0
+    epochs: int
+    rows_per_batch: int
+    learning_rate: float
+    final_learning_rate_share: float = 0.05  # of the cosine schedule
+    warmup_share: float = 0.05
+    weight_decay: float = 0.01
+    clip_norm: float = 5.0
+    ema_decay: float = 0.0  # of the trunk weights that are evaluated and saved; 0 takes the weights themselves
+    loss_chunk: int = 128  # tokens whose logits exist at a time
+    max_seconds: float = 0.0  # stop training the trunks after so much wall time; 0 has no limit
+    patience: int = 3  # evaluations without a better validation ndcg@10
+    evaluations_per_epoch: float = 1.0
+    validation_users: int = 4096  # for early stopping; the final evaluation takes all
+    checkpoint_minutes: float = 2.0  # 0 saves after every step
+
+    decider_learning_rate: float = 2e-3
+    withheld_share: float = 0.3  # of the users
+    withheld_per_step: int = 8
+    context_draws: int = 4  # contexts per withheld user
+    planner_start_share: float = 0.3  # m(t) = 0 before this share of the steps
+    quality_regression: float = 0.05  # weight of the squared error of q_theta, which keeps its terms in units of quality
+    entropy_start: float = 0.1  # beta(t), in units of dQ, linear from here ...
+    entropy_end: float = 0.005  # ... to here
+    practice_share: float = 0.5  # final lambda of rho = (1 - lambda) uniform + lambda pi
+    final_steps: int = 300  # planner-only steps at the end, with frozen trunks
+    final_withheld_per_step: int = 64

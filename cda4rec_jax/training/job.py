@@ -1,0 +1,153 @@
+"""The whole training job: from a data source to a run directory that needs nothing else."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cda4rec_jax.data import load_prepared, prepare
+from cda4rec_jax.data.packing import PackingConfig
+from cda4rec_jax.data.text import TfidfSvd
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.messages import EgressLevel
+from cda4rec_jax.pipeline.calibration import measure_times
+from cda4rec_jax.pipeline.corpus import Corpus, build_corpus
+from cda4rec_jax.pipeline.exposure import measure_exposure
+from cda4rec_jax.pipeline.system import SystemConfig
+from cda4rec_jax.retrieval import build_index
+from cda4rec_jax.runs import RunDirectory, provenance
+from cda4rec_jax.runs.artifacts import JOINT, SASREC, load_corpus, load_trained, save_corpus, save_weights
+from cda4rec_jax.training.config import TrainConfig
+from cda4rec_jax.training.loop import Progress, Trainer
+from cda4rec_jax.training.step import StepConfig
+
+_FINISHED = "training.json"  # is written last
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a training job is told."""
+
+    system: SystemConfig
+    packing: PackingConfig
+    train: TrainConfig
+    text_dimensions: int  # of TF-IDF + SVD; 0 trains on ids alone
+    k_core: int = 5
+
+    @property
+    def kind(self) -> str:
+        return SASREC if self.system.device is None else JOINT
+
+
+def train_run(
+    source: str,
+    config: RunConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> RunDirectory:
+    """Prepare, train, measure and save.
+
+    The data is read before anything is written to ``out``, so a bad source neither leaves a run behind nor costs an old one.
+
+    Args:
+        source: anything that ``read_source`` reads; ignored with ``resume``.
+        config: ignored with ``resume``, which goes on with the configuration and the data of the run.
+        out: the run directory.
+        resume: continue the run in ``out`` from its last checkpoint.
+        overwrite: replace the run that ``out`` holds.
+        watch: hears of the progress of training.
+        tell: hears one line about each other stage.
+
+    Raises:
+        UserError: bad data, an existing run without ``resume`` or ``overwrite``, an unwritable directory.
+        Interrupted: Ctrl-C; all is saved.
+    """
+    if resume:
+        run = _reopened(out)
+        config = run.read_config("run", RunConfig)
+        if run.has(_FINISHED):
+            tell(f"training of {run.path} is finished already")
+            return run
+    else:
+        run = _started(source, config, Path(out), overwrite, tell)
+    corpus = _corpus(config, run)
+    exposure = _exposure(corpus, config, run, tell) if config.kind == JOINT else None
+    step = StepConfig(system=config.system, train=config.train)
+    trainer = Trainer(corpus, step, config.packing, exposure, run, watch)
+    tell(
+        f"{corpus.interactions.num_users:,} users, {corpus.interactions.num_items:,} items, "
+        f"{trainer.source.targets_per_epoch:,} targets an epoch, {trainer.num_steps:,} steps; compiling the first takes a while"
+    )
+    weights = trainer.fit(resume=resume)
+    save_weights(run, weights)
+    if trainer.world is not None:
+        run.write_json("planner", {"scales": {name: float(value) for name, value in vars(trainer.world.scales).items()}})
+        _finish(run, tell)
+    run.write_json("provenance", provenance(dataset_fingerprint=corpus.interactions.fingerprint))
+    run.write_json("training", {"seconds": trainer.position.elapsed_s, "best_step": trainer.position.best_step})
+    return run
+
+
+def _reopened(out: Path | str) -> RunDirectory:
+    if not (Path(out) / "config.json").exists():
+        raise UserError(f"{out} holds no run to resume; start one without --resume")
+    run = RunDirectory.open(out)
+    if not run.data_folder.is_dir():
+        raise UserError(f"{out} was stopped before it had its data; start again without --resume, with --overwrite")
+    return run
+
+
+def _started(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Callable[[str], None]) -> RunDirectory:
+    """A new run that has its data, prepared beside it first."""
+    out = out.expanduser().resolve()
+    RunDirectory.check_destination(out, overwrite)
+    staged = out.with_name(f".{out.name}.data-{os.getpid()}")
+    try:
+        for line in replace(prepare(source, staged, k_core=config.k_core), out=str(out / "data")).lines():
+            tell(line)
+        run = RunDirectory.create(out, {"run": config, "system": config.system, "source": source}, config.kind, overwrite)
+        staged.rename(run.data_folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return run
+
+
+def _corpus(config: RunConfig, run: RunDirectory) -> Corpus:
+    if run.has("statistics.npz"):
+        return load_corpus(run)
+    interactions = load_prepared(run.data_folder)
+    if config.text_dimensions:
+        corpus = build_corpus(interactions, TfidfSvd(dimensions=config.text_dimensions))
+    else:
+        corpus = Corpus(interactions=interactions, text=np.zeros((interactions.num_items + 1, 1), np.float32), ids_only=True)
+    save_corpus(run, corpus, corpus.statistics())
+    return corpus
+
+
+def _exposure(corpus: Corpus, config: RunConfig, run: RunDirectory, tell: Callable[[str], None]) -> tuple[float, ...]:
+    if not run.has("exposure.json"):
+        report = measure_exposure(corpus, config.system)
+        run.write_json("exposure", report)
+    measured = run.read_json("exposure")
+    shares = ", ".join(
+        f"{level.name.lower()} {value:.3f}" for level, value in zip(EgressLevel, measured["exposure"], strict=True)
+    )
+    tell(f"exposure by level (history-recovery attack): {shares}")
+    return tuple(measured["exposure"])
+
+
+def _finish(run: RunDirectory, tell: Callable[[str], None]) -> None:
+    """Index and measured times of the trained system."""
+    trained = load_trained(run.path)
+    index = build_index(np.asarray(trained.catalogue.vectors))
+    index.save(run.index_folder)
+    tell(f"index: {index.implementation}, {index.num_items:,} items")
+    times = measure_times(trained.system, trained.catalogue, trained.corpus, trained.config, index)
+    run.write_json("cost_profile", {"times": times})

@@ -1,0 +1,286 @@
+"""Training from data to saved weights: joint steps with early stopping, then the planner-only steps, with exact resume."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cda4rec_jax.data.packing import PackingConfig
+from cda4rec_jax.data.splits import Split, train_lengths
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.metrics import hit_rate, ndcg
+from cda4rec_jax.pipeline.corpus import Corpus
+from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
+from cda4rec_jax.pipeline.population import Population
+from cda4rec_jax.pipeline.system import System
+from cda4rec_jax.planner import WeightScales, deployment_profile
+from cda4rec_jax.runs import RunDirectory
+from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_users
+from cda4rec_jax.training.step import StepConfig, TrainState, jitted_steps, optimizers, split_system
+
+LOG_EVERY_STEPS = 10
+SCALE_USERS = 1024  # validation users from whom weight scales and mean plan qualities are measured
+
+
+class Interrupted(Exception):
+    """Training was stopped by the user; everything is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One report of the loop to whoever watches."""
+
+    phase: str  # "joint" or "planner"
+    step: int
+    num_steps: int
+    values: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] | None = None
+
+
+@dataclass(kw_only=True)
+class _Position:
+    """What a checkpoint stores beside arrays."""
+
+    phase: str = "joint"
+    iterator: Any = None
+    best_ndcg: float = -1.0
+    best_step: int = -1
+    worse: int = 0
+    elapsed_s: float = 0.0
+    scales: dict[str, float] | None = None
+
+
+class Trainer:
+    """Trains one system on one corpus inside one run directory."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: StepConfig,
+        packing: PackingConfig,
+        exposure: tuple[float, ...] | None,
+        run: RunDirectory,
+        watch: Callable[[Progress], None] = lambda progress: None,
+    ):
+        self.config, self.run, self.watch = config, run, watch
+        train, joint = config.train, config.system.device is not None
+        withheld = withheld_users(corpus, train.withheld_share, train.seed) if joint else None
+        self.source = TrainingSource(
+            corpus,
+            packing,
+            rows_per_batch=train.rows_per_batch,
+            epochs=train.epochs,
+            seed=train.seed,
+            withheld=withheld,
+            withheld_per_step=train.withheld_per_step,
+            stored_events=config.system.stored_events,
+        )
+        self._withheld = None if withheld is None else np.flatnonzero(withheld)
+        # While the deciders learn, tables must not know the withheld events; they would give the targets away.
+        self.tables = corpus.tables(corpus.statistics(withheld))
+        self.num_steps = len(self.source)
+        system = System(config.system, jnp.asarray(corpus.text), corpus.prefix_size, rngs=nnx.Rngs(train.seed))
+        self.graph, trunk, deciders, self.frozen = split_system(system)
+        self._joint, self._decide = jitted_steps(self.graph, config, self.num_steps)
+        self.graph_of_all = nnx.split(system)[0]
+        self.population = Population(
+            self.graph_of_all, config.system, self.tables, corpus, contexts=config.contexts, links=config.links
+        )
+        users = np.random.default_rng(train.seed).permutation(corpus.interactions.num_users)
+        self._validation_users = np.sort(users[: train.validation_users])
+        self._positions = corpus.target_positions(Split.VALIDATION)
+        self._train_positions = train_lengths(corpus.interactions) - 1
+        self.state = self._start(trunk, deciders)
+        self._world = None if exposure is None else self._planning_world(exposure)
+        self.position = _Position()
+        self._stop = threading.Event()
+
+    def _start(self, trunk: Any, deciders: Any) -> TrainState:
+        trunk_optimizer, decider_optimizer = optimizers(self.config.train, self.num_steps)
+        key = jax.random.key(self.config.train.seed, impl="unsafe_rbg")
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            key_data=jax.random.key_data(key),
+            trunk=trunk,
+            average=jax.tree.map(jnp.copy, trunk),
+            deciders=deciders,
+            trunk_optimizer=trunk_optimizer.init(trunk),
+            decider_optimizer=decider_optimizer.init(deciders),
+        )
+
+    def _planning_world(self, exposure: tuple[float, ...]) -> PlanningWorld:
+        """The world before anything is measured of quality: the deployment that is modelled, and provisional scales."""
+        return PlanningWorld(
+            profile=deployment_profile(),
+            exposure_by_level=jnp.asarray(exposure, jnp.float32),
+            sizes=payload_sizes(self.population.catalogue(self.weights())),
+            scales=WeightScales.of(quality_gap=0.05, latency_gap_ms=100.0, energy_gap_mj=100.0, exposure_gap=0.5),
+        )
+
+    def weights(self) -> Any:
+        """All weights (averaged trunks, deciders, frozen) as one state that ``graph_of_all`` merges."""
+        return nnx.state(nnx.merge(self.graph, self.state.average, self.state.deciders, self.frozen))
+
+    def fit(self, *, resume: bool = False) -> Any:
+        """Train to the end and return the weights.
+
+        Raises:
+            Interrupted: after Ctrl-C; the run continues with ``resume``.
+        """
+        if resume:
+            self._restore()
+        with self._catching_interrupts():
+            if self.position.phase == "joint":
+                self._joint_phase()
+            if self._world is not None:
+                self._planner_phase()
+        return self.weights()
+
+    def _joint_phase(self) -> None:
+        train = self.config.train
+        iterator = batch_iterator(self.source)
+        if self.position.iterator is not None:
+            iterator.set_state(self.position.iterator)
+        every = max(1, round(self.source.steps_per_epoch / train.evaluations_per_epoch))
+        started, saved = time.monotonic() - self.position.elapsed_s, time.monotonic()
+        for step in range(int(self.state.step), self.num_steps):
+            self.state, values = self._joint(self.state, next(iterator), self.frozen, self.tables, self._world)
+            self._log("joint", step + 1, self.num_steps, values)
+            self.position.iterator = iterator.get_state()
+            self.position.elapsed_s = time.monotonic() - started
+            late = bool(train.max_seconds) and self.position.elapsed_s > train.max_seconds
+            if (step + 1) % every == 0 or step + 1 == self.num_steps or late:
+                self._evaluate(step + 1)
+                if self.position.worse >= train.patience or late:
+                    break
+            if self._stop.is_set() or time.monotonic() - saved > 60 * train.checkpoint_minutes:
+                self._save()
+                saved = time.monotonic()
+        self._finish_joint()
+
+    def _evaluate(self, step: int) -> None:
+        """Validation of the cloud agent on its own; keeps the best weights and counts the evaluations that were worse."""
+        ranks = self.population.full_ranks(self.weights(), self._validation_users, self._positions[self._validation_users])
+        quality = float(np.mean(ndcg(ranks, 10)))
+        validation = {"ndcg@10": quality, "hit_rate@10": float(np.mean(hit_rate(ranks, 10)))}
+        self.run.append_metric({"step": step, "phase": "validation", **validation, "elapsed_s": self.position.elapsed_s})
+        self.watch(Progress(phase="joint", step=step, num_steps=self.num_steps, validation=validation))
+        if quality > self.position.best_ndcg:
+            self.position.best_ndcg, self.position.best_step, self.position.worse = quality, step, 0
+            self.run.save_weights("trunk", self.state.average)
+        else:
+            self.position.worse += 1
+        start = self.config.train.planner_start_share * self.num_steps
+        if self._world is not None and self.position.scales is None and step >= start:
+            self._measure_scales()
+
+    def _finish_joint(self) -> None:
+        """Go on with the best trunks; deciders adapt to them in the planner-only phase."""
+        best = self.run.load_weights("trunk", self.state.average)
+        self.state = TrainState(**{**vars(self.state), "average": best, "step": jnp.zeros((), jnp.int32)})
+        if self._world is not None:
+            self._measure_scales()
+        self.position.phase = "planner"
+        self._save()
+
+    def _planner_phase(self) -> None:
+        train = self.config.train
+        self._apply_scales()
+        saved = time.monotonic()
+        for step in range(int(self.state.step), train.final_steps):
+            draw = self.num_steps + step
+            history = self.source.withheld_batch(draw, train.final_withheld_per_step)
+            self.state, values = self._decide(
+                self.state, history, self.frozen, self.tables, self._world, jnp.asarray(draw, jnp.int32)
+            )
+            self._log("planner", step + 1, train.final_steps, values)
+            if self._stop.is_set() or time.monotonic() - saved > 60 * train.checkpoint_minutes:
+                self._save()
+                saved = time.monotonic()
+
+    def _measure_scales(self) -> None:
+        """dQ, dC and the mean quality of each plan on withheld positions, which no trunk was trained on."""
+        assert self._world is not None and self._withheld is not None
+        users = np.random.default_rng(self.config.train.seed).permutation(self._withheld)[:SCALE_USERS]
+        records = self.population.records(self.weights(), self._world, users, self._train_positions[users], draws=1)
+        requests = jax.tree.map(lambda leaf: leaf[0], records.requests)
+        scales = WeightScales.from_quality_and_costs(records.quality, requests.predicted, requests.mask)
+        mask = np.asarray(requests.mask)
+        means = (records.quality * mask).sum(0) / np.maximum(mask.sum(0), 1)
+        self.position.scales = {name: float(value) for name, value in vars(scales).items()}
+        self.position.scales |= {f"mean_quality/{index}": float(value) for index, value in enumerate(means)}
+        self._apply_scales()
+
+    def _apply_scales(self) -> None:
+        """Put measured scales into the planning world and the policy."""
+        stored = self.position.scales
+        if stored is None or self._world is None:
+            return
+        gaps = {name: value for name, value in stored.items() if not name.startswith("mean_quality/")}
+        means = [stored[f"mean_quality/{index}"] for index in range(len(stored) - len(gaps))]
+        self._world = PlanningWorld(**{**vars(self._world), "scales": WeightScales.of(**gaps)})
+        system = nnx.merge(self.graph, self.state.trunk, self.state.deciders, self.frozen)
+        assert system.policy is not None
+        system.policy.quality_scale[...] = jnp.asarray(gaps["quality_gap"], jnp.float32)
+        system.policy.mean_quality[...] = jnp.asarray(means, jnp.float32)
+        self.frozen = split_system(system)[3]
+
+    @property
+    def world(self) -> PlanningWorld | None:
+        """The planning world under the scales that were measured last."""
+        return self._world
+
+    def _log(self, phase: str, step: int, num_steps: int, values: dict[str, jax.Array]) -> None:
+        if step % LOG_EVERY_STEPS and step != num_steps:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        if not np.isfinite(numbers["loss"]):
+            raise UserError(f"the loss is {numbers['loss']} at step {step}: train with a lower --learning-rate")
+        offset = self.num_steps if phase == "planner" else 0
+        self.run.append_metric({"step": offset + step, "phase": phase, **numbers})
+        self.watch(Progress(phase=phase, step=step, num_steps=num_steps, values=numbers))
+
+    def _save(self) -> None:
+        offset = self.num_steps if self.position.phase == "planner" else 0
+        position = {name: value for name, value in vars(self.position).items() if name != "iterator"}
+        if self.position.iterator is not None:
+            position["iterator"] = self.position.iterator
+        self.run.save_checkpoint(offset + int(self.state.step), self.state, position)
+        if self._stop.is_set():
+            raise Interrupted
+
+    def _restore(self) -> None:
+        found = self.run.restore_latest(self.state)
+        if found is None:
+            self.run.truncate_metrics(0)
+            return
+        self.state = found.state
+        self.position = _Position(**found.extras)
+        self.run.truncate_metrics(found.step)
+        self._apply_scales()
+
+    @contextmanager
+    def _catching_interrupts(self) -> Iterator[None]:
+        """Ctrl-C finishes the step at hand and saves; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request_stop(*_: Any) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        before = signal.signal(signal.SIGINT, request_stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

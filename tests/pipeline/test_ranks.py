@@ -1,0 +1,79 @@
+"""Ranks of targets and slates: by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from cda4rec_jax.metrics import MISS_RANK
+from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
+from cda4rec_jax.pipeline.outcomes import Scores, View, fusion_cross_entropy, plan_group, plan_slates, target_ranks, view_name
+from cda4rec_jax.pipeline.subtasks import rank_slate, unseen
+from cda4rec_jax.planner import PLANS, plan_index
+
+
+def views_and_scores(items, allowed, scores) -> tuple[dict[str, View], Scores]:
+    names = {view_name(plan) for plan in PLANS}
+    view = View(items=jnp.asarray(items), allowed=jnp.asarray(allowed), features={})
+    groups = {plan_group(plan) for plan in PLANS}
+    return {name: view for name in names}, {group: jnp.asarray(scores) for group in groups}
+
+
+def test_a_tie_counts_against_the_target():
+    views, scores = views_and_scores([[4, 2, 9]], [[True, True, True]], [[1.0, 1.0, 0.5]])
+    assert np.all(np.asarray(target_ranks(scores, views, jnp.asarray([2]))) == 2)
+
+
+def test_items_already_seen_are_no_candidates():
+    views, scores = views_and_scores([[4, 2, 9]], [[False, True, True]], [[3.0, 2.0, 1.0]])
+    assert np.all(np.asarray(target_ranks(scores, views, jnp.asarray([2]))) == 1)
+
+
+def test_a_target_that_was_not_retrieved_is_a_miss():
+    views, scores = views_and_scores([[4, 2, 9]], [[True, True, True]], [[3.0, 2.0, 1.0]])
+    assert np.all(np.asarray(target_ranks(scores, views, jnp.asarray([7]))) == MISS_RANK)
+
+
+def test_a_smaller_number_of_candidates_is_a_prefix():
+    items = np.arange(1, 121)[None]
+    views, scores = views_and_scores(items, np.ones((1, 120), bool), np.linspace(0, 1, 120, dtype=np.float32)[None])
+    ranks = np.asarray(target_ranks(scores, views, jnp.asarray([50])))[0]
+    assert ranks[plan_index("fresh-full-20-device")] == MISS_RANK
+    assert ranks[plan_index("fresh-full-100-device")] == 51  # items 51 to 100 score above it
+    assert ranks[plan_index("fresh-full-500-device")] == 71
+
+
+def test_slates_and_ranks_agree():
+    rng = np.random.default_rng(0)
+    items = np.stack([rng.permutation(np.arange(1, 41)) for _ in range(5)])
+    views, scores = views_and_scores(items, rng.random((5, 40)) < 0.7, rng.normal(size=(5, 40)).astype(np.float32))
+    slates = np.asarray(plan_slates(scores, views, 10))
+    for user in range(5):
+        for place, item in enumerate(slates[user, 0]):
+            ranks = np.asarray(target_ranks(scores, views, jnp.full(5, item)))
+            assert item == 0 or ranks[user, 0] == place + 1
+
+
+def test_fusion_cross_entropy_is_that_of_the_allowed_candidates():
+    views, scores = views_and_scores([[4, 2, 9]], [[True, True, False]], [[1.0, 2.0, 50.0]])
+    losses, present = fusion_cross_entropy(scores, views, jnp.asarray([4]))
+    assert np.all(np.asarray(present))
+    np.testing.assert_allclose(losses, np.full((1, len(PLANS)), np.log(np.e + np.e**2) - 1), rtol=1e-5)
+
+
+def test_a_slate_is_padded_where_too_few_candidates_remain():
+    slate = rank_slate(jnp.asarray([[5, 6, 7]]), jnp.asarray([[1.0, 3.0, 2.0]]), jnp.asarray([[True, False, True]]), 4)
+    np.testing.assert_array_equal(slate.items, [[7, 5, 0, 0]])
+    np.testing.assert_array_equal(np.isfinite(np.asarray(slate.scores)), [[True, True, False, False]])
+
+
+def test_padding_and_history_are_not_unseen():
+    np.testing.assert_array_equal(unseen(jnp.asarray([[0, 3, 4]]), jnp.asarray([[3, 0, 0]]), 5), [[False, False, True]])
+
+
+def test_full_catalogue_rank_skips_padding_and_seen_items():
+    scores = jnp.asarray([[99.0, 5.0, 4.0, 3.0, 3.0]])
+    assert ranks_of_unseen(scores, jnp.asarray([[1, 0]]), jnp.asarray([3]))[0] == 3  # items 2 and 4 (a tie)
+
+
+def test_batches_have_one_shape_and_cover_everything_in_order():
+    batches = in_batches(7, 3)
+    assert [list(batch) for batch in batches] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
