@@ -1,0 +1,120 @@
+"""What planners answer: every planner chooses for every request, and gets what then really happens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask, PlanRanks, PlanValues
+from cda4rec_jax.evaluation.accuracy import METRICS
+from cda4rec_jax.messages import Context
+from cda4rec_jax.pipeline.decisions import Requests
+from cda4rec_jax.pipeline.full_ranking import in_batches
+from cda4rec_jax.pipeline.planners import PlugIn, context_cells, cross_fitted_quality, possible_plans
+from cda4rec_jax.pipeline.population import PlanRecords
+from cda4rec_jax.planner import NUM_PLANS, PLANS, PlanCosts, local_repair, realised_utility, repair
+from cda4rec_jax.planner.plan_space import PLAN_TABLE
+from cda4rec_jax.planner.utility import FAILURE_TIMEOUT_MS
+
+BLOCK_USERS = 256  # whose contexts are planned at once, so that memory is bounded
+Logits = Callable[[Context, PlanCosts, PlanMask], PlanLogits]  # the ``logits`` of a planner
+ORACLE, HINDSIGHT = "context-oracle", "hindsight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers of ``q`` planners to ``n`` users in ``draws`` contexts each. NumPy arrays."""
+
+    names: tuple[str, ...]
+    choices: UInt8[np.ndarray, "q draws n"]  # wanted plan, after repair
+    latency_ms: Float[np.ndarray, "q draws n"]
+    per_user: dict[str, Float[np.ndarray, "q n"]]  # means over a user's contexts, by name of the quantity
+
+    def of(self, name: str, quantity: str) -> Float[np.ndarray, "n"]:
+        """One quantity of one planner for every user."""
+        return self.per_user[quantity][self.names.index(name)]
+
+
+def fixed_name(plan_name: str) -> str:
+    """Name of the planner that always wants this plan."""
+    return f"fixed {plan_name}"
+
+
+FIXED_NAMES = tuple(fixed_name(plan.name) for plan in PLANS)
+
+
+def answer(records: PlanRecords, planners: Mapping[str, Logits], *, seed: int = 0) -> Answers:
+    """Answers of every fixed plan with repair, of ``planners``, of the cross-fitted context oracle, and in hindsight.
+
+    ``planners`` maps names to the ``logits`` of planners. They see contexts, masks and predicted costs; what they get is
+    realised: where the link fails, a local plan answers after a timeout. The context oracle estimates plan qualities on one half
+    of these users and is scored on the other; ``seed`` draws the halves. The hindsight optimum knows what will be realised, so
+    nothing can exceed it.
+    """
+    num_users = len(records.users)
+    first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
+    folds = np.random.default_rng(seed).permutation(num_users) % 2
+    oracle = cross_fitted_quality(records.quality, possible_plans(first), context_cells(first), folds)
+    play = jax.jit(partial(_play, planners=tuple(planners.values())))
+    blocks = []
+    for index in in_batches(num_users, min(BLOCK_USERS, num_users)):
+        requests = jax.tree.map(lambda leaf, index=index: leaf[:, index], records.requests)
+        found = play(requests, records.quality[index], records.ranks[index], oracle[index])
+        size = len(np.unique(index))
+        blocks.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[..., :size], found))
+    choices, latency_ms, means = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *blocks)
+    names = (*FIXED_NAMES, *planners, ORACLE, HINDSIGHT)
+    return Answers(names=names, choices=choices, latency_ms=latency_ms, per_user=means)
+
+
+def _play(
+    requests: Requests, quality: PlanValues, ranks: PlanRanks, oracle_quality: PlanValues, *, planners: tuple[Logits, ...]
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Choices and latency [q, draws, n], and means over contexts [q, n]."""
+    draws, num_users = requests.failed.shape
+    flat = jax.tree.map(lambda leaf: leaf.reshape(draws * num_users, *leaf.shape[2:]), requests)
+    quality, ranks, oracle_quality = (jnp.tile(values, (draws, 1)) for values in (quality, ranks, oracle_quality))
+    context, mask = flat.context, flat.mask
+    gained = realised_utility(quality, flat.realised, context, failed=flat.failed, mask=mask)
+
+    fixed = jax.vmap(lambda plan: repair(jnp.broadcast_to(plan, flat.failed.shape), mask))(jnp.arange(NUM_PLANS))
+    scores = [logits(context, flat.predicted, mask) for logits in (*planners, PlugIn(quality=oracle_quality).logits)]
+    scores.append(jnp.where(mask, gained, -jnp.inf))
+    choices = jnp.concatenate([fixed, jnp.stack([jnp.argmax(score, axis=1) for score in scores])])
+
+    def chosen(values: PlanValues | PlanRanks) -> Array:
+        return jnp.take_along_axis(values, choices.T, axis=1).T
+
+    answering = jnp.where(_link_fails(flat), local_repair(mask), jnp.arange(NUM_PLANS)[None, :])
+    answered_ranks = chosen(jnp.take_along_axis(ranks, answering, axis=1))
+    latency_ms = chosen(happened_latency_ms(flat))
+    quantities = {
+        "utility": chosen(gained),
+        "energy_mj": chosen(flat.realised.energy_mj),
+        "exposure": chosen(flat.realised.exposure),
+        "uplink_bytes": chosen(flat.realised.uplink_bytes),
+        "downlink_bytes": chosen(flat.realised.downlink_bytes),
+        **{name: metric(answered_ranks) for name, metric in METRICS.items()},
+    }
+
+    def by_draw(values: Array) -> Array:
+        return values.reshape(-1, draws, num_users)
+
+    means = {name: by_draw(values).mean(axis=1) for name, values in quantities.items()}
+    return by_draw(choices).astype(jnp.uint8), by_draw(latency_ms), means
+
+
+def _link_fails(requests: Requests) -> Array:
+    """True at [b, p] where the plan's link fails in this request."""
+    return requests.failed[:, None] & jnp.asarray(PLAN_TABLE.uses_link)[None, :]
+
+
+def happened_latency_ms(requests: Requests) -> PlanValues:
+    """Latency of every plan [b, p] as ``realised_utility`` counts it: a failed link costs a timeout and then a local answer."""
+    latency_ms = jnp.asarray(requests.realised.latency_ms)
+    local_ms = jnp.take_along_axis(latency_ms, local_repair(requests.mask), axis=1)
+    return jnp.where(_link_fails(requests), FAILURE_TIMEOUT_MS + local_ms, latency_ms)

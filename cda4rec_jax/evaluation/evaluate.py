@@ -1,0 +1,265 @@
+"""From a run directory to a report."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from cda4rec_jax.data.splits import Split
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.evaluation.accuracy import popularity_ranks
+from cda4rec_jax.evaluation.answers import Answers, answer, fixed_name
+from cda4rec_jax.evaluation.gate import Gate, best_fixed, check_gate
+from cda4rec_jax.evaluation.report import Report
+from cda4rec_jax.evaluation.rows import (
+    CLOUD_ROW,
+    PLUG_IN,
+    POLICY,
+    POPULARITY,
+    RANDOM,
+    RULES,
+    SASREC_ROW,
+    plan_rows,
+    planner_rows,
+    plug_in_means,
+    system_row,
+)
+from cda4rec_jax.pipeline.decisions import PlanningWorld
+from cda4rec_jax.pipeline.planners import PlugIn
+from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
+from cda4rec_jax.planner import PLANS, RandomPlanner, RulesPlanner, plan_index
+from cda4rec_jax.runs import RunDirectory, provenance
+from cda4rec_jax.runs.artifacts import SASREC, TrainedSystem, load_trained
+
+SELECTION_USERS = 4096
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One evaluation: what is evaluated, on whom, and who hears of it."""
+
+    trained: TrainedSystem
+    baseline: TrainedSystem | None
+    split: Split
+    users: Int[np.ndarray, "b"]
+    draws: int
+    seed: int
+    progress: Progress
+
+    @property
+    def selection_users(self) -> Int[np.ndarray, "s"]:
+        """Users whose validation events select: means of a few thousand are exact enough, and outcomes of all plans take time."""
+        return self.users[_sample(len(self.users), SELECTION_USERS, self.seed)]
+
+
+def evaluate_run(
+    run_path: Path | str,
+    *,
+    split: str = "test",
+    plans: str | Sequence[str] = "all",
+    baseline: Path | str | None = None,
+    profile: str = "deployment",
+    draws: int = CONTEXTS_PER_EVENT,
+    users: int | None = None,
+    seed: int = 0,
+    json_file: Path | str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Evaluate a finished run.
+
+    Accuracy (hit_rate, ndcg, mrr at 5, 10, 20) of popularity, of SASRec, of the cloud agent alone over the whole catalogue, and
+    of every plan as it would answer if it were allowed (plans that reuse a cached embedding: on the users who have one). Then,
+    in contexts v1: utility, accuracy, modelled latency, bytes, energy and exposure of what every planner answers: each fixed plan
+    with repair, rules, random, plug-in, the cross-fitted context oracle, the hindsight optimum (an upper bound), and the learned
+    policy; with paired intervals, clustered by user. The best fixed plan, the means of the plug-in planner, and the gate on the
+    set-up come from validation events (of at most 4,096 users), whatever ``split`` is.
+
+    A run of kind "sasrec" has neither plans nor planners: its report has the ``systems`` alone.
+
+    Args:
+        run_path: directory that training wrote.
+        split: "test" or "validation".
+        plans: names of the plans to report, or "all"; the best fixed plan is always chosen among all, and reported.
+        baseline: run of kind "sasrec" on the same data; None takes ``<run_path>/sasrec`` if that is a run, else there is none.
+        profile: "deployment" for the costs of the modelled deployment, "measured" for those measured when the run was trained.
+        draws: contexts of each event.
+        users: at most so many users, a sample that ``seed`` draws; None takes all.
+        seed: of the sample, of the halves of the context oracle and of the random planner.
+        json_file: where to write the report too. A run's ``results.json`` is the last report on the test split and all users.
+        progress: hears (stage, done, total).
+
+    Raises:
+        UserError: no finished run, a baseline of another kind or on other data, an unknown plan, split or profile, a number that
+            is too small, or a file that cannot be written (found before the work starts).
+    """
+    _check_options(split, plans, profile, draws, users)
+    if json_file is not None:
+        _check_writable(Path(json_file))
+    trained = load_trained(run_path)
+    job = _Job(
+        trained=trained,
+        baseline=_baseline(trained, baseline),
+        split=Split(split),
+        users=_sample(trained.corpus.interactions.num_users, users, seed),
+        draws=draws,
+        seed=seed,
+        progress=progress,
+    )
+    report = _evaluate(job, plans, profile)
+    if job.split is Split.TEST and users is None:
+        report.write_json(trained.run.path / "results.json")
+    if json_file is not None:
+        report.write_json(json_file)
+    return report
+
+
+def _check_options(split: str, plans: str | Sequence[str], profile: str, draws: int, users: int | None) -> None:
+    for name, value, choices in (
+        ("split", split, (Split.TEST.value, Split.VALIDATION.value)),
+        ("profile", profile, ("deployment", "measured")),
+    ):
+        if value not in choices:
+            raise UserError(f"unknown {name} {value!r}: expected one of {', '.join(choices)}")
+    if isinstance(plans, str) and plans != "all":
+        raise UserError(f"plans is {plans!r}: expected 'all' or a list of plan names")
+    for name in () if plans == "all" else plans:
+        plan_index(name)
+    if draws < 1:
+        raise UserError(f"draws is {draws}: expected at least 1 context for each event")
+    if users is not None and users < 2:
+        raise UserError(f"users is {users}: expected at least 2, since planners are compared across users")
+
+
+def _check_writable(file: Path) -> None:
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"Cannot write {file}: name a file in an existing directory that can be written.")
+
+
+def _baseline(trained: TrainedSystem, path: Path | str | None) -> TrainedSystem | None:
+    own = trained.run.path / "sasrec"
+    if path is None and not (own / "config.json").is_file():
+        return None
+    run = RunDirectory.open(own if path is None else path)
+    if run.kind != SASREC:
+        raise UserError(f"{run.path} is a run of kind {run.kind!r}: a baseline is a run of preset sasrec")
+    ours, theirs = trained.corpus.interactions.fingerprint, run.read_json("provenance")["dataset_fingerprint"]
+    if ours != theirs:
+        raise UserError(
+            f"{run.path} was trained on other data (fingerprint {theirs[:12]}, expected {ours[:12]}): "
+            "train the baseline on the same source"
+        )
+    return load_trained(run.path)
+
+
+def _sample(num_users: int, at_most: int | None, seed: int) -> Int[np.ndarray, "b"]:
+    if at_most is None or at_most >= num_users:
+        return np.arange(num_users)
+    return np.sort(np.random.default_rng(seed).permutation(num_users)[:at_most])
+
+
+def _evaluate(job: _Job, plans: str | Sequence[str], profile: str) -> Report:
+    trained = job.trained
+    interactions = trained.corpus.interactions
+    is_joint = trained.system.device is not None
+    systems = _system_ranks(job)
+    reference = systems.get(SASREC_ROW)
+    of_plans, of_planners, best, gate, scales = [], [], None, None, {}
+    if is_joint:
+        world = trained.world(profile)
+        scales = {name: float(value) for name, value in vars(world.scales).items()}
+        means, best, gate = _selected(job, world, scales["quality_gap"])
+        records, answers = _planned(job, world, job.split, job.users, means)
+        wanted = [plan.name for plan in PLANS] if plans == "all" else list(plans)
+        of_plans = plan_rows(records, wanted, reference)
+        of_planners = planner_rows(answers, best, wanted)
+    return Report(
+        dataset=interactions.name,
+        dataset_fingerprint=interactions.fingerprint,
+        kind=trained.run.kind,
+        split=str(job.split),
+        num_users=len(job.users),
+        num_items=interactions.num_items,
+        protocol=_protocol(job),
+        latency=f"modelled ({profile} profile)",
+        systems=[system_row(name, ranks, reference) for name, ranks in systems.items()],
+        plans=of_plans,
+        planners=of_planners,
+        best_fixed=None if best is None else best.removeprefix(fixed_name("")),
+        gate=gate,
+        scales=scales,
+        exposure_by_level=trained.run.read_json("exposure")["exposure"] if is_joint else [],
+        training_seconds=_training_seconds(job),
+        provenance=provenance(dataset_fingerprint=interactions.fingerprint),
+    )
+
+
+def _system_ranks(job: _Job) -> dict[str, Int[np.ndarray, "b"]]:
+    """Ranks by systems that need no plan."""
+    trained = job.trained
+    positions = trained.corpus.target_positions(job.split)[job.users]
+    counts = np.asarray(trained.tables.train_counts)
+    ranks = {POPULARITY: popularity_ranks(counts, trained.corpus.interactions, job.users, positions)}
+    own_name = SASREC_ROW if trained.run.kind == SASREC else CLOUD_ROW
+    for name, system in ((SASREC_ROW, job.baseline), (own_name, trained)):
+        if system is not None:
+            job.progress(f"ranking the catalogue: {name}", 0, len(job.users))
+            ranks[name] = system.population.full_ranks(jax.device_put(system.weights), job.users, positions)
+            job.progress(f"ranking the catalogue: {name}", len(job.users), len(job.users))
+    return ranks
+
+
+def _selected(job: _Job, world: PlanningWorld, quality_gap: float) -> tuple[np.ndarray, str, Gate]:
+    """What validation events decide: means of the plug-in planner, the best fixed plan, and the gate."""
+    records, answers = _planned(job, world, Split.VALIDATION, job.selection_users, None)
+    return plug_in_means(records), best_fixed(answers), check_gate(answers, quality_gap)
+
+
+def _planned(
+    job: _Job, world: PlanningWorld, split: Split, users: np.ndarray, means: np.ndarray | None
+) -> tuple[PlanRecords, Answers]:
+    """Outcomes of all plans and answers of all planners; ``means`` of the plug-in planner, or None to take them from here."""
+    trained = job.trained
+    records = trained.population.records(
+        jax.device_put(trained.weights),
+        world,
+        users,
+        trained.corpus.target_positions(split)[users],
+        draws=job.draws,
+        progress=partial(job.progress, f"{split} requests"),
+    )
+    plug_in = plug_in_means(records) if means is None else means
+    policy = trained.system.policy
+    assert policy is not None
+    planners = {
+        POLICY: policy.logits,
+        RULES: RulesPlanner().logits,
+        RANDOM: RandomPlanner(seed=job.seed).logits,
+        PLUG_IN: PlugIn(quality=np.asarray(plug_in[None], np.float32)).logits,
+    }
+    return records, answer(records, planners, seed=job.seed)
+
+
+def _protocol(job: _Job) -> str:
+    training_seed = job.trained.run.read_config("run", dict)["train"]["seed"]
+    return (
+        "leave-one-out in time (n-2 train, n-1 validation, n test); full catalogue; seen items removed; ties count against the "
+        f"target; retrieval exact; contexts v1, {job.draws} draws for each event, which share its cache and its consent; "
+        f"selection on validation events of {len(job.selection_users):,} users; paired bootstrap by user, 2000 resamples; "
+        f"seed {job.seed} (training seed {training_seed})"
+    )
+
+
+def _training_seconds(job: _Job) -> dict[str, float]:
+    found = {}
+    for name, system in ((job.trained.run.kind, job.trained), ("baseline", job.baseline)):
+        if system is not None and system.run.has("training.json"):
+            found[name] = float(system.run.read_json("training")["seconds"])
+    return found

@@ -1,0 +1,230 @@
+"""The trained models as the callables that the runtime runs: what one user's device holds, and what the cloud answers with."""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import cast
+
+import jax
+import numpy as np
+
+from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, Placement, UserAbstract
+from cda4rec_jax.pipeline.request import RequestFunctions
+from cda4rec_jax.pipeline.subtasks import CACHED_CANDIDATES, StructuredState, released_items
+from cda4rec_jax.privacy.levels import UplinkFields
+from cda4rec_jax.runtime.functions import (
+    AbstractData,
+    CachedEmbedding,
+    CandidatePool,
+    CloudFunctions,
+    DeviceFunctions,
+    EvidenceRows,
+    Ranked,
+)
+
+_EVIDENCE_FIELDS = tuple(each.name for each in fields(Evidence))
+# Ranking without structured user modelling reads popularity alone; the other fields are then empty.
+_NO_EVIDENCE = {
+    "vectors": np.zeros(0, np.int8),
+    "vector_scales": np.zeros(0, np.float32),
+    "text": np.zeros(0, np.int8),
+    "text_scales": np.zeros(0, np.float32),
+    "previous_items": np.zeros(0, np.int32),
+    "previous_weights": np.zeros(0, np.uint8),
+    "cooccurring_items": np.zeros(0, np.int32),
+    "cooccurring_weights": np.zeros(0, np.uint8),
+    "categories": np.zeros(0, np.uint8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceState:
+    """What one user's device holds before a request.
+
+    Attributes:
+        history: the private past (b = 1).
+        own_evidence: records of the newest items of the history, leading axes [1, l].
+        embedding: the last one that the cloud gave, or None.
+        cache: the candidates that came with it (none without it), then the popular items; scores where there are such.
+    """
+
+    history: HistoryBatch
+    own_evidence: Evidence
+    embedding: CachedEmbedding | None
+    cache: CandidatePool
+
+
+def device_state(
+    functions: RequestFunctions,
+    cloud: CloudFunctions,
+    history: HistoryBatch,
+    cache_level: EgressLevel,
+    cache_age_events: int,
+) -> DeviceState:
+    """The device's state after an earlier request, which is answered again here.
+
+    Args:
+        functions: compiled sub-tasks.
+        cloud: what answered the earlier request.
+        history: of one user, now.
+        cache_level: of the earlier request; NOTHING if there was none.
+        cache_age_events: events of the history since then.
+    """
+    width = min(CACHED_CANDIDATES, functions.num_items)
+    embedding, last = None, (np.zeros(width, np.int32), np.zeros(width, np.float32))
+    if cache_level is not EgressLevel.NOTHING:
+        earlier = _abstract_data(functions.abstract(history, cache_level, cache_age_events))
+        asked = UplinkFields(
+            request_id="0" * 32,
+            deadline_unix_ms=0.0,
+            level=cache_level,
+            num_candidates=width,
+            category_shares=earlier.category_shares,
+            length_bucket=earlier.length_bucket,
+            item_ids=earlier.item_ids,
+            attributes=earlier.attributes,
+        )
+        values = cloud.encode(asked)
+        embedding = CachedEmbedding(values=values, level=cache_level, age_events=cache_age_events)
+        last = cloud.retrieve(values, width)
+    kept = functions.cached(_candidates(*last), embedding is not None)
+    items, scores = np.asarray(kept.items)[0], np.asarray(kept.scores)[0]
+    has_score = (np.arange(len(items)) < width) & (items > 0)
+    cache = CandidatePool(
+        items=items,
+        scores=scores,
+        present=has_score.astype(np.float32),
+        evidence=_rows(functions.evidence(items)),
+        age_events=cache_age_events if embedding else 0,
+        level=cache_level,
+    )
+    full = functions.abstract(history, EgressLevel.FULL, 0)
+    return DeviceState(history=history, own_evidence=functions.evidence(np.asarray(full.items)), embedding=embedding, cache=cache)
+
+
+def device_functions(functions: RequestFunctions, state: DeviceState, k: int) -> DeviceFunctions:
+    """The device's sub-tasks for the user of ``state``; slates have length ``k``."""
+
+    def structured() -> StructuredState:
+        full = functions.abstract(state.history, EgressLevel.FULL, 0)
+        return jax.block_until_ready(functions.structured(full, state.own_evidence))
+
+    def rank(pool: CandidatePool, own: object) -> Ranked:
+        evidence = _whole(pool.evidence) if own is not None else _popularity(pool.evidence)
+        present = (pool.present * (pool.items > 0))[None, :]
+        candidates, history = _candidates(pool.items, pool.scores), cast(StructuredState | None, own)
+        slate = functions.rank(candidates, evidence, history, present, float(pool.age_events), pool.level, state.history.seen, k)
+        return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
+
+    def finish(items: np.ndarray, scores: np.ndarray) -> Ranked:
+        slate = functions.finish(items[None, :], scores[None, :], state.history.seen, k)
+        return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
+
+    return DeviceFunctions(
+        abstract=lambda level: _abstract_data(functions.abstract(state.history, level, 0)),
+        structured=structured,
+        cached_embedding=lambda: state.embedding,
+        cached_candidates=partial(_cached_candidates, state.cache),
+        rank=rank,
+        finish=finish,
+    )
+
+
+def cloud_functions(functions: RequestFunctions, num_attributes: int) -> CloudFunctions:
+    """The cloud's sub-tasks; ``num_attributes`` is the width of the users' attributes."""
+
+    def read(released: UplinkFields) -> UserAbstract:
+        return _user_abstract(functions, released, num_attributes)
+
+    def retrieve(embedding: np.ndarray, num_candidates: int) -> Ranked:
+        found = functions.retrieve(embedding[None, :], num_candidates)
+        return np.asarray(found.items)[0], np.asarray(found.scores)[0]
+
+    def structured(released: UplinkFields) -> StructuredState:
+        full = read(released)
+        return jax.block_until_ready(functions.structured(full, functions.evidence(np.asarray(full.items))))
+
+    def rank(items: np.ndarray, scores: np.ndarray, released: UplinkFields, own: object) -> Ranked:
+        rows = _rows(functions.evidence(items))
+        evidence = _whole(rows) if own is not None else _popularity(rows)
+        present = (items > 0).astype(np.float32)[None, :]
+        candidates, history = _candidates(items, scores), cast(StructuredState | None, own)
+        final = np.asarray(functions.score(candidates, evidence, history, present, 0.0, released.level))[0]
+        final = np.where(items > 0, final, -np.inf).astype(np.float32)
+        order = np.argsort(-final, kind="stable")
+        return items[order], final[order]
+
+    def evidence(items: np.ndarray, whole: bool) -> EvidenceRows:
+        rows = _rows(functions.evidence(items))
+        return rows if whole else {"log_popularity": rows["log_popularity"]}
+
+    return CloudFunctions(
+        num_items=functions.num_items,
+        embedding_size=functions.embedding_size,
+        encode=lambda released: np.asarray(functions.semantic(read(released)))[0],
+        retrieve=retrieve,
+        evidence=evidence,
+        structured=structured,
+        rank=rank,
+    )
+
+
+def _abstract_data(abstract: UserAbstract) -> AbstractData:
+    """Only what is there: shares above 0, real items, columns that the user has."""
+    shares, items = np.asarray(abstract.category_shares)[0], np.asarray(abstract.items)[0]
+    named = np.flatnonzero(shares)
+    return AbstractData(
+        category_shares=tuple(zip(named.tolist(), shares[named].tolist(), strict=True)),
+        length_bucket=int(np.asarray(abstract.length_bucket)[0]),
+        item_ids=tuple(items[items > 0].tolist()),
+        attributes=tuple(np.flatnonzero(np.asarray(abstract.attributes)[0]).tolist()),
+    )
+
+
+def _user_abstract(functions: RequestFunctions, released: UplinkFields, num_attributes: int) -> UserAbstract:
+    """The arrays that the abstract was before it travelled."""
+    width = released_items(released.level, functions.config.history_length)
+    shares = np.zeros((1, functions.num_categories), np.uint8)
+    for category, share in released.category_shares:
+        shares[0, category] = share
+    ids = released.item_ids[-width:] if width else ()
+    items = np.zeros((1, width), np.int32)
+    items[0, : len(ids)] = ids
+    attributes = np.zeros((1, num_attributes), np.float32)
+    attributes[0, list(released.attributes)] = 1.0
+    return UserAbstract(
+        level=np.full(1, released.level.value, np.int32),
+        category_shares=shares,
+        length_bucket=np.full(1, released.length_bucket, np.int32),
+        items=items,
+        attributes=attributes,
+    )
+
+
+def _cached_candidates(cache: CandidatePool, semantic: Placement) -> CandidatePool:
+    if semantic is Placement.REUSE:
+        return cache
+    return CandidatePool(
+        items=cache.items,
+        scores=np.zeros_like(cache.scores),
+        present=np.zeros_like(cache.present),
+        evidence=cache.evidence,
+        age_events=0,
+        level=EgressLevel.NOTHING,
+    )
+
+
+def _candidates(items: np.ndarray, scores: np.ndarray) -> Candidates:
+    """One row of candidates; an approximate index marks an empty place by a score of -inf, which no feature could hold."""
+    return Candidates(items=items[None, :], scores=np.where(items > 0, scores, 0.0).astype(np.float32)[None, :])
+
+
+def _rows(evidence: Evidence) -> dict[str, np.ndarray]:
+    return {name: getattr(evidence, name) for name in _EVIDENCE_FIELDS}
+
+
+def _whole(rows: EvidenceRows) -> Evidence:
+    return Evidence(**{name: rows[name][None, ...] for name in _EVIDENCE_FIELDS})
+
+
+def _popularity(rows: EvidenceRows) -> Evidence:
+    return Evidence(**_NO_EVIDENCE, log_popularity=rows["log_popularity"][None, :])

@@ -1,0 +1,182 @@
+"""From one user's history and a declared situation to the planner's decision, in one compiled call."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cda4rec_jax.array_typing import Lengths, PlanLogits, PlanMask, PlanValues
+from cda4rec_jax.links import LinkConfig, realise
+from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, HistoryBatch, Link, Subtask
+from cda4rec_jax.pipeline.catalogue import ItemTables
+from cda4rec_jax.pipeline.decisions import PlanningWorld, facts_of
+from cda4rec_jax.planner import (
+    NUM_PLANS,
+    PLANS,
+    ContextConfig,
+    Decision,
+    PlanCosts,
+    Policy,
+    TransferTimes,
+    allowed,
+    context_features,
+    explain_decision,
+    local_repair,
+    plan_bytes,
+    plan_costs,
+    predicted_transfer,
+    repair,
+    subtask_ms,
+    typical_contexts,
+)
+from cda4rec_jax.runtime.clock import LinkRealisation, realised_link
+from cda4rec_jax.runtime.executor import Prediction
+
+LINK_NAMES: Mapping[Link, str] = {link: link.name.lower() for link in Link} | {Link.THREE_G: "3g"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What a request's user or their device declares; all else of the context is typical."""
+
+    link: Link = Link.WIFI
+    tier: DeviceTier = DeviceTier.MID
+    consent: EgressLevel = EgressLevel.FULL
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One request (b = 1) as the policy sees it, and what this machine is expected to take for it.
+
+    Attributes:
+        context, mask, costs, quality, logits: of the policy, which plans for the deployment that it was trained for.
+        tau: temperature of the logits.
+        repaired: for every plan, what answers in its place where the mask forbids it; [p].
+        fallback: for every plan, the local plan that answers where its link fails; [1, p].
+        subtask_ms: expected compute time here, [1, p, subtask].
+        transfer: expected time on the link.
+        here: expected costs here.
+    """
+
+    context: Context
+    mask: PlanMask
+    costs: PlanCosts
+    quality: PlanValues
+    logits: PlanLogits
+    tau: jax.Array | np.ndarray
+    repaired: jax.Array | np.ndarray
+    fallback: jax.Array | np.ndarray
+    subtask_ms: jax.Array | np.ndarray
+    transfer: TransferTimes
+    here: PlanCosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The plan to run and why: a forced plan is set against the policy's own choice, and repaired where it is not allowed."""
+
+    plan_index: int
+    decision: Decision
+    asked_for: str | None
+
+
+class RequestPlanner:
+    """Plans requests by a trained policy.
+
+    Args:
+        policy: trained.
+        tables: of items, for what is typical of a history.
+        trained_for: costs that the policy was trained with.
+        measured: costs as they were measured on this machine.
+        max_cache_age: events after which a device drops its embedding.
+    """
+
+    def __init__(
+        self, policy: Policy, tables: ItemTables, trained_for: PlanningWorld, measured: PlanningWorld, max_cache_age: int
+    ) -> None:
+        graph, state = nnx.split(policy)
+        leaves, tree = jax.tree.flatten(state)
+        self._given = ([jnp.asarray(leaf) for leaf in leaves], tables, trained_for, measured)
+
+        def decide(arrays: list[Any], *given: Any, **situation: Any) -> Planned:
+            return _decide(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), *given, max_cache_age=max_cache_age, **situation)
+
+        self._decide = jax.jit(decide, static_argnames=("link", "tier", "consent"))
+        self._realise = jax.jit(partial(realise, config=LinkConfig()))
+        self._queue_ms = measured.profile.queue_ms
+
+    def decide(self, history: HistoryBatch, situation: Situation) -> Planned:
+        """Everything about one request; NumPy arrays. Each situation is compiled once."""
+        planned = self._decide(*self._given, history, link=situation.link, tier=situation.tier, consent=situation.consent)
+        return jax.tree.map(np.asarray, planned)
+
+    def meet(self, planned: Planned, event_ids: Lengths, draw: int) -> LinkRealisation:
+        """What the request meets on the link: draw ``draw`` of the link model."""
+        return realised_link(self._realise(planned.context, event_ids, draw, self._queue_ms), 0)
+
+
+def choose(planned: Planned, plan_index: int | None) -> Choice:
+    """The policy's choice, or the plan that is asked for."""
+    logits = planned.logits
+    if plan_index is not None:
+        logits = np.array(logits)
+        logits[0, planned.repaired[plan_index]] = np.inf
+    decision = explain_decision(logits, planned.quality, planned.costs, planned.context, tau=float(planned.tau))
+    return Choice(
+        plan_index=decision.chosen.plan_index,
+        decision=decision,
+        asked_for=None if plan_index is None else PLANS[plan_index].name,
+    )
+
+
+def prediction_of(planned: Planned, plan_index: int) -> Prediction:
+    """What this machine and the link are expected to take for a plan."""
+    return Prediction(
+        subtask_ms=_by_subtask(planned.subtask_ms[0, plan_index]),
+        link_ms=float(planned.transfer.uplink_ms[0, plan_index] + planned.transfer.downlink_ms[0, plan_index]),
+        latency_ms=float(planned.here.latency_ms[0, plan_index]),
+    )
+
+
+def _by_subtask(times_ms: Any) -> Mapping[Subtask, float]:
+    return dict(zip(Subtask, np.asarray(times_ms).tolist(), strict=True))
+
+
+def _decide(
+    policy: Policy,
+    tables: ItemTables,
+    trained_for: PlanningWorld,
+    measured: PlanningWorld,
+    history: HistoryBatch,
+    *,
+    max_cache_age: int,
+    link: Link,
+    tier: DeviceTier,
+    consent: EgressLevel,
+) -> Planned:
+    facts = facts_of(history, tables, max_cache_age)
+    context = typical_contexts(facts, trained_for.scales, link=link, tier=tier, consent=consent, config=ContextConfig())
+    mask = allowed(context)
+    costs = plan_costs(trained_for.profile, context, trained_for.exposure_by_level, trained_for.sizes)
+    # The times were measured on this machine, whatever device the situation names: only the highest tier is taken as it is.
+    here = replace(context, tier=jnp.full_like(context.tier, int(DeviceTier.HIGH)))
+    transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes), measured.profile.queue_ms)
+    return Planned(
+        context=context,
+        mask=mask,
+        costs=costs,
+        quality=policy.quality(context_features(context)),
+        logits=policy.logits(context, costs, mask),
+        tau=policy.tau(),
+        repaired=repair(jnp.arange(NUM_PLANS), jnp.broadcast_to(mask, (NUM_PLANS, NUM_PLANS))),
+        fallback=local_repair(mask),
+        subtask_ms=subtask_ms(measured.profile, here),
+        transfer=transfer,
+        here=plan_costs(measured.profile, here, measured.exposure_by_level, measured.sizes, transfer),
+    )

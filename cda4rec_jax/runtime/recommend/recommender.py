@@ -1,0 +1,253 @@
+"""One user's slate from a trained run: plan, release through the gate, ask the cloud over the wire, rank, and tell it all."""
+
+import difflib
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.messages import DeviceTier, EgressLevel, HistoryBatch, Link, Plan, Trace
+from cda4rec_jax.pipeline.request import RequestFunctions
+from cda4rec_jax.planner import PLANS, plan_index
+from cda4rec_jax.privacy.gate import Gate
+from cda4rec_jax.privacy.ledger import Ledger
+from cda4rec_jax.privacy.levels import LABELS
+from cda4rec_jax.retrieval import load_index
+from cda4rec_jax.runs.artifacts import TrainedSystem
+from cda4rec_jax.runtime.clock import NO_DELAY, LinkRealisation
+from cda4rec_jax.runtime.cloud_service import CloudService
+from cda4rec_jax.runtime.device_client import DeviceClient
+from cda4rec_jax.runtime.executor import Answer, Executor, ExecutorConfig, Request
+from cda4rec_jax.runtime.models import DeviceState, cloud_functions, device_functions, device_state
+from cda4rec_jax.runtime.recommend.planning import LINK_NAMES, Choice, Planned, RequestPlanner, Situation, choose, prediction_of
+from cda4rec_jax.runtime.recommend.recommendation import Recommendation, ReleasedField, SlateItem
+from cda4rec_jax.runtime.recommend.waterfall import stages_of
+
+LINKS: Mapping[str, Link] = {name: link for link, name in LINK_NAMES.items()}
+TIERS: Mapping[str, DeviceTier] = {tier.name.lower(): tier for tier in DeviceTier}
+LEVELS: Mapping[str, EgressLevel] = {level.name.lower(): level for level in EgressLevel}
+RECENT_TITLES = 3
+WARM_DEADLINE_MS = 600_000.0  # a first call compiles
+
+_Named = TypeVar("_Named", bound=IntEnum)
+
+
+class Recommender:
+    """Serves the users of one run: their devices and the cloud in one process, with gate, wire and link between them.
+
+    Use as a context manager or ``close`` it.
+
+    Args:
+        trained: a finished run with both agents.
+        real_delay: wait for the link on a real clock; otherwise its time is computed.
+
+    Raises:
+        UserError: the run is a baseline without device agent and planner, or its index cannot be loaded.
+    """
+
+    def __init__(self, trained: TrainedSystem, real_delay: bool = False) -> None:
+        system = trained.system
+        if system.device is None or system.policy is None:
+            raise UserError(
+                f"{trained.run.path} holds a baseline ({trained.run.kind}) without device agent and planner: recommending needs a "
+                "run of a joint preset"
+            )
+        corpus = trained.corpus
+        self.functions = RequestFunctions(system, trained.catalogue, trained.config, load_index(trained.run.index_folder))
+        self.cloud = cloud_functions(self.functions, corpus.attributes[0].shape[1])
+        self._trained_for, self._measured = trained.world("deployment"), trained.world("measured")
+        self.planner = RequestPlanner(
+            system.policy, trained.tables, self._trained_for, self._measured, trained.config.max_cache_age
+        )
+        self.service = CloudService(self.cloud)
+        self._corpus, self._stored_events = corpus, trained.config.stored_events
+        self._rows = {user_id: row for row, user_id in enumerate(corpus.interactions.user_ids)}
+        self._ledger = Ledger()
+        self._real_delay = real_delay
+        self._compiled: set[object] = set()
+
+    def close(self) -> None:
+        self.service.close()
+        self._ledger.close()
+
+    def __enter__(self) -> "Recommender":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def recommend(
+        self,
+        user_id: str,
+        *,
+        link: Link | str | None = None,
+        tier: DeviceTier | str | None = None,
+        consent: EgressLevel | str | None = None,
+        k: int = 10,
+        plan: str | None = None,
+        draw: int = 0,
+    ) -> Recommendation:
+        """The next ``k`` items for a user after the whole known history; exactly one slate, whatever the link does.
+
+        Args:
+            user_id: external id.
+            link: ``wifi``, ``lte``, ``3g``, ``edge`` or ``offline``; None is WiFi.
+            tier: ``low``, ``mid`` or ``high``; None is mid.
+            consent: ``nothing``, ``profile``, ``recent`` or ``full``; None is full.
+            k: length of the slate; fewer items come where fewer candidates are left.
+            plan: name of the plan to follow instead of the planner's choice; repaired where the situation forbids it.
+            draw: which draw of the link model the request meets.
+
+        Raises:
+            UserError: unknown user, plan, link, tier or consent; ``k`` does not fit the catalogue.
+        """
+        situation = Situation(
+            link=_named(link, LINKS, "link", Link.WIFI),
+            tier=_named(tier, TIERS, "device tier", DeviceTier.MID),
+            consent=_named(consent, LEVELS, "consent", EgressLevel.FULL),
+        )
+        if not 1 <= k <= self.functions.num_items:
+            raise UserError(f"asked for {k} items of a catalogue of {self.functions.num_items:,}; expected 1 to that many")
+        wanted = None if plan is None else plan_index(plan)
+        history = self.history(user_id)
+        if situation not in self._compiled:
+            self.planner.decide(history, situation)
+            self._compiled.add(situation)
+        started_s = time.perf_counter()
+        planned = self.planner.decide(history, situation)
+        choice = choose(planned, wanted)
+        planning_ms = (time.perf_counter() - started_s) * 1e3
+        state = self.state(history, planned)
+        fallback = PLANS[int(planned.fallback[0, choice.plan_index])]
+        met = self.planner.meet(planned, history.event_ids, draw)
+        self._compile(state, (PLANS[choice.plan_index], fallback), k, met)
+        request = Request(
+            plan=PLANS[choice.plan_index],
+            fallback=fallback,
+            link=met,
+            planning_ms=planning_ms,
+            prediction=prediction_of(planned, choice.plan_index),
+        )
+        answer = self._execute(state, situation.consent, self._ledger, request, k, self._real_delay)
+        return self._tell(user_id, situation, k, planned, choice, met, request, answer, history)
+
+    def history(self, user_id: str) -> HistoryBatch:
+        """The user's whole past (b = 1). Raises UserError for an unknown user, with the ids that come closest."""
+        row = self._rows.get(user_id)
+        if row is None:
+            known = self._corpus.interactions.user_ids
+            close = difflib.get_close_matches(user_id, known, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(close)}?" if close else f"ids look like {', '.join(known[:3])}"
+            raise UserError(f"unknown user {user_id!r}; {hint}")
+        users = np.asarray([row])
+        lengths = np.diff(self._corpus.interactions.offsets)[users]
+        return self._corpus.histories(users, lengths, self._stored_events)
+
+    def state(self, history: HistoryBatch, planned: Planned) -> DeviceState:
+        """What the user's device holds, with the cache that the context tells of."""
+        level, age = EgressLevel(int(planned.context.cache_level[0])), int(planned.context.cache_age_events[0])
+        return device_state(self.functions, self.cloud, history, level, age)
+
+    def _compile(self, state: DeviceState, plans: tuple[Plan, ...], k: int, met: LinkRealisation) -> None:
+        """Run each plan once unseen, so that no measured time is one of compiling."""
+        met.transfer_ms(1, "up")
+        met.transfer_ms(1, "down")
+        for plan in plans:
+            if (plan, k) in self._compiled:
+                continue
+            ledger = Ledger()
+            local = next(other for other in reversed(PLANS) if not other.uses_link)
+            trial = Request(plan=plan, fallback=local, link=NO_DELAY, deadline_ms=WARM_DEADLINE_MS)
+            self._execute(state, EgressLevel.FULL, ledger, trial, k, real_delay=False)
+            ledger.close()
+            self._compiled.add((plan, k))
+
+    def _execute(
+        self, state: DeviceState, consent: EgressLevel, ledger: Ledger, request: Request, k: int, real_delay: bool
+    ) -> Answer:
+        client = DeviceClient(self.service.handle, Gate(consent, ledger))
+        config = ExecutorConfig(real_delay=real_delay)
+        with Executor(device_functions(self.functions, state, k), client, config) as executor:
+            return executor.execute(request)
+
+    def _tell(
+        self,
+        user_id: str,
+        situation: Situation,
+        k: int,
+        planned: Planned,
+        choice: Choice,
+        met: LinkRealisation,
+        request: Request,
+        answer: Answer,
+        history: HistoryBatch,
+    ) -> Recommendation:
+        interactions, trace = self._corpus.interactions, answer.trace
+        items, scores = np.asarray(answer.slate.items)[0], np.asarray(answer.slate.scores)[0]
+        past = history.items[0, : int(history.lengths[0])][-RECENT_TITLES:]
+        return Recommendation(
+            user_id=user_id,
+            num_events=int(history.total_lengths[0]),
+            recent_titles=tuple(interactions.titles[item - 1] or interactions.item_ids[item - 1] for item in past.tolist()),
+            k=k,
+            items=tuple(
+                SlateItem(
+                    rank=rank,
+                    item_id=interactions.item_ids[item - 1],
+                    title=interactions.titles[item - 1],
+                    score=float(score),
+                )
+                for rank, (item, score) in enumerate(zip(items.tolist(), scores, strict=True), start=1)
+                if item > 0
+            ),
+            situation=situation,
+            cache_level=EgressLevel(int(planned.context.cache_level[0])),
+            cache_age_events=int(planned.context.cache_age_events[0]),
+            choice=choice,
+            plan=trace.plan,
+            executed_plan=trace.executed_plan,
+            planned_for=self._trained_for.profile.name,
+            stages=stages_of(planned, choice.plan_index, met, trace),
+            latency_ms=trace.latency_ms,
+            predicted_ms=trace.predicted_ms,
+            real_delay=self._real_delay,
+            released=self._released(request.request_id, trace),
+            uplink_bytes=trace.uplink_bytes,
+            downlink_bytes=trace.downlink_bytes,
+            flags=trace.flags,
+        )
+
+    def _released(self, request_id: str, trace: Trace) -> tuple[ReleasedField, ...]:
+        """What left, from the ledger's rows of the request; the rest of the bytes are the frame that the wire puts around."""
+        released = [
+            ReleasedField(
+                name=field.name,
+                tells=LABELS[field.name].tells,
+                payload_bytes=field.payload_bytes * entry.sends,
+                level=field.level,
+            )
+            for entry in self._ledger.entries(request_id)
+            for field in entry.fields
+            if entry.sends
+        ]
+        frame_bytes = trace.uplink_bytes - sum(field.payload_bytes for field in released)
+        if released:
+            frame = ReleasedField(
+                name="(frame)", tells="nothing of the user", payload_bytes=frame_bytes, level=EgressLevel.NOTHING
+            )
+            released.append(frame)
+        return tuple(released)
+
+
+def _named(value: _Named | str | None, names: Mapping[str, _Named], what: str, default: _Named) -> _Named:
+    if value is None:
+        return default
+    if isinstance(value, str):
+        if value not in names:
+            raise UserError(f"unknown {what} {value!r}; expected one of {', '.join(names)}")
+        return names[value]
+    return value

@@ -1,0 +1,196 @@
+"""A recommendation as a person reads it: slate, plan with reasons, waterfall of times, and what left the device."""
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from cda4rec_jax.messages import EgressLevel, Placement, Plan
+from cda4rec_jax.planner import Decision, PlanTerms
+from cda4rec_jax.runtime.recommend.planning import LINK_NAMES
+from cda4rec_jax.runtime.recommend.recommendation import Recommendation
+from cda4rec_jax.runtime.recommend.waterfall import Interval
+
+BAR_CELLS = 17
+_RELEASED = {
+    EgressLevel.PROFILE: "a profile (top categories and a length bucket)",
+    EgressLevel.RECENT: "a profile and the last 10 item ids",
+    EgressLevel.FULL: "a profile, the newest item ids and the attributes",
+}
+_STRUCTURED = {
+    Placement.DEVICE: "meanwhile the device models the whole private history",
+    Placement.CLOUD: "meanwhile the cloud also does the device's modelling",
+    Placement.SKIP: "the private history is not modelled",
+}
+_FLAGS = {
+    "link_failed": "the link failed, so the device answered alone",
+    "cloud_failed": "the cloud answered with an error, so the device answered alone",
+    "egress_denied": "the gate let nothing out, so the device answered alone",
+    "cache_missing": "there was no embedding to reuse, so the device answered alone",
+    "deadline_hedged": "the cloud would have missed the deadline, so the device answered alone",
+    "regret_high": "the request took much longer than expected",
+    "context_shift": "the link took much longer than its estimate",
+    "device_exhausted": "the device computed much longer than expected",
+}
+_TERMS = ("quality", "time", "energy", "exposure")
+
+
+def render(found: Recommendation) -> Iterator[RenderableType]:
+    """The parts, top to bottom."""
+    yield Rule(Text(f"Recommendations for {found.user_id}"), style="dim")
+    yield _slate(found)
+    if len(found.items) < found.k:
+        yield Text(
+            f"{len(found.items)} of {found.k}: the plan's other candidates were already seen, or it has no more.", "yellow"
+        )
+    yield Rule("Plan", style="dim")
+    yield _plan(found)
+    yield Padding(_reasons(found.choice.decision), (1, 0))
+    yield Text(_summary(found), "dim")
+    yield Rule("Time", style="dim")
+    yield _waterfall(found)
+    yield Text(_sources(found), "dim")
+    yield Rule("What left the device", style="dim")
+    yield _released(found)
+    for flag in found.flags:
+        yield Text(f"! {_FLAGS.get(flag, flag)} ({flag})", "yellow")
+
+
+def _table(*columns: str, right: int = 1) -> Table:
+    """A plain table; columns from number ``right`` on are aligned to the right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number >= right else "left", no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def _slate(found: Recommendation) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", justify="right")
+    table.add_column("title", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("item", max_width=20, no_wrap=True, overflow="ellipsis")
+    table.add_column("score", justify="right")
+    for item in found.items:
+        table.add_row(str(item.rank), Text(item.title or item.item_id), Text(item.item_id), f"{item.score:.3f}")
+    return table
+
+
+def _plan(found: Recommendation) -> Text:
+    situation, choice = found.situation, found.choice
+    cache = "no kept embedding"
+    if found.cache_level:
+        cache = f"an embedding kept for {found.cache_age_events} events"
+    text = Text.assemble(
+        (found.plan.name, "bold"),
+        f" on {LINK_NAMES[situation.link]}, {situation.tier.name.lower()} device, consent to "
+        f"{situation.consent.name.lower()}, {cache}\n",
+        in_words(found.plan, found.cache_level),
+    )
+    if choice.asked_for and choice.asked_for != found.plan.name:
+        text.append(f"\nYou asked for {choice.asked_for}, which this situation forbids: this is the first in its repair order.")
+    elif choice.asked_for:
+        text.append("\nYou asked for this plan.")
+    if found.executed_plan != found.plan:
+        text.append(f"\nIt ended as {found.executed_plan.name}: {in_words(found.executed_plan, found.cache_level)}", "yellow")
+    return text
+
+
+def in_words(plan: Plan, cache_level: EgressLevel) -> str:
+    """What a plan does, as a sentence."""
+    if not plan.uses_link:
+        scores = "with the scores of the kept embedding" if plan.semantic is Placement.REUSE else "by popularity alone"
+        return f"Nothing leaves: the device ranks the candidates that it keeps, {scores}; {_STRUCTURED[plan.structured]}."
+    if plan.semantic is Placement.REUSE:
+        asked = f"The device sends back its kept embedding (made from {_RELEASED.get(cache_level, 'nothing')})"
+    else:
+        asked = f"The device sends {_RELEASED[plan.level]}; the cloud models the user from it"
+    ranks = "cloud" if plan.ranking is Placement.CLOUD else "device"
+    return f"{asked} and finds {plan.num_candidates} candidates; {_STRUCTURED[plan.structured]}; the {ranks} ranks."
+
+
+def _reasons(decision: Decision) -> Table:
+    chosen, other = decision.chosen, decision.runner_up
+    table = _table("terms of the logit", chosen.name, other.name if other else "(no other plan)", "difference")
+    for name in (*_TERMS, "utility"):
+        style = "bold" if name == "utility" else None
+        label = {"quality": "expected quality", "utility": "utility = their sum"}.get(name, f"price of {name}")
+        own = getattr(chosen, name)
+        row = [label, _term(chosen, name)]
+        row += [_term(other, name), f"{own - getattr(other, name):+.4f}"] if other else ["", ""]
+        table.add_row(*row, style=style)
+    return table
+
+
+def _term(terms: PlanTerms, name: str) -> str:
+    cost = {
+        "time": f"{terms.latency_ms:6.0f} ms  ",
+        "energy": f"{terms.energy_mj:6.0f} mJ  ",
+        "exposure": f"{terms.exposure_share:6.0%}     ",
+    }.get(name, "")
+    return f"{cost}{getattr(terms, name):+.4f}"
+
+
+def _summary(found: Recommendation) -> str:
+    decision = found.choice.decision
+    costs = f"Costs are those of the {found.planned_for} profile, with which the planner was trained; quality is learned."
+    if decision.runner_up is None or decision.margin is None:
+        return f"No other plan is allowed here. {costs}"
+    gaps = {name: getattr(decision.chosen, name) - getattr(decision.runner_up, name) for name in _TERMS}
+    gained = [name for name in _TERMS if gaps[name] > 0]
+    paid = [name for name in _TERMS if gaps[name] < 0]
+    words = f"Against {decision.runner_up.name} it gains in {_listed(gained)} and pays in {_listed(paid)}"
+    return f"{words}: {decision.margin / decision.tau:+.2f} in the logit (utility / {decision.tau:.4g}). {costs}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if names else "nothing"
+
+
+def _waterfall(found: Recommendation) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for column in ("", "", "expected", "ms", "actual", "ms"):
+        table.add_column(column, justify="right" if column == "ms" else "left", no_wrap=True)
+    ends = [interval[1] for stage in found.stages for interval in (stage.expected, stage.actual) if interval]
+    whole_ms = max([found.latency_ms, found.predicted_ms, *ends])
+    for stage in found.stages:
+        name = Text(stage.name, "magenta" if stage.where == "link" else "")
+        where = Text(stage.where.replace("device_cache", "cache"), "dim")
+        cells = [_bar(stage.expected, whole_ms, "blue"), _taken(stage.expected), _bar(stage.actual, whole_ms, "green")]
+        table.add_row(name, where, *cells, _taken(stage.actual))
+    table.add_row(Text("all", "bold"), "", "", f"{found.predicted_ms:.2f}", "", f"{found.latency_ms:.2f}", style="bold")
+    return table
+
+
+def _bar(interval: Interval | None, whole_ms: float, style: str) -> Text:
+    if interval is None:
+        return Text("")
+    start = min(int(BAR_CELLS * interval[0] / whole_ms), BAR_CELLS - 1)
+    end = max(start + 1, round(BAR_CELLS * interval[1] / whole_ms))
+    return Text(" " * start + "█" * (end - start) + " " * (BAR_CELLS - end), style)
+
+
+def _taken(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval[1] - interval[0]:.2f}"
+
+
+def _sources(found: Recommendation) -> str:
+    link = "were waited for" if found.real_delay else "are computed, not waited for"
+    return (
+        "Compute: measured on this machine (expected: its calibration). Link rows: the link model, expected from the estimate, "
+        f"actual as drawn; they {link}. In the {found.planned_for} profile the same plan is expected to take "
+        f"{found.choice.decision.chosen.latency_ms:.0f} ms."
+    )
+
+
+def _released(found: Recommendation) -> RenderableType:
+    if not found.released:
+        return Text("Nothing.")
+    table = _table("field", "tells", "from level", "bytes", right=3)
+    for field in found.released:
+        table.add_row(field.name, field.tells, field.level.name.lower(), f"{field.payload_bytes:,}")
+    table.add_row("all", "", "", f"{found.uplink_bytes:,}", style="bold")
+    table.add_row("(came back)", "candidates and their records", "", f"{found.downlink_bytes:,}", style="dim")
+    return table
