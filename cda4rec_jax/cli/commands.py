@@ -1,0 +1,256 @@
+"""The sub-commands: a dataclass each, whose fields are the flags and whose ``run`` does the work."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
+
+import tyro
+from rich.console import Console
+
+from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
+from cda4rec_jax.cli.process import set_up_process
+from cda4rec_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from cda4rec_jax.training import RunConfig
+
+Link = Literal["wifi", "lte", "3g", "edge", "offline"]
+Device = Literal["low", "mid", "high"]
+Consent = Literal["nothing", "profile", "recent", "full"]
+
+
+@runtime_checkable
+class Command(Protocol):
+    """What the command line is parsed to."""
+
+    def run(self) -> None:
+        """Do it. Raises UserError or Stopped."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """Train, evaluate and recommend, to see everything once: minutes on the synthetic world, longer on real data."""
+
+    data: str = "synthetic"
+    """What to train on: synthetic, or a folder (prepared, RecBole or MovieLens)."""
+    out: Path = Path("runs/quickstart")
+    """Run directory. Where it is taken, a number is appended: nothing is ever overwritten."""
+
+    def run(self) -> None:
+        """See ``quickstart``."""
+        from cda4rec_jax.cli.quickstart import quickstart
+
+        set_up_process()
+        quickstart(self.data, self.out, Console())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Validate a dataset, say what is dropped and why, and write it as a prepared folder that training reads at once."""
+
+    source: tyro.conf.Positional[str]
+    """A RecBole folder (NAME.inter), a MovieLens folder (ratings.dat, ratings.csv), or synthetic[:users=500,items=200,seed=1]."""
+    out: Path
+    """Folder to write. A prepared dataset that is there is replaced when the new one is complete."""
+    k_core: int = 5
+    """Events that every user and every item must have; 1 keeps every item."""
+
+    def run(self) -> None:
+        """Print the report of ``cda4rec_jax.data.prepare``."""
+        from cda4rec_jax.data import prepare
+
+        _require_positive(self.k_core, "--k-core")
+        for line in prepare(self.source, self.out, k_core=self.k_core).lines():
+            print(line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train cloud agent, device agent and planner together (or SASRec, the baseline) into a run directory."""
+
+    preset: str = "auto"
+    """auto (the one named like the data, or one that fits its size), amazon-beauty, ml-1m, synthetic, tiny; sasrec or
+    sasrec-PRESET for the baseline of that size."""
+    data: str = "synthetic"
+    """What to train on: synthetic[:users=500,items=200,seed=1], or a folder (prepared, RecBole or MovieLens)."""
+    out: Path | None = None
+    """Run directory; runs/DATA-PRESET if not given."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, with its own configuration and data."""
+    overwrite: bool = False
+    """Replace the run in --out, once the data has been read."""
+    epochs: int | None = None
+    """Passes over the data; the preset's if not given."""
+    learning_rate: float | None = None
+    """Peak of the schedule; the preset's if not given."""
+    max_minutes: float | None = None
+    """Stop the agents' training after so many minutes; the planner's last steps come on top."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints; 0 saves after every step. The preset's (2) if not given."""
+    seed: int | None = None
+    """Of the weights, the order of the data and all draws; the preset's (0) if not given."""
+    k_core: int | None = None
+    """Events that every user and every item must have; the preset's (5) if not given."""
+
+    def run(self) -> None:
+        """Train, and say where the run is."""
+        changes = self._changes()
+        set_up_process()
+        from cda4rec_jax.data.sources import source_name
+
+        out = self.out or Path("runs") / f"{source_name(self.data)}-{self.preset}"
+        config = self._resumed(out) if self.resume else self._configured(changes)
+        train(self.data, config, out, Console(), resume=self.resume, overwrite=self.overwrite)
+
+    def _changes(self) -> dict[str, int | float]:
+        """What the flags change of the preset's ``TrainConfig``."""
+        _require_positive(self.epochs, "--epochs")
+        _require_positive(self.learning_rate, "--learning-rate")
+        _require_positive(self.max_minutes, "--max-minutes")
+        _require_positive(self.checkpoint_minutes, "--checkpoint-minutes", or_zero=True)
+        _require_positive(self.seed, "--seed", or_zero=True)
+        _require_positive(self.k_core, "--k-core")
+        changes = {
+            "epochs": self.epochs,
+            "learning_rate": self.learning_rate,
+            "max_seconds": None if self.max_minutes is None else 60 * self.max_minutes,
+            "checkpoint_minutes": self.checkpoint_minutes,
+            "seed": self.seed,
+        }
+        return {name: value for name, value in changes.items() if value is not None}
+
+    def _configured(self, changes: dict[str, int | float]) -> "RunConfig":
+        from cda4rec_jax.presets import preset
+
+        config = preset(self.preset, self.data)
+        trained = dataclasses.replace(config.train, **changes)
+        return dataclasses.replace(config, train=trained, k_core=self.k_core or config.k_core)
+
+    def _resumed(self, out: Path) -> "RunConfig":
+        from cda4rec_jax.runs import RunDirectory
+        from cda4rec_jax.training import RunConfig
+
+        if self.overwrite or self.k_core or self._changes():
+            raise UserError("--resume goes on as the run began: leave --overwrite and the settings of training out")
+        return RunDirectory.open(out).read_config("run", RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a trained run on the held-out events of all users: every plan, every planner, and the baselines."""
+
+    run_directory: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run directory of a finished training."""
+    plan: tuple[str, ...] = ("all",)
+    """Plans to report, by name; all reports all 32."""
+    json: Path | None = None
+    """File for the report, in addition to results.json of the run."""
+    baseline: Path | None = None
+    """Run directory of a SASRec trained on the same data (cda4rec train --preset sasrec); the folder sasrec inside of --run if
+    not given."""
+    split: Literal["test", "validation"] = "test"
+    """Which held-out event of every user to predict."""
+    profile: Literal["deployment", "measured"] = "deployment"
+    """Costs of sub-tasks: of a declared deployment (modelled), or as measured on this machine."""
+
+    def run(self) -> None:
+        """Print the report of ``evaluate_run``."""
+        set_up_process()
+        from cda4rec_jax.evaluation import evaluate_run
+
+        console = Console()
+        with StagesView(console) as view:
+            report = evaluate_run(
+                self.run_directory,
+                split=self.split,
+                plans="all" if "all" in self.plan else self.plan,
+                baseline=self.baseline,
+                profile=self.profile,
+                json_file=self.json,
+                progress=view.progress,
+            )
+        report.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommend:
+    """Recommend to one user, and tell the plan, its reasons, the time of every sub-task, and what left the device."""
+
+    run_directory: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run directory of a finished training."""
+    user: str
+    """Id of a user of the run's data."""
+    link: Link = "wifi"
+    """Network of the device."""
+    device: Device = "mid"
+    """Speed of the device."""
+    consent: Consent = "full"
+    """The most that the user allows to leave the device."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """Length of the slate."""
+    json: bool = False
+    """Print JSON."""
+    real_delay: bool = False
+    """Wait for the link on a real clock; otherwise link time is computed."""
+    plan: str | None = None
+    """Follow this plan instead of the planner's choice."""
+
+    def run(self) -> None:
+        """Print one recommendation."""
+        set_up_process()
+        from cda4rec_jax.runs.artifacts import load_trained
+        from cda4rec_jax.runtime.recommend import Recommender
+
+        with Recommender(load_trained(self.run_directory), real_delay=self.real_delay) as recommender:
+            found = recommender.recommend(
+                self.user, link=self.link, tier=self.device, consent=self.consent, k=self.k, plan=self.plan
+            )
+        if self.json:
+            print(found.to_json())
+        else:
+            found.print(Console())
+
+
+COMMANDS: Mapping[str, Callable[..., Command]] = {
+    "quickstart": Quickstart,
+    "prepare": Prepare,
+    "train": Train,
+    "evaluate": Evaluate,
+    "recommend": Recommend,
+}
+
+
+def train(
+    source: str, config: "RunConfig", out: Path, console: Console, *, resume: bool = False, overwrite: bool = False
+) -> None:
+    """``train_run`` under the eyes of the user. Raises Stopped after Ctrl-C."""
+    from cda4rec_jax.training import train_run
+
+    view = TrainingView(console, config.train.max_seconds)
+    with resumable(out), view:
+        run = train_run(source, config, out, resume=resume, overwrite=overwrite, watch=view.watch, tell=view.tell)
+    console.print(f"trained: {run.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Turns Ctrl-C into Stopped, which says what is saved."""
+    from cda4rec_jax.training import Interrupted
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as interruption:
+        if (out / "config.json").is_file():
+            message = f"stopped; the run is saved. Continue it with: cda4rec train --out {out} --resume"
+        else:
+            message = "stopped before the run began; nothing was written"
+        raise Stopped(message) from interruption
+
+
+def _require_positive(value: int | float | None, flag: str, *, or_zero: bool = False) -> None:
+    if value is not None and not (value > 0 or (or_zero and value == 0)):
+        raise UserError(f"{flag} must be {'0 or more' if or_zero else 'above 0'}, got {value}")

@@ -1,0 +1,55 @@
+"""The suite is stricter than any user: shapes are checked at calls, ranks never broadcast, two devices, warnings are errors."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# JAX reads these when it is imported, and commands that tests start as processes inherit them.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_SOURCE = "synthetic:users=300,items=150"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs between runs, and check the package's array annotations with beartype."""
+    if (cache := getattr(config, "cache", None)) is not None:  # absent with `-p no:cacheprovider`
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("jax")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    from jaxtyping import install_import_hook
+
+    install_import_hook("cda4rec_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder that holds the real datasets (ml-1m, amazon-beauty, ...); tests that need it are skipped without it."""
+    folder = Path(os.environ.get("CDA4REC_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set CDA4REC_DATA to a folder that holds ml-1m, amazon-beauty, ...")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of preset ``tiny`` on a small synthetic world, made once for all test processes: never write to it.
+
+    A process of its own trains, as a user's does: data loaders map over batches in ways that break their annotations.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    run = shared / "tiny_run"
+    with (shared / "tiny_run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run / "training.json").exists():
+            program = "import sys; from cda4rec_jax.cli import main; sys.exit(main())"
+            arguments = ["train", "--preset", "tiny", "--data", TINY_SOURCE, "--out", str(run), "--overwrite"]
+            done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    return run

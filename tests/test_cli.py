@@ -1,0 +1,241 @@
+"""The command line: what bad input gets (one message, exit code 2, nothing lost), and what good input gets."""
+
+import ast
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import cda4rec_jax
+from cda4rec_jax.cli import main
+from cda4rec_jax.cli.commands import COMMANDS
+from cda4rec_jax.cli.quickstart import unused
+
+HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
+ROWS = "".join(f"u{user}\ti{item}\t{item}\n" for user in range(8) for item in range(8))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process; gives exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(cli: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Runs a command that must fail as bad input does; gives the one message, its spaces made single."""
+
+    def run(*arguments: object) -> str:
+        code, _, err = cli(*arguments)
+        assert code == 2, err
+        assert err.strip() and "Traceback" not in err
+        assert err.count("cda4rec: ") == 1
+        return " ".join(err.split())
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[[str | bytes], Path]:
+    """Writes a RecBole folder with this .inter file."""
+
+    def write(inter: str | bytes) -> Path:
+        path = tmp_path / "shop"
+        path.mkdir(exist_ok=True)
+        (path / "shop.inter").write_bytes(inter if isinstance(inter, bytes) else inter.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_copy(tiny_run: Path, tmp_path: Path) -> Path:
+    """A finished run that a test may try to damage."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+BAD_DATA = {
+    "missing columns": (
+        "user_id:token\ttimestamp:float\nu1\t3\n",
+        "missing column item_id; expected user_id, item_id, timestamp",
+    ),
+    "empty file": ("", "shop.inter"),
+    "no line after the header": (HEADER, "the file is empty"),
+    "one user": (HEADER + "".join(f"u1\ti{item}\t{item}\n" for item in range(9)), "one user"),
+    "users with fewer than 3 events": (HEADER + "u1\ta\t1\nu1\tb\t2\nu2\ta\t1\nu2\tb\t2\n", "3 or more events"),
+    "NaN timestamps": (HEADER + ROWS + "u1\ti9\tnan\n", "line 66: timestamp must be a finite number, found 'nan'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused_and_neither_dataset_nor_run_is_lost(
+    name: str, folder: Callable[..., Path], refused: Callable[..., str], run_copy: Path
+) -> None:
+    text, message = BAD_DATA[name]
+    source, before = folder(text), contents(run_copy)
+    assert message in refused("prepare", source, "--out", run_copy / "data")
+    assert message in refused("train", "--preset", "tiny", "--data", source, "--out", run_copy, "--overwrite")
+    assert message in refused("quickstart", "--data", source, "--out", run_copy)
+    assert contents(run_copy) == before
+    assert sorted(path.name for path in run_copy.parent.iterdir()) == ["run", "shop"], "something was left behind"
+
+
+def test_a_malformed_line_in_a_million_is_named_by_its_number(folder: Callable[..., Path], refused: Callable[..., str]) -> None:
+    lines = b"u1\ti1\t5\n" * 999_999
+    message = refused("prepare", folder(HEADER.encode() + lines + b"u1\ti1\n" + b"u2\ti2\t5\n"), "--out", "unused")
+    assert "shop.inter, line 1000001: expected 3 fields separated by tab, found 2" in message
+
+
+def test_an_unknown_user_is_refused(refused: Callable[..., str], tiny_run: Path) -> None:
+    assert "'nobody'" in refused("recommend", "--run", tiny_run, "--user", "nobody")
+
+
+def test_a_slate_longer_than_the_catalogue_is_refused(refused: Callable[..., str], tiny_run: Path) -> None:
+    assert "1000" in refused("recommend", "--run", tiny_run, "--user", "user-001", "-k", 1000)
+    assert "0" in refused("recommend", "--run", tiny_run, "--user", "user-001", "-k", 0)
+
+
+@pytest.mark.parametrize("command", ["evaluate --run", "recommend --user user-001 --run", "train --resume --out"])
+def test_a_run_of_another_version_is_refused_and_stays(command: str, refused: Callable[..., str], run_copy: Path) -> None:
+    config = json.loads((run_copy / "config.json").read_text())
+    (run_copy / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    before = contents(run_copy)
+    assert "has run format 99, this version of cda4rec_jax reads format 1" in refused(*command.split(), run_copy)
+    assert contents(run_copy) == before
+
+
+def test_a_folder_that_is_no_run_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "is not a run directory" in refused("evaluate", "--run", tmp_path)
+    assert "There is no run at" in refused("recommend", "--run", tmp_path / "none", "--user", "u")
+
+
+def test_an_unwritable_directory_is_refused(refused: Callable[..., str], tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    below = tmp_path / "file" / "below"  # not even root can write there
+    world = "synthetic:users=30,items=64"
+    assert "annot" in refused("prepare", world, "--out", below)
+    assert "annot" in refused("train", "--preset", "tiny", "--data", world, "--out", below)
+    assert "annot" in refused("quickstart", "--data", world, "--out", below)
+    assert "annot write" in refused("evaluate", "--run", tiny_run, "--json", below / "results.json")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_run_is_replaced_only_when_asked(refused: Callable[..., str], run_copy: Path) -> None:
+    before = contents(run_copy)
+    message = refused("train", "--preset", "tiny", "--data", "synthetic:users=30,items=64", "--out", run_copy)
+    assert "already holds a run" in message and "--resume" in message and "--overwrite" in message
+    assert contents(run_copy) == before
+
+
+def test_resume_takes_no_settings_and_needs_a_run(refused: Callable[..., str], tiny_run: Path, tmp_path: Path) -> None:
+    assert "--resume goes on as the run began" in refused("train", "--resume", "--out", tiny_run, "--epochs", 3)
+    assert "There is no run at" in refused("train", "--resume", "--out", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        ("train --epoch 3", "--epochs"),
+        ("train --over-write", "--overwrite"),
+        ("recommend --run x --user y --links wifi", "--link"),
+        ("evaluate --run x --basline y", "--baseline"),
+        ("prepare x --out y --kcore 3", "--k-core"),
+        ("quickstart --dta x", "--data"),
+    ],
+)
+def test_a_typo_in_a_flag_gets_the_right_one_suggested(
+    arguments: str, suggestion: str, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, err = cli(*arguments.split())
+    assert code == 2
+    assert "Perhaps you meant" in err and suggestion in err.split("Perhaps you meant")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "trian", "recommend --user u", "train --epochs many", "recommend --run x --user y --link 4g"]
+)
+def test_other_mistakes_on_the_command_line_exit_with_code_2(arguments: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = cli(*arguments.split())
+    assert code == 2 and err.strip() and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --preset tinny", "did you mean 'tiny'?"),
+        ("train --data synthetic:user=3", "did you mean 'users'?"),
+        ("train --data nowhere", "'nowhere' does not exist"),
+        ("train --epochs 0", "--epochs must be above 0, got 0"),
+        ("train --seed -1", "--seed must be 0 or more, got -1"),
+        ("train --max-minutes nan", "--max-minutes must be above 0, got nan"),
+        ("prepare synthetic --out x --k-core 0", "--k-core must be above 0, got 0"),
+    ],
+)
+def test_bad_values_are_refused(
+    arguments: str, message: str, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_every_command_is_explained(command: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = cli(command, "--help")
+    assert code == 0 and not err
+    shown = " ".join(out.replace("│", " ").split())
+    body = ast.parse(inspect.getsource(COMMANDS[command])).body[0]
+    assert isinstance(body, ast.ClassDef)
+    flags = [(field, text) for field, text in pairwise(body.body) if isinstance(field, ast.AnnAssign)]
+    assert len(flags) >= 2
+    for field, text in flags:
+        assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), f"line {field.lineno} has no explanation"
+        assert " ".join(str(text.value.value).split()) in shown
+
+
+def test_the_installed_command_prints_its_version_without_loading_jax() -> None:
+    program = "import sys; from cda4rec_jax.cli import main; code = main(['--version']); sys.exit(code or 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"cda4rec {cda4rec_jax.__version__}\n", "")
+
+
+def test_prepare_reports_what_it_dropped(
+    folder: Callable[..., Path], cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    source = folder(HEADER + ROWS + "short\ti1\t5\n")
+    code, out, err = cli("prepare", source, "--out", tmp_path / "prepared")
+    assert (code, err) == (0, "")
+    assert "dropped 1 users: fewer than 3 events (short" in out and "8 users, 8 items, 64 interactions" in out
+    assert (tmp_path / "prepared" / "metadata.json").is_file()
+
+
+def test_recommend_prints_one_slate_online_and_offline(cli: Callable[..., tuple[int, str, str]], tiny_run: Path) -> None:
+    for link in ("wifi", "offline"):
+        code, out, err = cli("recommend", "--run", tiny_run, "--user", "user-001", "--link", link, "-k", 5, "--json")
+        assert (code, err) == (0, "")
+        assert len(json.loads(out)["slate"]) == 5
+
+
+def test_quickstart_takes_a_number_where_the_place_is_taken(tmp_path: Path) -> None:
+    assert unused(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    assert unused(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "run-2").write_text("a file")
+    assert unused(tmp_path / "run") == tmp_path / "run-3"
