@@ -38,18 +38,26 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of preset ``tiny`` on a small synthetic world, made once for all test processes: never write to it.
+    """A finished run of preset ``tiny`` on a small synthetic world, made once for all test processes: never write to it."""
+    return _trained(tmp_path_factory, "tiny_run", "--preset", "tiny", "--data", TINY_SOURCE)
 
-    A process of its own trains, as a user's does: data loaders map over batches in ways that break their annotations.
-    """
+
+@pytest.fixture(scope="session")
+def tiny_baseline(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SASRec on the data of ``tiny_run``, made once for all test processes: never write to it."""
+    return _trained(tmp_path_factory, "tiny_baseline", "--preset", "sasrec-tiny", "--data", str(tiny_run / "data"))
+
+
+def _trained(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> Path:
+    """A run that a process of its own trains, as a user's does: data loaders map over batches in ways that break annotations."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    run = shared / "tiny_run"
-    with (shared / "tiny_run.lock").open("w") as lock:
+    run = shared / name
+    with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (run / "training.json").exists():
             program = "import sys; from cda4rec_jax.cli import main; sys.exit(main())"
-            arguments = ["train", "--preset", "tiny", "--data", TINY_SOURCE, "--out", str(run), "--overwrite"]
+            arguments = ["train", *flags, "--out", str(run), "--overwrite"]
             done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     return run

@@ -26,7 +26,8 @@ class Attention(nnx.Module):
         init = nnx.initializers.normal(width**-0.5)
         self.num_heads, self.num_kv_heads, self.head_size, self.dropout_rate = num_heads, num_kv_heads, head_size, dropout_rate
         self.qkv = nnx.Param(init(rngs.params(), (width, (num_heads + 2 * num_kv_heads) * head_size)))
-        self.out = nnx.Param(init(rngs.params(), (num_heads * head_size, width)))
+        # Zero, so that an untrained block is the identity: noise as large as the item embeddings would drown them (LOG).
+        self.out = nnx.Param(jnp.zeros((num_heads * head_size, width)))
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         self.gate_up = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width, 2 * hidden)))
-        self.down = nnx.Param(nnx.initializers.normal(hidden**-0.5)(rngs.params(), (hidden, width)))
+        self.down = nnx.Param(jnp.zeros((hidden, width)))  # an untrained block is the identity, as in attention
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         gate, up = jnp.split(x @ self.gate_up[...], 2, axis=-1)

@@ -1,6 +1,8 @@
 """What every plan would answer: the target's rank, and the slate, under each of the 32 plans, for a batch of users."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,16 @@ from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.agents.cloud import CloudAgent
 from cda4rec_jax.agents.device import DeviceAgent, FusionHead
-from cda4rec_jax.array_typing import Array, CandidateFeatures, CandidateItems, CandidateMask, CandidateScores, Lengths, PlanRanks
+from cda4rec_jax.array_typing import (
+    Array,
+    CandidateFeatures,
+    CandidateItems,
+    CandidateMask,
+    CandidateScores,
+    Lengths,
+    PlanRanks,
+    SemanticEmbeddings,
+)
 from cda4rec_jax.messages import Candidates, EgressLevel, HistoryBatch, Placement, Plan
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.catalogue import Catalogue
@@ -75,63 +86,68 @@ def compute_views(
 ) -> dict[str, View]:
     """All pools of a batch. Retrieval runs once for each semantic view, at the largest K; smaller K are prefixes."""
     num_users, num_items = history.items.shape[0], catalogue.num_items
-    now = jnp.zeros((num_users,), jnp.int32)
     sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
+    now = jnp.zeros((num_users,), jnp.int32)
     age = jnp.minimum(cache_age_events.astype(jnp.int32), config.max_cache_age)
+    fresh = {level.name.lower(): jnp.full((num_users,), level.value, jnp.int32) for level in list(EgressLevel)[1:]}
+    sources = {name: (level, now) for name, level in fresh.items()} | {"reuse": (cache_level, age)}
 
-    def level_of(level: EgressLevel) -> Array:
-        return jnp.full((num_users,), level.value, jnp.int32)
+    def semantics(names: tuple[str, ...], max_items: int) -> SemanticEmbeddings:
+        level, ages = (jnp.concatenate(column) for column in zip(*(sources[name] for name in names), strict=True))
+        abstract = release(_repeat(history, len(names)), catalogue.categories, level, ages, max_items=max_items, **sizes)
+        return model_semantics(cloud, catalogue.vectors, abstract)
 
-    full = release(history, catalogue.categories, level_of(EgressLevel.FULL), now, max_items=config.history_length, **sizes)
+    # Views are rows of one batch wherever their shapes agree: one program to compile, and the catalogue is read once.
+    pools = tuple(sources)
+    assert pools == ("profile", "recent", "full", "reuse")
+    short = semantics(pools[:2], released_items(EgressLevel.RECENT, config.history_length))
+    semantic = jnp.concatenate([short, semantics(pools[2:], config.history_length)])
+    candidates = retrieve(catalogue.vectors, semantic, max_candidates(num_items))
+
+    full = release(history, catalogue.categories, fresh["full"], now, max_items=config.history_length, **sizes)
     structured = model_structure(device, full, abstract_evidence(catalogue, full))
-    semantics = {}
-    for level in (EgressLevel.PROFILE, EgressLevel.RECENT, EgressLevel.FULL):
-        width = released_items(level, config.history_length)
-        abstract = release(history, catalogue.categories, level_of(level), now, max_items=width, **sizes)
-        semantics[level.name.lower()] = (model_semantics(cloud, catalogue.vectors, abstract), level_of(level), now)
-    cached = release(history, catalogue.categories, cache_level, age, max_items=config.history_length, **sizes)
-    semantics["reuse"] = (model_semantics(cloud, catalogue.vectors, cached), cache_level, age)
+    rank = partial(_views, catalogue, history, structured)
+    levels, ages = (jnp.concatenate(column) for column in zip(*sources.values(), strict=True))
+    views = rank(pools, candidates, jnp.ones(candidates.items.shape), ages, levels)
 
-    # One retrieval for all views: the catalogue is read once.
-    stacked = retrieve(catalogue.vectors, jnp.concatenate([value[0] for value in semantics.values()]), max_candidates(num_items))
-    pools, views = {}, {}
-    for number, (name, (_, level, ages)) in enumerate(semantics.items()):
-        rows = slice(number * num_users, (number + 1) * num_users)
-        pools[name] = (Candidates(items=stacked.items[rows], scores=stacked.scores[rows]), level, ages)
-    reused = pools["reuse"][0]
-    cache = cached_candidates(
-        Candidates(items=reused.items[:, :CACHED_CANDIDATES], scores=reused.scores[:, :CACHED_CANDIDATES]),
-        catalogue.popular_items,
-        cache_level > 0,
-    )
-    has_score = (jnp.arange(cache.items.shape[1])[None, :] < min(CACHED_CANDIDATES, reused.items.shape[1])) & (cache.items > 0)
-    for name, (candidates, level, ages) in pools.items():
-        views[name] = _view(catalogue, history, structured, candidates, jnp.ones(candidates.items.shape), ages, level)
-    views["local-reuse"] = _view(catalogue, history, structured, cache, has_score.astype(jnp.float32), age, cache_level)
-    nothing = jnp.zeros(cache.items.shape)
-    views["local-skip"] = _view(catalogue, history, structured, cache, nothing, now, now)
-    return views
+    reused = jax.tree.map(lambda column: column[-num_users:, :CACHED_CANDIDATES], candidates)
+    cache = cached_candidates(reused, catalogue.popular_items, cache_level > 0)
+    has_score = (jnp.arange(cache.items.shape[1])[None, :] < reused.items.shape[1]) & (cache.items > 0)
+    present = jnp.concatenate([has_score.astype(jnp.float32), jnp.zeros(cache.items.shape)])
+    ages, levels = jnp.concatenate([age, now]), jnp.concatenate([cache_level, now])
+    return views | rank(("local-reuse", "local-skip"), _repeat(cache, 2), present, ages, levels)
 
 
-def _view(
+def _repeat(tree: Any, times: int) -> Any:
+    """Every leaf ``times`` over along its leading axis."""
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), tree)
+
+
+def _views(
     catalogue: Catalogue,
     history: HistoryBatch,
     structured: StructuredState,
+    names: tuple[str, ...],
     candidates: Candidates,
     present: Float[Array, "b c"],
     age: Lengths,
     level: Lengths,
-) -> View:
+) -> dict[str, View]:
+    """One view for each name, from candidates whose rows are all users for the first name, all users for the second, ..."""
     evidence = gather_evidence(catalogue, candidates.items)
+    own, seen = _repeat(structured, len(names)), _repeat(history.seen, len(names))
     shared = {"present": present, "age_events": age.astype(jnp.float32), "level": level, "num_items": catalogue.num_items}
-    return View(
+    stacked = View(
         items=candidates.items,
-        allowed=unseen(candidates.items, history.seen, catalogue.num_items),
+        allowed=unseen(candidates.items, seen, catalogue.num_items),
         features={
             "skip": score_features(candidates, evidence, None, **shared),
-            "done": score_features(candidates, evidence, structured, **shared),
+            "done": score_features(candidates, evidence, own, **shared),
         },
     )
+    size = history.seen.shape[0]
+    rows = {name: slice(number * size, (number + 1) * size) for number, name in enumerate(names)}
+    return {name: jax.tree.map(lambda leaf, here=here: leaf[here], stacked) for name, here in rows.items()}
 
 
 def plan_group(plan: Plan) -> tuple[str, str]:

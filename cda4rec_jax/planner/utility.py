@@ -11,7 +11,7 @@ from cda4rec_jax.array_typing import Array, PlanMask, PlanRanks, PlanValues
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context
 from cda4rec_jax.planner.costs import PlanCosts
-from cda4rec_jax.planner.plan_space import PLAN_TABLE, local_repair
+from cda4rec_jax.planner.plan_space import LAST_RESORT, PLAN_TABLE, local_repair
 
 MAX_QUALITY_RANK = 100
 FAILURE_TIMEOUT_MS = 500.0  # wait for an answer that never comes, before the local plan takes over
@@ -111,23 +111,20 @@ class WeightScales:
     def from_quality_and_costs(cls, quality: PlanValues, costs: PlanCosts, mask: PlanMask) -> "WeightScales":
         """Scales of a validation set, on the host.
 
-        The pair: the plan of the highest mean quality over the requests that allow it, and among the plans that use no link the
-        one of the highest mean quality likewise. Over the requests that allow both, dQ is the mean quality gap and dC_j the
-        median cost gap (of all requests, where none allows both). A gap below its floor (MIN_* of this module), also a negative
-        one, becomes the floor.
+        The pair: the plan of the highest mean quality over the requests that allow it, and ``local-skip-skip``, the local plan
+        that every context allows (a better local plan can cost as much as the best one, and a price per millisecond drawn from
+        such a pair would explode). Over the requests that allow the best plan, dQ is the mean quality gap and dC_j the median
+        cost gap. A gap below its floor (MIN_* of this module), also a negative one, becomes the floor.
         """
         allowed, values = np.asarray(mask), np.asarray(quality)
         counts = allowed.sum(axis=0)
         means = np.where(counts > 0, (values * allowed).sum(axis=0) / np.maximum(counts, 1), -np.inf)
         best = int(means.argmax())
-        local = int(np.where(PLAN_TABLE.uses_link, -np.inf, means).argmax())
-        rows = allowed[:, best] & allowed[:, local]
-        if not rows.any():
-            rows = np.ones_like(rows)
+        rows = allowed[:, best]
 
         def gap(table: PlanValues) -> np.ndarray:
             columns = np.asarray(table)[rows]
-            return columns[:, best] - columns[:, local]
+            return columns[:, best] - columns[:, LAST_RESORT]
 
         return cls.of(
             quality_gap=max(float(gap(quality).mean()), MIN_QUALITY_GAP),

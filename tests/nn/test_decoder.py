@@ -13,7 +13,11 @@ CONFIG = DecoderConfig(width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+    """Blocks start as the identity; these have weights as if they were trained."""
+    decoder = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    rngs = nnx.Rngs(1)
+    nnx.update(decoder, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(rngs(), x.shape), nnx.state(decoder, nnx.Param)))
+    return decoder
 
 
 def run(decoder: Decoder, x: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -65,6 +69,12 @@ def test_dropout_is_on_only_with_a_key(decoder):
     silent = decoder(x, segments, positions)
     np.testing.assert_array_equal(silent, decoder(x, segments, positions))
     assert float(jnp.abs(decoder(x, segments, positions, jax.random.key(0)) - silent).max()) > 1e-3
+
+
+def test_an_untrained_decoder_only_normalises():
+    x = np.random.default_rng(4).normal(size=(1, 5, 16)).astype(np.float32)
+    hidden = run(Decoder(CONFIG, rngs=nnx.Rngs(0)), x, np.ones((1, 5), int), np.arange(5)[None])
+    np.testing.assert_allclose(hidden, x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)), rtol=1e-4)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

@@ -57,7 +57,10 @@ def shop() -> SimpleNamespace:
     corpus = build_corpus(world.interactions, TfidfSvd(dimensions=8))
     system = System(CONFIG, jnp.asarray(corpus.text), corpus.prefix_size, rngs=nnx.Rngs(0))
     assert system.device is not None
-    # A young head follows the cloud's score almost alone; this one listens to every feature.
+    # Young blocks are the identity, and a young head follows the cloud's score almost alone; these listen to everything.
+    rngs = nnx.Rngs(2)
+    for decoder in (system.cloud.decoder, system.device.decoder):
+        nnx.update(decoder, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(rngs(), x.shape), nnx.state(decoder, nnx.Param)))
     head = system.device.head
     head.linear[...] = jax.random.normal(jax.random.key(1), head.linear[...].shape)
     catalogue = build_catalogue(system.cloud, system.device, corpus.tables(corpus.statistics()))
