@@ -22,7 +22,7 @@ from cda4rec_jax.planner.utility import FAILURE_TIMEOUT_MS
 
 BLOCK_USERS = 256  # whose contexts are planned at once, so that memory is bounded
 Logits = Callable[[Context, PlanCosts, PlanMask], PlanLogits]  # the ``logits`` of a planner
-ORACLE, HINDSIGHT = "context-oracle", "hindsight"
+PLUG_IN, ORACLE, HINDSIGHT = "plug-in", "context-oracle", "hindsight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,42 +47,51 @@ def fixed_name(plan_name: str) -> str:
 FIXED_NAMES = tuple(fixed_name(plan.name) for plan in PLANS)
 
 
-def answer(records: PlanRecords, planners: Mapping[str, Logits], *, seed: int = 0) -> Answers:
-    """Answers of every fixed plan with repair, of ``planners``, of the cross-fitted context oracle, and in hindsight.
+def answer(
+    records: PlanRecords, planners: Mapping[str, Logits], plug_in_means: Float[np.ndarray, "p"], *, seed: int = 0
+) -> Answers:
+    """Answers of every fixed plan with repair, of ``planners``, of plug-in, of the context oracle, and in hindsight.
 
     ``planners`` maps names to the ``logits`` of planners. They see contexts, masks and predicted costs; what they get is
-    realised: where the link fails, a local plan answers after a timeout. The context oracle estimates plan qualities on one half
-    of these users and is scored on the other; ``seed`` draws the halves. The hindsight optimum knows what will be realised, so
-    nothing can exceed it.
+    realised: where the link fails, a local plan answers after a timeout. Plug-in takes ``plug_in_means`` for the quality of each
+    plan; the cross-fitted context oracle estimates it on one half of these users and is scored on the other; ``seed`` draws the
+    halves. The hindsight optimum knows what will be realised, so nothing can exceed it.
     """
     num_users = len(records.users)
     first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
     folds = np.random.default_rng(seed).permutation(num_users) % 2
     oracle = cross_fitted_quality(records.quality, possible_plans(first), context_cells(first), folds)
-    play = jax.jit(partial(_play, planners=tuple(planners.values())))
+    means, logits = jnp.asarray(plug_in_means, jnp.float32)[None], tuple(planners.values())
     blocks = []
     for index in in_batches(num_users, min(BLOCK_USERS, num_users)):
         requests = jax.tree.map(lambda leaf, index=index: leaf[:, index], records.requests)
-        found = play(requests, records.quality[index], records.ranks[index], oracle[index])
+        found = _play(requests, records.quality[index], records.ranks[index], (means, oracle[index]), planners=logits)
         size = len(np.unique(index))
         blocks.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[..., :size], found))
-    choices, latency_ms, means = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *blocks)
-    names = (*FIXED_NAMES, *planners, ORACLE, HINDSIGHT)
-    return Answers(names=names, choices=choices, latency_ms=latency_ms, per_user=means)
+    choices, latency_ms, per_user = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *blocks)
+    names = (*FIXED_NAMES, *planners, PLUG_IN, ORACLE, HINDSIGHT)
+    return Answers(names=names, choices=choices, latency_ms=latency_ms, per_user=per_user)
 
 
+@partial(jax.jit, static_argnames="planners")
 def _play(
-    requests: Requests, quality: PlanValues, ranks: PlanRanks, oracle_quality: PlanValues, *, planners: tuple[Logits, ...]
+    requests: Requests,
+    quality: PlanValues,
+    ranks: PlanRanks,
+    estimates: tuple[Float[Array, "#n p"], ...],
+    *,
+    planners: tuple[Logits, ...],
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """Choices and latency [q, draws, n], and means over contexts [q, n]."""
+    """Choices and latency [q, draws, n], and means over contexts [q, n]; one planner more for each of the quality ``estimates``."""
     draws, num_users = requests.failed.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(draws * num_users, *leaf.shape[2:]), requests)
-    quality, ranks, oracle_quality = (jnp.tile(values, (draws, 1)) for values in (quality, ranks, oracle_quality))
+    quality, ranks = (jnp.tile(values, (draws, 1)) for values in (quality, ranks))
+    plug_ins = [PlugIn(quality=jnp.tile(jnp.broadcast_to(values, (num_users, NUM_PLANS)), (draws, 1))) for values in estimates]
     context, mask = flat.context, flat.mask
     gained = realised_utility(quality, flat.realised, context, failed=flat.failed, mask=mask)
 
     fixed = jax.vmap(lambda plan: repair(jnp.broadcast_to(plan, flat.failed.shape), mask))(jnp.arange(NUM_PLANS))
-    scores = [logits(context, flat.predicted, mask) for logits in (*planners, PlugIn(quality=oracle_quality).logits)]
+    scores = [logits(context, flat.predicted, mask) for logits in (*planners, *(plug_in.logits for plug_in in plug_ins))]
     scores.append(jnp.where(mask, gained, -jnp.inf))
     choices = jnp.concatenate([fixed, jnp.stack([jnp.argmax(score, axis=1) for score in scores])])
 

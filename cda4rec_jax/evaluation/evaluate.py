@@ -13,12 +13,11 @@ from jaxtyping import Int
 from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.accuracy import popularity_ranks
-from cda4rec_jax.evaluation.answers import Answers, answer, fixed_name
-from cda4rec_jax.evaluation.gate import Gate, best_fixed, check_gate
+from cda4rec_jax.evaluation.answers import Logits, answer, fixed_name
+from cda4rec_jax.evaluation.gate import best_fixed, check_gate
 from cda4rec_jax.evaluation.report import Report
 from cda4rec_jax.evaluation.rows import (
     CLOUD_ROW,
-    PLUG_IN,
     POLICY,
     POPULARITY,
     RANDOM,
@@ -30,7 +29,6 @@ from cda4rec_jax.evaluation.rows import (
     system_row,
 )
 from cda4rec_jax.pipeline.decisions import PlanningWorld
-from cda4rec_jax.pipeline.planners import PlugIn
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
 from cda4rec_jax.planner import PLANS, RandomPlanner, RulesPlanner, plan_index
 from cda4rec_jax.runs import RunDirectory, provenance
@@ -175,8 +173,13 @@ def _evaluate(job: _Job, plans: str | Sequence[str], profile: str) -> Report:
     if is_joint:
         world = trained.world(profile)
         scales = {name: float(value) for name, value in vars(world.scales).items()}
-        means, best, gate = _selected(job, world, scales["quality_gap"])
-        records, answers = _planned(job, world, job.split, job.users, means)
+        # What validation events decide: means of the plug-in planner, the best fixed plan, and the gate.
+        records = _records(job, world, Split.VALIDATION, job.selection_users)
+        means, planners = plug_in_means(records), _planners(job)
+        answers = answer(records, planners, means, seed=job.seed)
+        best, gate = best_fixed(answers), check_gate(answers, scales["quality_gap"])
+        records = _records(job, world, job.split, job.users)
+        answers = answer(records, planners, means, seed=job.seed)
         wanted = [plan.name for plan in PLANS] if plans == "all" else list(plans)
         of_plans = plan_rows(records, wanted, reference)
         of_planners = planner_rows(answers, best, wanted)
@@ -216,35 +219,22 @@ def _system_ranks(job: _Job) -> dict[str, Int[np.ndarray, "b"]]:
     return ranks
 
 
-def _selected(job: _Job, world: PlanningWorld, quality_gap: float) -> tuple[np.ndarray, str, Gate]:
-    """What validation events decide: means of the plug-in planner, the best fixed plan, and the gate."""
-    records, answers = _planned(job, world, Split.VALIDATION, job.selection_users, None)
-    return plug_in_means(records), best_fixed(answers), check_gate(answers, quality_gap)
-
-
-def _planned(
-    job: _Job, world: PlanningWorld, split: Split, users: np.ndarray, means: np.ndarray | None
-) -> tuple[PlanRecords, Answers]:
-    """Outcomes of all plans and answers of all planners; ``means`` of the plug-in planner, or None to take them from here."""
-    trained = job.trained
-    records = trained.population.records(
-        jax.device_put(trained.weights),
+def _records(job: _Job, world: PlanningWorld, split: Split, users: np.ndarray) -> PlanRecords:
+    """Outcomes of all plans for these users."""
+    return job.trained.population.records(
+        jax.device_put(job.trained.weights),
         world,
         users,
-        trained.corpus.target_positions(split)[users],
+        job.trained.corpus.target_positions(split)[users],
         draws=job.draws,
         progress=partial(job.progress, f"{split} requests"),
     )
-    plug_in = plug_in_means(records) if means is None else means
-    policy = trained.system.policy
+
+
+def _planners(job: _Job) -> dict[str, Logits]:
+    policy = job.trained.system.policy
     assert policy is not None
-    planners = {
-        POLICY: policy.logits,
-        RULES: RulesPlanner().logits,
-        RANDOM: RandomPlanner(seed=job.seed).logits,
-        PLUG_IN: PlugIn(quality=np.asarray(plug_in[None], np.float32)).logits,
-    }
-    return records, answer(records, planners, seed=job.seed)
+    return {POLICY: policy.logits, RULES: RulesPlanner().logits, RANDOM: RandomPlanner(seed=job.seed).logits}
 
 
 def _protocol(job: _Job) -> str:

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cda4rec_jax.evaluation.answers import FIXED_NAMES, ORACLE, Answers
+from cda4rec_jax.evaluation.answers import FIXED_NAMES, ORACLE, PLUG_IN, Answers
 from cda4rec_jax.metrics import Interval, paired_interval
 from cda4rec_jax.planner import NUM_PLANS
 
-PLUG_IN = "plug-in"
 MAX_TOP_SHARE = 0.5
 MIN_PLANS, COUNTED_SHARE = 5, 0.05
 MIN_ORACLE_GAIN = 0.1  # in units of dQ

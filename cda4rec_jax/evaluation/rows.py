@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.evaluation.accuracy import METRICS, mean_metrics, per_user
-from cda4rec_jax.evaluation.answers import FIXED_NAMES, HINDSIGHT, ORACLE, Answers, fixed_name
-from cda4rec_jax.evaluation.gate import PLUG_IN, plan_shares
+from cda4rec_jax.evaluation.answers import FIXED_NAMES, HINDSIGHT, ORACLE, PLUG_IN, Answers, fixed_name
+from cda4rec_jax.evaluation.gate import plan_shares
 from cda4rec_jax.evaluation.report import FAMILIES, PlannerRow, SystemRow
 from cda4rec_jax.metrics import Interval, paired_interval, paired_intervals, summarise_latency
 from cda4rec_jax.pipeline.planners import mean_quality, possible_plans

@@ -10,7 +10,6 @@ import pytest
 from cda4rec_jax.evaluation import answers as answers_module
 from cda4rec_jax.evaluation.answers import FIXED_NAMES, HINDSIGHT, ORACLE, Answers, answer, fixed_name
 from cda4rec_jax.metrics import MISS_RANK
-from cda4rec_jax.pipeline.planners import PlugIn
 from cda4rec_jax.pipeline.population import PlanRecords
 from cda4rec_jax.planner import NUM_PLANS, PLANS, RandomPlanner, RulesPlanner, plan_index, realised_utility
 from cda4rec_jax.planner.plan_space import PLAN_TABLE
@@ -27,9 +26,7 @@ def records(make_records: Callable[[np.ndarray], PlanRecords]) -> PlanRecords:
 
 @pytest.fixture(scope="module")
 def answered(records: PlanRecords) -> Answers:
-    plug_in = PlugIn(quality=records.quality.mean(axis=0, keepdims=True))
-    planners = {"rules": RulesPlanner().logits, "random": RandomPlanner().logits, "plug-in": plug_in.logits}
-    return answer(records, planners)
+    return answer(records, {"rules": RulesPlanner().logits, "random": RandomPlanner().logits}, records.quality.mean(axis=0))
 
 
 def draw_of(records: PlanRecords, draw: int):
@@ -74,18 +71,18 @@ def test_latency_is_what_utility_counts(records: PlanRecords):
     failed = np.broadcast_to(np.arange(USERS) % 2 == 0, records.requests.failed.shape)
     requests = replace(records.requests, context=priced, failed=np.asarray(failed))
     worthless = replace(records, quality=np.zeros_like(records.quality), requests=requests)
-    found = answer(worthless, {})
+    found = answer(worthless, {}, np.zeros(NUM_PLANS))
     np.testing.assert_allclose(found.latency_ms.mean(axis=1), -found.per_user["utility"], rtol=1e-4)
 
 
 def test_a_local_plan_answers_where_the_link_fails(records: PlanRecords):
     ranks = np.broadcast_to(np.where(PLAN_TABLE.uses_link, 1, 100), records.ranks.shape)
     failing = replace(records.requests, failed=np.ones_like(records.requests.failed))
-    found = answer(replace(records, ranks=np.asarray(ranks, np.int32), requests=failing), {})
+    found = answer(replace(records, ranks=np.asarray(ranks, np.int32), requests=failing), {}, np.zeros(NUM_PLANS))
     for plan in PLANS:
         assert (found.of(fixed_name(plan.name), "hit_rate@20") == 0).all()
     working = replace(records.requests, failed=np.zeros_like(records.requests.failed))
-    found = answer(replace(records, ranks=np.asarray(ranks, np.int32), requests=working), {})
+    found = answer(replace(records, ranks=np.asarray(ranks, np.int32), requests=working), {}, np.zeros(NUM_PLANS))
     allowed = records.requests.mask[..., plan_index(FRESH)].mean(axis=0)
     served = found.of(fixed_name(FRESH), "hit_rate@5")
     assert (served >= allowed - 1e-6).all()
@@ -100,7 +97,7 @@ def test_nothing_leaves_the_device_under_a_local_plan(answered: Answers):
 
 def test_answers_do_not_depend_on_how_users_are_batched(records: PlanRecords, answered: Answers, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(answers_module, "BLOCK_USERS", 15)
-    again = answer(records, {"rules": RulesPlanner().logits, "random": RandomPlanner().logits})
+    again = answer(records, {"rules": RulesPlanner().logits, "random": RandomPlanner().logits}, records.quality.mean(axis=0))
     for name in again.names:
         row = answered.names.index(name)
         np.testing.assert_array_equal(again.choices[again.names.index(name)], answered.choices[row])
@@ -116,6 +113,6 @@ def test_the_oracle_profits_from_quality_that_depends_on_the_context(make_record
     requests = made.requests
     free = {name: 0 * requests.context.utility_per_ms for name in ("utility_per_ms", "utility_per_mj", "utility_per_exposure")}
     requests = replace(requests, context=replace(requests.context, **free))
-    found = answer(replace(made, ranks=ranks, quality=good.astype(np.float32), requests=requests), {})
+    found = answer(replace(made, ranks=ranks, quality=good.astype(np.float32), requests=requests), {}, np.zeros(NUM_PLANS))
     fixed = max(found.of(name, "utility").mean() for name in FIXED_NAMES)
     assert found.of(ORACLE, "utility").mean() > fixed + 0.2
