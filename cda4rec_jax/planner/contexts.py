@@ -16,6 +16,7 @@ from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.utility import WeightScales
 
 MIN_UNIFORM = 1e-7  # keeps the normal quantile finite where a uniform draw is 0
+NUM_PRICES = 3  # of time, energy and exposure: at lambda = 1 they add up to dQ, and the best plan breaks even
 MAX_RARE_COUNT = 5  # an item with this many train events or fewer is rare
 
 
@@ -132,6 +133,7 @@ def _context(facts: UserFacts, situation: dict[str, Array], scales: WeightScales
     lambdas = situation.pop("lambdas")
     age = jnp.minimum(situation.pop("cache_age_events"), jnp.minimum(facts.history_length - 1.0, facts.max_cache_age))
     cache_level = jnp.where(age >= 1.0, situation.pop("cache_level"), int(EgressLevel.NOTHING))
+    share = scales.quality_gap / NUM_PRICES
     return Context(
         history_length=facts.history_length,
         category_entropy=facts.category_entropy,
@@ -141,9 +143,9 @@ def _context(facts: UserFacts, situation: dict[str, Array], scales: WeightScales
         has_timestamps=facts.has_timestamps,
         cache_level=cache_level,
         cache_age_events=jnp.where(cache_level > 0, age, 0.0),
-        utility_per_ms=lambdas[:, 0] * scales.quality_gap / scales.latency_gap_ms,
-        utility_per_mj=lambdas[:, 1] * scales.quality_gap / scales.energy_gap_mj,
-        utility_per_exposure=lambdas[:, 2] * scales.quality_gap / scales.exposure_gap,
+        utility_per_ms=lambdas[:, 0] * share / scales.latency_gap_ms,
+        utility_per_mj=lambdas[:, 1] * share / scales.energy_gap_mj,
+        utility_per_exposure=lambdas[:, 2] * share / scales.exposure_gap,
         **situation,
     )
 

@@ -82,7 +82,7 @@ def realised_utility(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class WeightScales:
-    """dQ and dC_j, from which the weights of a context are drawn: w_j = lambda_j dQ / dC_j. Scalars, all positive."""
+    """dQ and dC_j, from which the weights of a context are drawn: w_j = lambda_j dQ / (3 dC_j). Scalars, all positive."""
 
     quality_gap: Float[Array, ""]
     latency_gap_ms: Float[Array, ""]
@@ -111,24 +111,28 @@ class WeightScales:
     def from_quality_and_costs(cls, quality: PlanValues, costs: PlanCosts, mask: PlanMask) -> "WeightScales":
         """Scales of a validation set, on the host.
 
-        The pair: the plan of the highest mean quality over the requests that allow it, and ``local-skip-skip``, the local plan
-        that every context allows (a better local plan can cost as much as the best one, and a price per millisecond drawn from
-        such a pair would explode). Over the requests that allow the best plan, dQ is the mean quality gap and dC_j the median
-        cost gap. A gap below its floor (MIN_* of this module), also a negative one, becomes the floor.
+        The best plan has the highest mean quality over the requests that allow it, and the best local plan likewise among the
+        plans that use no link. Over the requests that allow both, dQ is their mean quality gap: what asking the cloud is worth.
+        dC_j is the median cost of the best plan above ``local-skip-skip``, which costs next to nothing (a good local plan can
+        take as long as the best one, and a price drawn from that gap would explode). A gap below its floor (MIN_* of this
+        module), also a negative one, becomes the floor.
         """
         allowed, values = np.asarray(mask), np.asarray(quality)
         counts = allowed.sum(axis=0)
         means = np.where(counts > 0, (values * allowed).sum(axis=0) / np.maximum(counts, 1), -np.inf)
         best = int(means.argmax())
-        rows = allowed[:, best]
+        local = int(np.where(PLAN_TABLE.uses_link, -np.inf, means).argmax())
+        rows = allowed[:, best] & allowed[:, local]
+        if not rows.any():
+            rows = np.ones_like(rows)
 
-        def gap(table: PlanValues) -> np.ndarray:
+        def gap(table: PlanValues, reference: int) -> np.ndarray:
             columns = np.asarray(table)[rows]
-            return columns[:, best] - columns[:, LAST_RESORT]
+            return columns[:, best] - columns[:, reference]
 
         return cls.of(
-            quality_gap=max(float(gap(quality).mean()), MIN_QUALITY_GAP),
-            latency_gap_ms=max(float(np.median(gap(costs.latency_ms))), MIN_LATENCY_GAP_MS),
-            energy_gap_mj=max(float(np.median(gap(costs.energy_mj))), MIN_ENERGY_GAP_MJ),
-            exposure_gap=max(float(np.median(gap(costs.exposure))), MIN_EXPOSURE_GAP),
+            quality_gap=max(float(gap(quality, local).mean()), MIN_QUALITY_GAP),
+            latency_gap_ms=max(float(np.median(gap(costs.latency_ms, LAST_RESORT))), MIN_LATENCY_GAP_MS),
+            energy_gap_mj=max(float(np.median(gap(costs.energy_mj, LAST_RESORT))), MIN_ENERGY_GAP_MJ),
+            exposure_gap=max(float(np.median(gap(costs.exposure, LAST_RESORT))), MIN_EXPOSURE_GAP),
         )

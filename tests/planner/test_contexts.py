@@ -54,7 +54,7 @@ def test_cache_age_is_geometric_with_mean_3_before_the_cut(facts, scales):
 
 
 def test_weights_are_log_uniform_around_their_scale_and_one_in_ten_is_exactly_0(contexts):
-    weights = np.asarray(contexts.utility_per_ms) * 80.0 / 0.04
+    weights = np.asarray(contexts.utility_per_ms) * 3 * 80.0 / 0.04
     assert (weights == 0).mean() == pytest.approx(0.1, abs=0.02)
     positive = weights[weights > 0]
     assert positive.min() >= 1 / 8 - 1e-4 and positive.max() <= 8 + 1e-4
@@ -98,7 +98,7 @@ def test_a_typical_context_is_what_was_declared(facts, scales):
     context = typical_contexts(facts, scales, link=Link.EDGE, tier=DeviceTier.LOW, consent=EgressLevel.RECENT, config=CONFIG)
     assert float(context.round_trip_ms[9]) == 400.0
     assert int(context.tier[9]) == DeviceTier.LOW and int(context.cache_level[9]) == EgressLevel.RECENT
-    assert float(context.utility_per_ms[9]) == pytest.approx(0.04 / 80.0)
+    assert float(context.utility_per_ms[9]) == pytest.approx(0.04 / 3 / 80.0)
     assert int(context.cache_level[0]) == EgressLevel.NOTHING  # one event of history: no older state to cache
 
 

@@ -66,10 +66,12 @@ def test_the_answer_after_a_failure_respects_the_mask(make_context):
     assert float(worth[0, plan_index("fresh-full-100-device")]) == pytest.approx(0.2)
 
 
-def test_scales_compare_the_best_plan_with_the_plan_that_is_always_allowed():
-    best, local = plan_index("fresh-full-100-device"), plan_index("local-skip-skip")
+def test_scales_by_hand():
+    """dQ against the best local plan, costs against the plan that costs next to nothing, where best and local are allowed."""
+    best, local, cheapest = plan_index("fresh-full-100-device"), plan_index("local-skip-device"), plan_index("local-skip-skip")
     quality = jnp.zeros((3, NUM_PLANS)).at[:, best].set(jnp.asarray([0.5, 0.7, 0.9])).at[:, local].set(0.2)
-    latency = jnp.zeros((3, NUM_PLANS)).at[:, best].set(jnp.asarray([100.0, 300.0, 1e6])).at[:, local].set(10.0)
+    latency = jnp.zeros((3, NUM_PLANS)).at[:, best].set(jnp.asarray([100.0, 300.0, 1e6])).at[:, local].set(99.0)
+    latency = latency.at[:, cheapest].set(10.0)
     exposure = jnp.zeros((3, NUM_PLANS)).at[:, best].set(0.6)
     mask = jnp.ones((3, NUM_PLANS), bool).at[2, best].set(False)
     scales = WeightScales.from_quality_and_costs(quality, costs_of(3, latency, -5.0, exposure), mask)
@@ -79,7 +81,7 @@ def test_scales_compare_the_best_plan_with_the_plan_that_is_always_allowed():
     assert float(scales.exposure_gap) == pytest.approx(0.6)
 
 
-def test_scales_have_floors_where_the_best_plan_is_the_one_always_allowed():
+def test_scales_have_floors_where_the_best_plan_is_local():
     quality = jnp.zeros((2, NUM_PLANS)).at[:, plan_index("local-skip-skip")].set(0.4)
     scales = WeightScales.from_quality_and_costs(quality, costs_of(2, 5.0), jnp.ones((2, NUM_PLANS), bool))
     assert float(scales.quality_gap) == pytest.approx(1e-3)
