@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
-# JAX reads these when it is imported, and commands that tests start as processes inherit them.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+# JAX reads these when it is imported, and commands that tests start as processes inherit them. Programs of tests run for
+# milliseconds, and compiling them without optimisation takes a third of the time.
+TEST_FLAGS = (
+    "--xla_force_host_platform_device_count=2",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *TEST_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
