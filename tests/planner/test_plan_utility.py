@@ -67,7 +67,7 @@ def test_the_answer_after_a_failure_respects_the_mask(make_context):
 
 
 def test_scales_by_hand():
-    """dQ against the best local plan, costs against the plan that costs next to nothing, where best and local are allowed."""
+    """Quality against the best local plan, costs against the plan that costs next to nothing, where best and local are allowed."""
     best, local, cheapest = plan_index("fresh-full-100-device"), plan_index("local-skip-device"), plan_index("local-skip-skip")
     quality = jnp.zeros((3, NUM_PLANS)).at[:, best].set(jnp.asarray([0.5, 0.7, 0.9])).at[:, local].set(0.2)
     latency = jnp.zeros((3, NUM_PLANS)).at[:, best].set(jnp.asarray([100.0, 300.0, 1e6])).at[:, local].set(99.0)
