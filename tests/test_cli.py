@@ -10,12 +10,19 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cda4rec_jax
 from cda4rec_jax.cli import main
 from cda4rec_jax.cli.commands import COMMANDS
 from cda4rec_jax.cli.quickstart import unused
+from cda4rec_jax.data import load_prepared
+from cda4rec_jax.data.text_vectors import load_text_vectors
+from cda4rec_jax.runs import RunDirectory
+from cda4rec_jax.runs.artifacts import load_corpus
+from cda4rec_jax.training import Interrupted
+from tests.data.tiny_bert import write_tiny_bert
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
 ROWS = "".join(f"u{user}\ti{item}\t{item}\n" for user in range(8) for item in range(8))
@@ -156,6 +163,7 @@ def test_resume_takes_no_settings_and_needs_a_run(refused: Callable[..., str], t
         ("recommend --run x --user y --links wifi", "--link"),
         ("evaluate --run x --basline y", "--baseline"),
         ("prepare x --out y --kcore 3", "--k-core"),
+        ("encode x --model y --out z.npz --dimension 9", "--dimensions"),
         ("quickstart --dta x", "--data"),
     ],
 )
@@ -185,6 +193,16 @@ def test_other_mistakes_on_the_command_line_exit_with_code_2(arguments: str, cli
         ("train --seed -1", "--seed must be 0 or more, got -1"),
         ("train --max-minutes nan", "--max-minutes must be above 0, got nan"),
         ("prepare synthetic --out x --k-core 0", "--k-core must be above 0, got 0"),
+        ("encode synthetic --model m --out x.npz --dimensions 0", "--dimensions must be above 0, got 0"),
+        ("encode synthetic --model m --out x.npz --tfidf -3", "--tfidf must be above 0, got -3"),
+        ("encode synthetic --model m --out x.npy", "ends in .npz"),
+        ("encode synthetic --model m --out x.npz", "there is no model folder m: expected a folder with config.json"),
+        (
+            "train --preset tiny --text none.npz --out run",
+            "none.npz: the file does not exist; make the file with 'cda4rec encode",
+        ),
+        ("train --preset sasrec-tiny --text x.npz --out run", "trains on ids alone and would not read x.npz"),
+        ("train --resume --text x.npz", "--resume goes on as the run began"),
     ],
 )
 def test_bad_values_are_refused(
@@ -239,3 +257,67 @@ def test_quickstart_takes_a_number_where_the_place_is_taken(tmp_path: Path) -> N
     (tmp_path / "run" / "config.json").touch()
     (tmp_path / "run-2").write_text("a file")
     assert unused(tmp_path / "run") == tmp_path / "run-3"
+
+
+SHOP = "synthetic:users=60,items=80"
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vectors of a small world, by an encoder whose folder is gone."""
+    folder = tmp_path_factory.mktemp("encoded")
+    model = write_tiny_bert(folder / "tiny-bert")
+    arguments = ("encode", SHOP, "--model", model, "--out", folder / "vectors.npz", "--dimensions", 8, "--tfidf", 4)
+    assert main([str(argument) for argument in arguments]) == 0
+    shutil.rmtree(model)
+    return folder / "vectors.npz"
+
+
+def test_encode_refuses_bad_data_and_keeps_what_was_there(
+    encoded: Path, refused: Callable[..., str], folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, before = write_tiny_bert(tmp_path / "tiny-bert"), encoded.read_bytes()
+    assert "the file is empty" in refused("encode", folder(HEADER), "--model", model, "--out", encoded, "--dimensions", 8)
+    assert "take 1 to 16 dimensions, not 17" in refused("encode", SHOP, "--model", model, "--out", encoded, "--dimensions", 17)
+    (model / "tokenizer.json").unlink()
+    assert "lacks tokenizer.json" in refused("encode", SHOP, "--model", model, "--out", encoded)
+    assert encoded.read_bytes() == before
+
+
+def test_training_keeps_the_vectors_of_a_file_and_their_origin(
+    encoded: Path, cli: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cda4rec_jax.training.job.measure_exposure", interrupted)
+    code, _, err = cli("train", "--preset", "tiny", "--data", SHOP, "--text", encoded, "--k-core", 12, "--out", tmp_path / "run")
+    assert code == 130 and "the run is saved" in err
+    run = RunDirectory.open(tmp_path / "run")
+    vectors, interactions = load_text_vectors(encoded), load_prepared(run.data_folder)
+    assert interactions.num_items < len(vectors.item_ids)
+    text = load_corpus(run).text
+    assert not text[0].any()
+    np.testing.assert_array_equal(text[1:], vectors.rows(interactions))
+    assert run.read_config("text", dict) == {
+        "provider": "tiny-bert-8+tfidf-svd-4",
+        "model_fingerprint": vectors.model_fingerprint,
+    }
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise Interrupted
+
+
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [
+        ("users=60,items=120", "items of synthetic have no vector (item-001, "),
+        ("users=60,items=80,seed=3", "items of synthetic had another title or other categories (item-01, "),
+    ],
+)
+def test_vectors_of_other_items_are_refused_and_no_run_is_lost(
+    world: str, message: str, encoded: Path, refused: Callable[..., str], run_copy: Path
+) -> None:
+    before = contents(run_copy)
+    other = ("--data", f"synthetic:{world}", "--text", encoded, "--out", run_copy, "--overwrite")
+    assert message in refused("train", "--preset", "tiny", *other)
+    assert contents(run_copy) == before
+    assert [path.name for path in run_copy.parent.iterdir()] == ["run"], "something was left behind"

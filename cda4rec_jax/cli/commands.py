@@ -1,6 +1,7 @@
 """The sub-commands: a dataclass each, whose fields are the flags and whose ``run`` does the work."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,51 @@ class Prepare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Give every item of a dataset a vector from its text by a pretrained sentence encoder, as a file for train --text."""
+
+    source: tyro.conf.Positional[str]
+    """Whose items to encode: a folder (prepared, RecBole or MovieLens) or synthetic[:users=500,items=200,seed=1]."""
+    model: Path
+    """Folder of the encoder, a BERT with mean pooling such as all-MiniLM-L6-v2: config.json, tokenizer.json, model.safetensors."""
+    out: Path
+    """File to write, ending in .npz. Text vectors that are there are replaced when the new ones are complete."""
+    dimensions: int = 128
+    """Principal components to keep of the encoder's vectors."""
+    tfidf: int | None = None
+    """Put so many dimensions of TF-IDF beside them; none if not given."""
+
+    def run(self) -> None:
+        """See ``encode_items``."""
+        from cda4rec_jax.data import read_interactions
+        from cda4rec_jax.data.encoders import SentenceEncoder
+        from cda4rec_jax.data.text import Combined, TfidfSvd
+        from cda4rec_jax.data.text_vectors import check_destination, encode_items, save_text_vectors
+
+        _require_positive(self.dimensions, "--dimensions")
+        _require_positive(self.tfidf, "--tfidf")
+        out, console = self.out.expanduser(), Console()
+        check_destination(out)
+        set_up_process()
+        with StagesView(console) as view:
+            encoder = SentenceEncoder(self.model, self.dimensions, lambda done, total: view.progress("encoding", done, total))
+            provider = Combined(providers=(encoder, TfidfSvd(dimensions=self.tfidf))) if self.tfidf else encoder
+            interactions = read_interactions(self.source)
+            started = time.monotonic()
+            vectors = encode_items(interactions, provider, encoder.sentences.fingerprint)
+            seconds = time.monotonic() - started
+        save_text_vectors(out, vectors)
+        num_items, width = vectors.vectors.shape
+        console.print(
+            f"wrote {out}: {num_items:,} items x {width} ({vectors.provider}), {seconds:.1f} s, {num_items / seconds:,.0f} items/s\n"
+            f"train with it: cda4rec train --data {self.source} --text {out}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train cloud agent, device agent and planner together (or SASRec, the baseline) into a run directory."""
 
@@ -77,6 +123,8 @@ class Train:
     sasrec-PRESET for the baseline of that size."""
     data: str = "synthetic"
     """What to train on: synthetic[:users=500,items=200,seed=1], or a folder (prepared, RecBole or MovieLens)."""
+    text: Path | None = None
+    """Item vectors that cda4rec encode wrote, instead of TF-IDF; the run keeps a copy."""
     out: Path | None = None
     """Run directory; runs/DATA-PRESET if not given."""
     resume: bool = False
@@ -128,13 +176,14 @@ class Train:
 
         config = preset(self.preset, self.data)
         trained = dataclasses.replace(config.train, **changes)
-        return dataclasses.replace(config, train=trained, k_core=self.k_core or config.k_core)
+        text_file = None if self.text is None else str(self.text)
+        return dataclasses.replace(config, train=trained, k_core=self.k_core or config.k_core, text_file=text_file)
 
     def _resumed(self, out: Path) -> "RunConfig":
         from cda4rec_jax.runs import RunDirectory
         from cda4rec_jax.training import RunConfig
 
-        if self.overwrite or self.k_core or self._changes():
+        if self.overwrite or self.k_core or self.text or self._changes():
             raise UserError("--resume goes on as the run began: leave --overwrite and the settings of training out")
         return RunDirectory.open(out).read_config("run", RunConfig)
 
@@ -218,6 +267,7 @@ class Recommend:
 COMMANDS: Mapping[str, Callable[..., Command]] = {
     "quickstart": Quickstart,
     "prepare": Prepare,
+    "encode": Encode,
     "train": Train,
     "evaluate": Evaluate,
     "recommend": Recommend,

@@ -42,6 +42,25 @@ def item_texts(titles: Sequence[str], categories: Sequence[tuple[str, ...]]) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Combined:
+    """Several providers side by side: their columns in turn, each provider with the same say.
+
+    Every part has a mean row norm of 1 already, so none drowns another; the joined rows are divided by one number, so that the mean
+    norm of those with text is 1 again.
+    """
+
+    providers: tuple[TextProvider, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(provider.name for provider in self.providers)
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "items z"]:
+        """Rows of the width of all providers together."""
+        return unit_mean_norm(np.concatenate([provider.encode(texts) for provider in self.providers], axis=1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TfidfSvd:
     """TF-IDF over words, word pairs and whole categories, then a partially whitened truncated SVD (scikit-learn; no weights).
 
@@ -85,13 +104,16 @@ class TfidfSvd:
         weights = csr_array(vectoriser.fit_transform(texts))
         known = np.diff(weights.indptr) > 0
         scores = TruncatedSVD(rank, algorithm="randomized", random_state=self.seed).fit_transform(weights)
-        whitened = _partially_whitened(scores[known])
-        vectors[known, : whitened.shape[1]] = whitened / max(np.linalg.norm(whitened, axis=1).mean(), 1e-9)
+        whitened = partially_whitened(scores[known])
+        vectors[known, : whitened.shape[1]] = unit_mean_norm(whitened)
         return vectors
 
 
-def _partially_whitened(scores: np.ndarray) -> np.ndarray:
-    """Principal components of the rows, each divided by the square root of its relative standard deviation."""
+def partially_whitened(scores: np.ndarray) -> np.ndarray:
+    """Principal components of the rows, each divided by the square root of its relative standard deviation.
+
+    ``scores`` is [rows, columns]; the result has a column for each direction that the rows vary in, largest variance first.
+    """
     centred = scores - scores.mean(axis=0)
     variances, directions = np.linalg.eigh(centred.T @ centred / len(centred))
     # Largest variance first; directions that carry nothing must not be scaled up to noise.
@@ -99,6 +121,12 @@ def _partially_whitened(scores: np.ndarray) -> np.ndarray:
     variances, directions = variances[order], directions[:, order]
     signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(len(order))])
     return centred @ (directions * signs) * (variances / variances[:1]) ** -0.25
+
+
+def unit_mean_norm(rows: np.ndarray) -> np.ndarray:
+    """The rows divided by one number, so that the mean norm of those that are not zero is 1; rows of rounding errors stay small."""
+    norms = np.linalg.norm(rows, axis=1)
+    return rows / max(norms[norms > 0].mean(), 1e-9) if norms.any() else rows
 
 
 def _tokens(text: str) -> list[str]:

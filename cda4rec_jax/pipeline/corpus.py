@@ -83,5 +83,9 @@ class Corpus:
 
 def build_corpus(interactions: Interactions, provider: TextProvider) -> Corpus:
     """A corpus whose item text comes from ``provider``: title and categories of each item."""
-    text = provider.encode(item_texts(interactions.titles, interactions.categories))
+    return corpus_with_text(interactions, provider.encode(item_texts(interactions.titles, interactions.categories)))
+
+
+def corpus_with_text(interactions: Interactions, text: Float[np.ndarray, "items z"]) -> Corpus:
+    """A corpus whose items have these text vectors, one row per item."""
     return Corpus(interactions=interactions, text=np.concatenate([np.zeros((1, text.shape[1]), np.float32), text]))

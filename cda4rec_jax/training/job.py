@@ -11,10 +11,11 @@ import numpy as np
 from cda4rec_jax.data import load_prepared, prepare
 from cda4rec_jax.data.packing import PackingConfig
 from cda4rec_jax.data.text import TfidfSvd
+from cda4rec_jax.data.text_vectors import TextVectors, load_text_vectors
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.calibration import measure_times
-from cda4rec_jax.pipeline.corpus import Corpus, build_corpus
+from cda4rec_jax.pipeline.corpus import Corpus, build_corpus, corpus_with_text
 from cda4rec_jax.pipeline.exposure import measure_exposure
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.retrieval import build_index
@@ -36,6 +37,7 @@ class RunConfig:
     train: TrainConfig
     text_dimensions: int  # of TF-IDF + SVD; 0 trains on ids alone
     k_core: int = 5
+    text_file: str | None = None  # vectors that `cda4rec encode` wrote, instead of TF-IDF + SVD
 
     @property
     def kind(self) -> str:
@@ -66,7 +68,8 @@ def train_run(
         tell: hears one line about each other stage.
 
     Raises:
-        UserError: bad data, an existing run without ``resume`` or ``overwrite``, an unwritable directory.
+        UserError: bad data, a text file that is bad or of other items, an existing run without ``resume`` or ``overwrite``, an
+            unwritable directory.
         Interrupted: Ctrl-C; all is saved.
     """
     if resume:
@@ -108,15 +111,38 @@ def _started(source: str, config: RunConfig, out: Path, overwrite: bool, tell: C
     """A new run that has its data, prepared beside it first."""
     out = out.expanduser().resolve()
     RunDirectory.check_destination(out, overwrite)
+    vectors = _text_vectors(config)
     staged = out.with_name(f".{out.name}.data-{os.getpid()}")
     try:
         for line in replace(prepare(source, staged, k_core=config.k_core), out=str(out / "data")).lines():
             tell(line)
-        run = RunDirectory.create(out, {"run": config, "system": config.system, "source": source}, config.kind, overwrite)
+        corpus = None
+        if vectors is not None:
+            interactions = load_prepared(staged)
+            corpus = corpus_with_text(interactions, vectors.rows(interactions))
+        configs = {"run": config, "system": config.system, "source": source, "text": _text_origin(config, vectors)}
+        run = RunDirectory.create(out, configs, config.kind, overwrite)
+        if corpus is not None:
+            save_corpus(run, corpus, corpus.statistics())  # before the data, without which a run is not resumed
         staged.rename(run.data_folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return run
+
+
+def _text_vectors(config: RunConfig) -> TextVectors | None:
+    if config.text_file is None:
+        return None
+    if not config.text_dimensions:
+        raise UserError(f"this preset trains on ids alone and would not read {config.text_file}: leave the text file out")
+    return load_text_vectors(Path(config.text_file).expanduser())
+
+
+def _text_origin(config: RunConfig, vectors: TextVectors | None) -> dict[str, str]:
+    """What made the text vectors of a run."""
+    if vectors is not None:
+        return {"provider": vectors.provider, "model_fingerprint": vectors.model_fingerprint}
+    return {"provider": TfidfSvd(dimensions=config.text_dimensions).name if config.text_dimensions else "none"}
 
 
 def _corpus(config: RunConfig, run: RunDirectory) -> Corpus:

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from cda4rec_jax.data import text
-from cda4rec_jax.data.text import TextProvider, TfidfSvd, item_texts
+from cda4rec_jax.data.text import Combined, TextProvider, TfidfSvd, item_texts, partially_whitened
 
 _CATEGORIES = (("Audio", "Headphones"), ("Audio", "Speakers"), ("Kitchen", "Kettles"), ("Kitchen", "Mugs"))
 
@@ -54,7 +53,7 @@ def test_columns_are_uncorrelated_and_partially_whitened():
     covariance = np.cov(vectors, rowvar=False)
     np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-5)
     scores = np.random.default_rng(0).normal(size=(500, 4)) * np.array([[16.0, 4.0, 1.0, 0.0]])
-    deviations = text._partially_whitened(scores).std(axis=0)
+    deviations = partially_whitened(scores).std(axis=0)
     assert len(deviations) == 3  # the empty direction is gone
     np.testing.assert_allclose(deviations / deviations[0], [1, 1 / 2, 1 / 4], rtol=0.1)
 
@@ -79,3 +78,24 @@ def test_a_large_catalogue_that_shares_no_word_gives_zero_rows():
 def test_zero_dimensions_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         TfidfSvd(dimensions=0).encode(["a"])
+
+
+def test_combined_providers_stand_side_by_side_with_the_same_say():
+    parts = (TfidfSvd(dimensions=8), TfidfSvd(dimensions=4, seed=1))
+    both: TextProvider = Combined(providers=parts)
+    vectors = both.encode(_catalogue())
+    assert both.name == "tfidf-svd-8+tfidf-svd-4"
+    assert vectors.shape == (80, 12) and vectors.dtype == np.float32
+    norms = [np.linalg.norm(block, axis=1).mean() for block in (vectors, vectors[:, :8], vectors[:, 8:])]
+    assert norms[0] == pytest.approx(1, abs=1e-5)
+    assert norms[1] == pytest.approx(norms[2], rel=1e-5)
+    for block, part in zip((vectors[:, :8], vectors[:, 8:]), parts, strict=True):
+        np.testing.assert_allclose(block / norms[1], part.encode(_catalogue()), rtol=1e-4, atol=1e-6)
+
+
+def test_a_part_without_words_adds_nothing_to_the_combination():
+    vectors = Combined(providers=(TfidfSvd(dimensions=4), TfidfSvd(dimensions=2))).encode(
+        ["", "red mug", "blue mug", "green pot"]
+    )
+    assert not vectors[0].any()
+    assert np.linalg.norm(vectors[1:], axis=1).mean() == pytest.approx(1, abs=1e-5)
