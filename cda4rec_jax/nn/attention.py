@@ -1,12 +1,11 @@
 """Causal grouped-query attention over packed rows."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from cda4rec_jax.nn.dropout import dropout
+from cda4rec_jax.kernels.segment_attention import segment_attention
 from cda4rec_jax.nn.rotary import rotate
 
 
@@ -32,19 +31,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "r t d"],
-        mask: Bool[Array, "r t u"],
+        segment_ids: Int[Array, "r t"],
         angles: Float[Array, "r t half"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "r t d"]:
         rows, length, _ = x.shape
-        groups = self.num_heads // self.num_kv_heads
         qkv = jnp.einsum("rtd,df->rtf", x, self.qkv[...]).reshape(rows, length, -1, self.head_size)
         query, keys, values = jnp.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
-        query, keys = rotate(query, angles), rotate(keys, angles)
-        query = query.reshape(rows, length, self.num_kv_heads, groups, self.head_size) * self.head_size**-0.5
-        logits = jnp.einsum("rtngh,runh->rngtu", query, keys)
-        # A finite mask keeps the softmax of a padding token (which reads nothing) free of NaN.
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e9), axis=-1)
-        weights = dropout(weights, self.dropout_rate, key)
-        mixed = jnp.einsum("rngtu,runh->rtngh", weights, values).reshape(rows, length, -1)
-        return jnp.einsum("rtf,fd->rtd", mixed, self.out[...])
+        query, keys = rotate(query, angles) * self.head_size**-0.5, rotate(keys, angles)
+        mixed = segment_attention(query, keys, values, segment_ids, dropout_rate=self.dropout_rate, dropout_key=key)
+        return jnp.einsum("rtf,fd->rtd", mixed.reshape(rows, length, -1), self.out[...])

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
-from cda4rec_jax.nn.attention import Attention, segment_mask
+from cda4rec_jax.nn.attention import Attention
 from cda4rec_jax.nn.dropout import dropout
 from cda4rec_jax.nn.mlp import SwiGLU
 from cda4rec_jax.nn.norm import RMSNorm
@@ -46,12 +46,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "r t d"],
-        mask: Bool[Array, "r t u"],
+        segment_ids: Int[Array, "r t"],
         angles: Float[Array, "r t half"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "r t d"]:
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
-        x = x + dropout(self.attention(self.attention_norm(x), mask, angles, keys[0]), self.dropout_rate, keys[1])
+        x = x + dropout(self.attention(self.attention_norm(x), segment_ids, angles, keys[0]), self.dropout_rate, keys[1])
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, keys[2])
 
 
@@ -73,8 +73,8 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "r t d"]:
         """Hidden states; dropout is on where there is a ``key``."""
         keys = [None] * (len(self.blocks) + 1) if key is None else list(jax.random.split(key, len(self.blocks) + 1))
-        mask, angles = segment_mask(segment_ids), rotary_angles(positions, self.head_size)
+        angles = rotary_angles(positions, self.head_size)
         x = dropout(x, self.dropout_rate, keys[0])
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, mask, angles, block_key)
+            x = block(x, segment_ids, angles, block_key)
         return self.final_norm(x)

@@ -1,22 +1,169 @@
-"""The terms of the joint loss, as pure functions."""
+"""The terms of the joint loss, and other losses over the catalogue, as pure functions.
+
+Item 0 is padding: it is no class, no negative, and a token that has it as target counts nothing.
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from cda4rec_jax.array_typing import Array, PackedInts, PlanMask, PlanValues
+from cda4rec_jax.array_typing import Array, ItemVectors, PackedInts, PlanMask, PlanValues
+from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from cda4rec_jax.planner import entropy, expected_utility
 
 
 def catalogue_loss(
-    hidden: Float[Array, "r t d"], item_vectors: Float[Array, "i d"], targets: PackedInts, chunk_size: int
+    hidden: Float[Array, "r t d"],
+    item_vectors: ItemVectors,
+    targets: PackedInts,
+    chunk_size: int,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
-    """Mean next-item cross-entropy over the full catalogue at the positions with a target; 0 where there is none."""
-    flat = targets.reshape(-1)
+    """Mean next-item cross-entropy over the full catalogue at the positions with a target; 0 where there is none.
+
+    With label smoothing (Szegedy et al., arXiv 1512.00567) the label is the target with probability ``1 - eps`` and any of the items,
+    the target among them, with ``eps``: ``log Z - (1 - eps) h . e_target - eps h . mean(e)``. The mean logit is the logit of the mean
+    vector, so smoothing costs no second pass over the catalogue.
+    """
+    flat, tokens = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     weights = (flat > 0).astype(jnp.float32)
-    total = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), item_vectors, flat, weights, chunk_size=chunk_size)
+    total = linear_cross_entropy(tokens, item_vectors, flat, weights, chunk_size=chunk_size)
+    if label_smoothing:
+        mean_vector = jnp.mean(item_vectors[1:], axis=0)
+        moved = jnp.sum(tokens * (item_vectors[flat] - mean_vector[None]), axis=1)
+        total = total + label_smoothing * jnp.sum(weights * moved)
     return total / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def sampled_softmax_loss(
+    hidden: Float[Array, "t d"],
+    item_vectors: ItemVectors,
+    targets: Int[Array, "t"],
+    weights: Float[Array, "t"],
+    negatives: Int[Array, "*t k"],
+    log_probabilities: Float[Array, "*t k"],
+) -> Float[Array, ""]:
+    """Cross-entropy whose normaliser is estimated from sampled negatives, weighted mean over tokens; 0 without any weight.
+
+    ``-log(exp(s_+) / (exp(s_+) + sum_j exp(s_j - log(k q_j))))`` over the negatives j that are not the target, with s the dot products.
+    Subtracting the log of the expected number of draws (Bengio and Senecal, 2008; for retrieval Yi et al., RecSys 2019,
+    doi 10.1145/3298689.3346996) makes the normaliser right on average for any q that reaches every item, so that loss and gradient
+    go to those of the full cross-entropy as k grows. The target is no draw, so it is not corrected (arXiv 2507.09331).
+
+    Args:
+        hidden: output of the decoder, one row for each token.
+        item_vectors: row 0 is padding.
+        targets: item index of the next item.
+        weights: weight of each token.
+        negatives: k item indices drawn with replacement, shared by all tokens [k] (a matrix product) or for each token [t, k]
+            (a gather of [t, k, d]).
+        log_probabilities: ``log q`` of each of these draws, in the same shape.
+    """
+    logits = _negative_logits(hidden, item_vectors, negatives) - _per_token(log_probabilities) - jnp.log(negatives.shape[-1])
+    allowed = (_per_token(negatives) != targets[:, None]) & (_per_token(negatives) > 0)
+    return _weighted_mean(
+        _estimated_cross_entropy(_target_logits(hidden, item_vectors, targets), logits, allowed), targets, weights
+    )
+
+
+def in_batch_loss(
+    hidden: Float[Array, "t d"],
+    item_vectors: ItemVectors,
+    targets: Int[Array, "t"],
+    weights: Float[Array, "t"],
+    log_probabilities: Float[Array, "t"],
+) -> Float[Array, ""]:
+    """Sampled softmax whose negatives are the other targets of the batch, weighted mean over tokens; 0 without any weight.
+
+    The T tokens that count are T draws from the items' shares q of all interactions. An item that came up several times is one
+    negative, corrected by the log of the probability ``1 - (1 - q)^T`` that it came up at all (Horvitz and Thompson, 1952), which
+    is ``log(T q)`` of Yi et al. (RecSys 2019, doi 10.1145/3298689.3346996) for a rare item; the target itself is left out.
+
+    Args:
+        hidden: output of the decoder, one row for each token.
+        item_vectors: row 0 is padding.
+        targets: item index of the next item.
+        weights: weight of each token; a token of weight 0 is no negative either.
+        log_probabilities: ``log q`` of each token's target.
+    """
+    counted = (targets > 0) & (weights > 0)
+    same = targets[:, None] == targets[None, :]
+    first = jnp.argmax(same & counted[None, :], axis=1) == jnp.arange(len(targets))
+    log_rest = jnp.log1p(-jnp.exp(jnp.minimum(log_probabilities, -1e-6)))  # finite also where q is 1
+    log_inclusion = jnp.log(-jnp.expm1(jnp.sum(counted) * log_rest))
+    logits = hidden @ item_vectors[targets].T - jnp.where(counted, log_inclusion, 0.0)[None]
+    allowed = (counted & first)[None] & ~same
+    return _weighted_mean(
+        _estimated_cross_entropy(_target_logits(hidden, item_vectors, targets), logits, allowed), targets, weights
+    )
+
+
+def gbce_loss(
+    hidden: Float[Array, "t d"],
+    item_vectors: ItemVectors,
+    targets: Int[Array, "t"],
+    weights: Float[Array, "t"],
+    negatives: Int[Array, "*t k"],
+    calibration: float,
+) -> Float[Array, ""]:
+    """Generalised binary cross-entropy of gSASRec, weighted mean over tokens; 0 without any weight.
+
+    ``-(beta log sigma(s_+) + sum_j log(1 - sigma(s_j))) / (k + 1)`` with ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)`` and
+    ``alpha = k / (items - 1)`` (Petrov and Macdonald, arXiv 2308.07192). The paper transforms the positive logit into
+    ``log(1 / (sigma(s_+)^-beta - 1))``, whose log sigmoid is ``beta log sigma(s_+)``. A negative that is the target counts nothing.
+
+    Args:
+        hidden: output of the decoder, one row for each token.
+        item_vectors: row 0 is padding.
+        targets: item index of the next item.
+        weights: weight of each token.
+        negatives: k item indices drawn uniformly, shared by all tokens [k] or for each token [t, k].
+        calibration: t of the paper. 0 is binary cross-entropy, whose scores are too sure of themselves under sampling; 1 is calibrated.
+
+    Raises:
+        UserError: fewer than two items, no negative, or a calibration outside [0, 1].
+    """
+    num_items, num_negatives = item_vectors.shape[0] - 1, negatives.shape[-1]
+    if num_items < 2 or num_negatives < 1 or not 0.0 <= calibration <= 1.0:
+        raise UserError(
+            f"got {num_items} items, {num_negatives} negatives and calibration {calibration}; expected at least 2, at least 1, and 0 to 1."
+        )
+    alpha = min(num_negatives / (num_items - 1), 1.0)
+    beta = alpha * (calibration * (1.0 - 1.0 / alpha) + 1.0 / alpha)
+    allowed = (_per_token(negatives) != targets[:, None]) & (_per_token(negatives) > 0)
+    rejected = jnp.where(allowed, jax.nn.log_sigmoid(-_negative_logits(hidden, item_vectors, negatives)), 0.0)
+    accepted = beta * jax.nn.log_sigmoid(_target_logits(hidden, item_vectors, targets))
+    return _weighted_mean(-(accepted + jnp.sum(rejected, axis=1)) / (num_negatives + 1), targets, weights)
+
+
+def _negative_logits(
+    hidden: Float[Array, "t d"], item_vectors: ItemVectors, negatives: Int[Array, "*t k"]
+) -> Float[Array, "t k"]:
+    if negatives.ndim == 1:
+        return hidden @ item_vectors[negatives].T
+    return jnp.einsum("td,tkd->tk", hidden, item_vectors[negatives])
+
+
+def _target_logits(hidden: Float[Array, "t d"], item_vectors: ItemVectors, targets: Int[Array, "t"]) -> Float[Array, "t"]:
+    return jnp.sum(hidden * item_vectors[targets], axis=1)
+
+
+def _per_token(draws: Array) -> Array:
+    return draws[None] if draws.ndim == 1 else draws
+
+
+def _estimated_cross_entropy(
+    positive: Float[Array, "t"], negative: Float[Array, "t k"], allowed: Bool[Array, "t k"]
+) -> Float[Array, "t"]:
+    negative = jnp.where(allowed, negative, -jnp.inf)
+    return jax.nn.logsumexp(jnp.concatenate([positive[:, None], negative], axis=1), axis=1) - positive
+
+
+def _weighted_mean(losses: Float[Array, "t"], targets: Int[Array, "t"], weights: Float[Array, "t"]) -> Float[Array, ""]:
+    weights = jnp.where(targets > 0, weights, 0.0)
+    total = jnp.sum(weights)
+    return jnp.sum(weights * losses) / jnp.where(total > 0, total, 1.0)
 
 
 def fusion_loss(

@@ -33,6 +33,14 @@ def test_packed_segments_equal_segments_alone(decoder):
     np.testing.assert_allclose(packed[:, 4:7], second, atol=1e-5)
 
 
+def test_a_row_of_several_blocks_equals_its_segments_alone(decoder):
+    x = np.random.default_rng(5).normal(size=(1, 300, 16)).astype(np.float32)
+    positions = np.tile(np.arange(150), (2, 1))
+    packed = run(decoder, x, np.repeat([[1, 2]], 150, axis=1), positions.reshape(1, 300))
+    alone = run(decoder, x.reshape(2, 150, 16), np.ones((2, 150), int), positions)
+    np.testing.assert_allclose(packed.reshape(alone.shape), alone, atol=1e-4)
+
+
 def test_a_token_reads_no_later_token(decoder):
     x = np.random.default_rng(1).normal(size=(1, 6, 16)).astype(np.float32)
     changed = x.copy()

@@ -1,0 +1,108 @@
+"""Forward and backward pass against plain attention: ``python -m cda4rec_jax.kernels.segment_attention.bench``.
+
+Both run in one process, in turn. The ratio is the median over rounds of plain / kernel, with its 10th to 90th percentile; the null is the
+kernel against itself in the same rounds and must lie within .95 to 1.05, else the machine was too busy: run again.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, PRNGKeyArray
+
+from cda4rec_jax.kernels.segment_attention import segment_attention
+from cda4rec_jax.kernels.segment_attention.cases import WORKLOAD_CASES, Case
+
+ROUNDS = 15
+INPUT_BYTES = 64 * 2**20  # inputs are rotated, so that they do not stay in cache; more than most caches hold
+ROUND_TOKENS = 16_384  # a round repeats small cases up to this many tokens
+
+
+def plain_attention(
+    query: Float[Array, "r t n h"],
+    key: Float[Array, "r t m h"],
+    value: Float[Array, "r t m h"],
+    segment_ids: Int[Array, "r t"],
+    *,
+    dropout_rate: float,
+    dropout_key: PRNGKeyArray,
+) -> Float[Array, "r t n h"]:
+    """What one would write: grouped einsums, a masked softmax, and dropout by the generator of JAX (16 bits a weight)."""
+    rows, length, heads, head_size = query.shape
+    kv_heads = key.shape[2]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = same & jnp.tril(jnp.ones((length, length), bool))[None] & (segment_ids > 0)[:, None, :]
+    grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_size)
+    logits = jnp.einsum("rtmgh,rumh->rmgtu", grouped, key)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e9), axis=-1)
+    if dropout_rate > 0.0:
+        bits = jax.random.bits(dropout_key, weights.shape, jnp.uint16)
+        weights = jnp.where(bits >= round(dropout_rate * 65536), weights / (1.0 - dropout_rate), 0.0)
+    return jnp.einsum("rmgtu,rumh->rtmgh", weights, value).reshape(query.shape)
+
+
+def compiled(attention: Callable[..., Array], inputs: tuple[Array, ...]) -> jax.stages.Compiled:
+    """Output and gradients of ``attention`` for the cotangent that is the last input."""
+
+    def both_passes(query: Array, key: Array, value: Array, segment_ids: Array, cotangent: Array) -> tuple[Array, ...]:
+        out, pull_back = jax.vjp(lambda *operands: attention(*operands, segment_ids), query, key, value)
+        return out, *pull_back(cotangent)
+
+    return jax.jit(both_passes).lower(*inputs).compile()
+
+
+def make_inputs(case: Case, seed: int) -> tuple[Array, ...]:
+    rng = np.random.default_rng(seed)
+    shapes = [(case.rows, case.length, heads, case.head_size) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+    query, key, value, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    return query * case.head_size**-0.5, key, value, jnp.asarray(case.segment_ids(seed)), cotangent
+
+
+def seconds(program: jax.stages.Compiled, batches: list[tuple[Array, ...]]) -> float:
+    start = time.perf_counter()
+    for batch in batches:
+        jax.block_until_ready(program(*batch))
+    return time.perf_counter() - start
+
+
+def measure(case: Case, dropout_rate: float) -> str:
+    """One line of the table."""
+    first = make_inputs(case, 0)
+    num_batches = max(2, INPUT_BYTES // sum(array.nbytes for array in first))
+    batches = [first, *(make_inputs(case, seed) for seed in range(1, num_batches))]
+    dropout_key = jax.random.key(0, impl="unsafe_rbg")  # the generator of the training loop
+    options = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    plain, kernel = (compiled(partial(attention, **options), first) for attention in (plain_attention, segment_attention))
+    calls = max(1, ROUND_TOKENS // (case.rows * case.length))
+    times = np.empty((ROUNDS + 2, 3))
+    for number, row in enumerate(times):
+        chosen = [batches[(number * calls + call) % num_batches] for call in range(calls)]
+        row[:] = [seconds(program, chosen) / calls for program in (kernel, plain, kernel)]
+    times = times[2:]  # the first rounds warm up
+    low, ratio, high = np.percentile(times[:, 1] / times[:, 0], (10, 50, 90))
+    null = np.median(times[:, 2] / times[:, 0])
+    analyses = (program.memory_analysis() for program in (plain, kernel))
+    megabytes = [math.nan if analysis is None else analysis.temp_size_in_bytes / 2**20 for analysis in analyses]
+    plain_ms, kernel_ms = np.median(times[:, 1]) * 1e3, np.median(times[:, 0]) * 1e3
+    return (
+        f"{case.name:22} {dropout_rate:7.1f} {plain_ms:9.2f} {kernel_ms:9.2f} {ratio:7.2f} [{low:.2f}, {high:.2f}] {null:6.2f}"
+        f" {megabytes[0]:9.1f} {megabytes[1]:9.1f}"
+    )
+
+
+def main() -> None:
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.platform} {device.device_kind}, forward and backward, float32")
+    print(f"{'case':22} dropout  plain ms kernel ms   ratio [10%, 90%]     null  plain MB kernel MB")
+    for case in WORKLOAD_CASES:
+        for dropout_rate in (0.0, 0.5):
+            print(measure(case, dropout_rate), flush=True)
+
+
+if __name__ == "__main__":
+    main()
