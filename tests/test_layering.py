@@ -13,6 +13,7 @@ ROWS = (
     ("pipeline",),
     ("runs",),
     ("training", "evaluation", "runtime"),
+    ("baselines",),
     ("presets",),
     ("",),  # the package's own table of contents
     ("cli",),

@@ -1,0 +1,391 @@
+"""The main table of one dataset: the system beside every baseline, on the same data, split, validation and ranking.
+
+    python experiments/main_table.py --data path/to/ml-100k --seeds 3
+
+Trains what is not there yet: each system and seed keeps its ranks in ``--work``, so a stopped table goes on where it was. Baselines have
+the sizes of the dataset's preset; each of those that are trained by gradients tries ``LEARNING_RATES`` with seed 0 and keeps the one with
+the best validation ndcg@10, as does SASRec with full cross-entropy (ours keeps its preset). Writes ``results/table-<dataset>.json``,
+``.md`` and ``.png``.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from cda4rec_jax.baselines import (
+    BASELINES,
+    BERT4RecConfig,
+    CooccurrenceConfig,
+    EASEConfig,
+    FitConfig,
+    GRU4RecConfig,
+    GSASRecConfig,
+    HSTUConfig,
+    LSC4RecConfig,
+    PopularityConfig,
+    Recommender,
+    SASRecBCEConfig,
+    catalogue_ranks,
+)
+from cda4rec_jax.data import Split, load_prepared, prepare
+from cda4rec_jax.data.sources import source_name
+from cda4rec_jax.data.text import TfidfSvd
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.evaluation.accuracy import METRICS
+from cda4rec_jax.metrics import ndcg, paired_intervals
+from cda4rec_jax.pipeline.corpus import Corpus, build_corpus
+from cda4rec_jax.planner import PLANS, plan_index
+from cda4rec_jax.presets import preset, sasrec
+from cda4rec_jax.runs import provenance
+from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
+from cda4rec_jax.training import Progress, RunConfig, train_run
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OURS, CLOUD, PLAN = "cda4rec", "cda4rec, cloud agent alone", "cda4rec, fresh-full-100-device"
+SASREC_CE = "sasrec-ce"
+SYSTEMS = (OURS, SASREC_CE, *BASELINES)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+SELECTION_USERS = 4096  # whose validation events choose a plan, a learning rate
+
+CONFIGS: dict[str, type] = {
+    "popularity": PopularityConfig,
+    "cooccurrence": CooccurrenceConfig,
+    "ease": EASEConfig,
+    "gru4rec": GRU4RecConfig,
+    "sasrec-bce": SASRecBCEConfig,
+    "gsasrec": GSASRecConfig,
+    "bert4rec": BERT4RecConfig,
+    "hstu": HSTUConfig,
+    "lsc4rec": LSC4RecConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One system under one seed: the test rank of every user under each of its rows, and what it cost."""
+
+    ranks: dict[str, np.ndarray]  # row name -> [users]
+    validation_ndcg: float
+    seconds: float
+    parameters: int
+    curve: list[tuple[float, float]]  # (seconds of training, validation ndcg@10)
+
+    def save(self, path: Path) -> None:
+        """Write the whole file or none of it."""
+        facts = {name: value for name, value in asdict(self).items() if name != "ranks"} | {"rows": list(self.ranks)}
+        staged = path.with_suffix(".part.npz")
+        arrays: dict[str, Any] = {f"ranks_{index}": ranks for index, ranks in enumerate(self.ranks.values())}
+        np.savez_compressed(staged, facts=json.dumps(facts), **arrays)
+        staged.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Cell":
+        """What ``save`` wrote."""
+        with np.load(path) as stored:
+            facts = json.loads(str(stored["facts"]))
+            ranks = {row: stored[f"ranks_{index}"] for index, row in enumerate(facts.pop("rows"))}
+        return cls(ranks=ranks, **facts)
+
+
+def main(
+    data: str,
+    seeds: int = 3,
+    systems: tuple[str, ...] = SYSTEMS,
+    preset_name: str = "auto",
+    work: Path = Path("runs/main_table"),
+    out: Path = RESULTS,
+) -> dict[str, Any]:
+    """Train what is missing, and write the table.
+
+    Args:
+        data: any source that ``cda4rec train --data`` takes.
+        seeds: seeds 0 to seeds - 1, each for the weights and the order of the data.
+        systems: which of the systems to have in the table.
+        preset_name: of ours, and of the sizes of the baselines.
+        work: where runs and ranks are kept.
+        out: folder of the results.
+    """
+    unknown = set(systems) - set(SYSTEMS)
+    if unknown or seeds < 1:
+        raise UserError(f"got systems {sorted(unknown)} and {seeds} seeds: choose from {', '.join(SYSTEMS)}, and at least 1 seed")
+    console = Console(stderr=True)
+    config = preset(preset_name, data)
+    folder = work / source_name(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = folder / "data"
+    console.print(prepare(data, prepared, k_core=config.k_core).lines()[-1])
+    interactions = load_prepared(prepared)
+    corpus = build_corpus(interactions, TfidfSvd(dimensions=config.text_dimensions or 64))
+    cells: dict[str, list[Cell]] = {}
+    for system in systems:
+        choose = _tuned(system, config, corpus, prepared, folder, console)
+        cells[system] = [_cell(folder / f"{system}-{seed}.npz", partial(choose, seed), console) for seed in range(seeds)]
+    table = _table(cells, corpus, seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"table-{interactions.name}"
+    stem.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
+    _plot(table, stem.with_suffix(".png"))
+    console.print(f"wrote {stem}.json, .md and .png")
+    return table
+
+
+def _cell(path: Path, make: Callable[[], Cell], console: Console) -> Cell:
+    """The stored cell, or a new one that is stored."""
+    if not path.exists():
+        with console.status(path.stem):
+            made = make()
+        made.save(path)
+        quality = {row: round(float(np.mean(ndcg(ranks, 10))), 4) for row, ranks in made.ranks.items()}
+        console.print(f"{path.stem}: {made.seconds:.0f} s, validation ndcg@10 {made.validation_ndcg:.4f}, test {quality}")
+    return Cell.load(path)
+
+
+def _tuned(
+    system: str, config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, console: Console
+) -> Callable[[int], Cell]:
+    """Makes the cell of a seed, at the learning rate that seed 0 chose on validation where there is one to choose."""
+    if system == OURS:
+        return lambda seed: _ours(config, prepared, folder / f"{system}-{seed}", seed)
+    make = partial(_sasrec if system == SASREC_CE else partial(_baseline, system), config, corpus, prepared, folder)
+    if system in ("popularity", "cooccurrence", "ease"):
+        return lambda seed: make(seed, None)
+    tried = {
+        rate: _cell(folder / f"{system}-0-rate-{rate:g}.npz", partial(make, 0, rate), console).validation_ndcg
+        for rate in LEARNING_RATES
+    }
+    best = max(tried, key=lambda rate: tried[rate])
+    return lambda seed: Cell.load(folder / f"{system}-0-rate-{best:g}.npz") if seed == 0 else make(seed, best)
+
+
+def _ours(config: RunConfig, prepared: Path, run_path: Path, seed: int) -> Cell:
+    """The joint system: the cloud agent alone, one plan, and the fresh plan that is best on validation."""
+    started = replace(config, train=replace(config.train, seed=seed))
+    resumable = (run_path / "checkpoints").is_dir()
+    run = train_run(str(prepared), started, run_path, resume=resumable, overwrite=not resumable)
+    trained = load_trained(run.path)
+    users = np.arange(trained.corpus.interactions.num_users)
+    chosen_on = np.sort(np.random.default_rng(0).permutation(users)[:SELECTION_USERS])
+    fresh = [plan_index(plan.name) for plan in PLANS if plan.name.startswith("fresh")]
+    validation = _plan_ranks(trained, Split.VALIDATION, chosen_on)
+    quality = {plan: float(np.mean(ndcg(validation[:, plan], 10))) for plan in fresh}
+    best = max(quality, key=lambda plan: quality[plan])
+    test = _plan_ranks(trained, Split.TEST, users)
+    cloud = trained.population.full_ranks(jax.device_put(trained.weights), users, trained.corpus.target_positions(Split.TEST))
+    return Cell(
+        ranks={OURS: test[:, best], PLAN: test[:, plan_index("fresh-full-100-device")], CLOUD: cloud},
+        validation_ndcg=quality[best],
+        seconds=run.read_json("training")["seconds"],
+        parameters=_num_parameters(trained),
+        curve=_curve(run.path),
+    )
+
+
+def _plan_ranks(trained: TrainedSystem, split: Split, users: np.ndarray) -> np.ndarray:
+    positions = trained.corpus.target_positions(split)[users]
+    return trained.population.records(jax.device_put(trained.weights), trained.world(), users, positions, draws=1).ranks
+
+
+def _sasrec(config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, seed: int, rate: float) -> Cell:
+    """SASRec with full cross-entropy, on ids: the cloud decoder of the preset."""
+    del corpus
+    base = sasrec(config)
+    train = replace(base.train, seed=seed, learning_rate=rate)
+    path = folder / f"{SASREC_CE}-{seed}-rate-{rate:g}"
+    run = train_run(str(prepared), replace(base, train=train), path, overwrite=True)
+    trained = load_trained(run.path)
+    weights, users = jax.device_put(trained.weights), np.arange(trained.corpus.interactions.num_users)
+    curve = _curve(run.path)
+    return Cell(
+        ranks={SASREC_CE: trained.population.full_ranks(weights, users, trained.corpus.target_positions(Split.TEST))},
+        validation_ndcg=max(quality for _, quality in curve),
+        seconds=run.read_json("training")["seconds"],
+        parameters=_num_parameters(trained),
+        curve=curve,
+    )
+
+
+def _baseline(name: str, config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, seed: int, rate: float | None) -> Cell:
+    del prepared, folder
+    started, curve = time.monotonic(), []
+
+    def watch(progress: Progress) -> None:
+        if progress.validation is not None:
+            curve.append((time.monotonic() - started, progress.validation["ndcg@10"]))
+
+    fitted: Recommender = BASELINES[name](corpus, _baseline_config(name, config, seed, rate), watch)
+    seconds = time.monotonic() - started
+    users = np.arange(corpus.interactions.num_users)
+    ranks = catalogue_ranks(fitted, corpus, users, corpus.target_positions(Split.TEST))
+    chosen_on = np.sort(np.random.default_rng(0).permutation(users)[:SELECTION_USERS])
+    validation = catalogue_ranks(fitted, corpus, chosen_on, corpus.target_positions(Split.VALIDATION)[chosen_on])
+    return Cell(
+        ranks={name: ranks},
+        validation_ndcg=float(np.mean(ndcg(validation, 10))),
+        seconds=seconds,
+        parameters=fitted.num_parameters,
+        curve=curve,
+    )
+
+
+def _baseline_config(name: str, config: RunConfig, seed: int, rate: float | None) -> Any:
+    """The baseline's own defaults, in the sizes of the preset."""
+    base = CONFIGS[name]()
+    if rate is None:
+        return base
+    sizes = _sizes(config, seed, rate)
+    if isinstance(base, LSC4RecConfig):
+        device = config.system.device
+        assert device is not None
+        small = {"width": device.decoder.width, "mlp_hidden": device.decoder.width, "dropout_rate": device.decoder.dropout_rate}
+        return replace(
+            base, cloud=replace(base.cloud, **sizes, mlp_hidden=sizes["width"]), device=replace(base.device, **sizes | small)
+        )
+    hidden = {field: sizes["width"] for field in ("mlp_hidden",) if hasattr(base, field)}
+    return replace(base, **sizes, **hidden)
+
+
+def _sizes(config: RunConfig, seed: int, rate: float) -> dict[str, Any]:
+    cloud, train = config.system.cloud, config.train
+    fit = FitConfig(
+        seed=seed,
+        epochs=round(1.5 * train.epochs),  # as many as preset sasrec has
+        rows_per_batch=train.rows_per_batch,
+        learning_rate=rate,
+        ema_decay=train.ema_decay,
+        patience=train.patience,
+        weight_decay=train.weight_decay,
+    )
+    return {
+        "width": cloud.decoder.width,
+        "history_length": cloud.history_length,
+        "row_tokens": config.packing.row_tokens,
+        "dropout_rate": cloud.decoder.dropout_rate,
+        "id_scale": cloud.item_table.id_scale,
+        "fit": fit,
+    }
+
+
+def _num_parameters(trained: TrainedSystem) -> int:
+    """Trained numbers: everything but frozen text."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(trained.weights)) - int(trained.corpus.text.size)
+
+
+def _curve(run_path: Path) -> list[tuple[float, float]]:
+    lines = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["elapsed_s"], line["ndcg@10"]) for line in lines if line["phase"] == "validation"]
+
+
+def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int) -> dict[str, Any]:
+    """Means and deviations over seeds, and paired intervals of each row against SASRec with full cross-entropy."""
+    rows = []
+    for found in cells.values():
+        for row in found[0].ranks:
+            values = {name: np.stack([metric(cell.ranks[row]) for cell in found], axis=1) for name, metric in METRICS.items()}
+            rows.append({"row": row, "cells": found, "values": values})
+    reference = next((row["values"] for row in rows if row["row"] == SASREC_CE), None)
+    written = []
+    for row in rows:
+        against = {}
+        if reference is not None and row["row"] != SASREC_CE:
+            for name in ("hit_rate@10", "ndcg@10"):
+                interval = paired_intervals(row["values"][name][None], reference[name][None])[0]
+                against[name] = asdict(interval)
+        by_seed = {name: values.mean(axis=0, dtype=np.float64) for name, values in row["values"].items()}
+        written.append(
+            {
+                "system": row["row"],
+                "mean": {name: float(values.mean()) for name, values in by_seed.items()},
+                "deviation": {name: float(values.std(ddof=1)) if seeds > 1 else None for name, values in by_seed.items()},
+                "minus_sasrec_ce": against,
+                "training_seconds": float(np.mean([cell.seconds for cell in row["cells"]])),
+                "parameters": row["cells"][0].parameters,
+                "validation_ndcg@10": float(np.mean([cell.validation_ndcg for cell in row["cells"]])),
+                "curve": row["cells"][0].curve if row["row"] in (OURS, SASREC_CE) else [],
+            }
+        )
+    return {
+        "dataset": corpus.interactions.name,
+        "num_users": corpus.interactions.num_users,
+        "num_items": corpus.interactions.num_items,
+        "seeds": seeds,
+        "protocol": (
+            "leave-one-out in time (n-2 train, n-1 validation, n test); full catalogue; seen items removed; ties count against "
+            "the target; mean and deviation over seeds; intervals paired by user over the means of seeds, 2000 resamples; "
+            f"learning rates of baselines from {LEARNING_RATES} by validation of seed 0"
+        ),
+        "rows": sorted(written, key=lambda row: -row["mean"]["ndcg@10"]),
+        "provenance": provenance(dataset_fingerprint=corpus.interactions.fingerprint),
+    }
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        f"# {table['dataset']}: {table['num_users']:,} users, {table['num_items']:,} items, {table['seeds']} seeds",
+        "",
+        "| system | hit_rate@10 | ndcg@10 | ndcg@10 - SASRec-CE, 95% | training s | parameters |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in table["rows"]:
+        interval = row["minus_sasrec_ce"].get("ndcg@10")
+        against = f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]" if interval else ""
+        cells = [row["system"], _with_deviation(row, "hit_rate@10"), _with_deviation(row, "ndcg@10"), against]
+        lines.append("| " + " | ".join([*cells, f"{row['training_seconds']:.0f}", f"{row['parameters']:,}"]) + " |")
+    source = table["provenance"]
+    origin = f"Data {source['dataset_fingerprint'][:12]}, commit {str(source['commit'])[:12]}"
+    lines += ["", f"Protocol: {table['protocol']}.", "", f"{origin}, {source['cores']} cores of {source['cpu_model']}.", ""]
+    return "\n".join(lines)
+
+
+def _with_deviation(row: dict[str, Any], name: str) -> str:
+    deviation = row["deviation"][name]
+    return f"{row['mean'][name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+
+def _plot(table: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (bars, curves) = pyplot.subplots(1, 2, figsize=(12, 4.5), gridspec_kw={"width_ratios": (1.3, 1)})
+    rows = table["rows"][::-1]
+    values = [row["mean"]["ndcg@10"] for row in rows]
+    spread = [row["deviation"]["ndcg@10"] or 0.0 for row in rows]
+    colours = ["tab:blue" if row["system"].startswith(OURS) else "tab:gray" for row in rows]
+    bars.barh([row["system"] for row in rows], values, xerr=spread, color=colours)
+    bars.set_xlabel("test ndcg@10" + (", bars: one deviation over seeds" if table["seeds"] > 1 else ", one seed"))
+    bars.set_title(f"{table['dataset']}: {table['num_users']:,} users, {table['num_items']:,} items")
+    for row in table["rows"]:
+        if row["curve"]:
+            label = f"{row['system']} (cloud agent alone)" if row["system"] == OURS else row["system"]
+            curves.plot(*zip(*row["curve"], strict=True), marker="o", markersize=3, label=label)
+    curves.set_xlabel("seconds of training")
+    curves.set_ylabel("validation ndcg@10")
+    curves.legend()
+    curves.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    from cda4rec_jax.cli.process import set_up_process
+
+    set_up_process()
+    try:
+        print(markdown(tyro.cli(main)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
