@@ -1,0 +1,27 @@
+"""The main table runs on a tiny world."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = "synthetic:users=300,items=150"  # that of `tiny_run`, whose programs are compiled already
+SYSTEMS = ["cda4rec", "sasrec-ce", "ease"]
+
+
+def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, tmp_path: Path):
+    del tiny_run
+    flags = ["--data", SOURCE, "--preset-name", "tiny", "--seeds", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "experiments" / "main_table.py"), *flags, "--systems", *SYSTEMS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "table-synthetic.json").read_text())
+    rows = {row["system"]: row for row in table["rows"]}
+    assert rows.keys() == {"cda4rec", "cda4rec, cloud agent alone", "cda4rec, fresh-full-100-device", "sasrec-ce", "ease"}
+    assert all(rows[name]["minus_sasrec_ce"] for name in rows.keys() - {"sasrec-ce"})
+    assert "| ease |" in (tmp_path / "table-synthetic.md").read_text() and (tmp_path / "table-synthetic.png").exists()
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")}
+    again = subprocess.run([*command[:2], *flags, "--systems", "ease", "sasrec-ce"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert len(stored) >= 5 and all(path.stat().st_mtime_ns == time for path, time in stored.items() if "data" not in path.parts)
