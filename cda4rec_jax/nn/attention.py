@@ -3,18 +3,10 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from cda4rec_jax.kernels.segment_attention import segment_attention
 from cda4rec_jax.nn.rotary import rotate
-
-
-def segment_mask(segment_ids: Int[Array, "r t"]) -> Bool[Array, "r t u"]:
-    """True where token ``t`` may read token ``u``: the same segment, not later, and no padding (segment 0)."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))[None]
-    return same & causal & (segment_ids > 0)[:, None, :]
 
 
 class Attention(nnx.Module):
