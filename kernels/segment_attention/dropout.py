@@ -16,11 +16,18 @@ def keep_weights(
 ) -> Bool[Array, "*weights"]:
     """True with probability ``1 - rate``, as a pure function of the seeds and of a weight's place in its row; shapes broadcast.
 
-    The place (query position, key position) is hashed under the seeds by two multiply-xorshift rounds (the constants are those of
-    Wellons' lowbias32). So a block can be drawn alone, the backward pass draws it again instead of keeping it, and padding a row
-    changes nothing. On a CPU this takes a hundredth of the time of ``jax.random.bits``. Places repeat from position 65,536 on.
+    So a block can be drawn alone, the backward pass draws it again instead of keeping it, and padding a row changes nothing. Places
+    (query position, key position) repeat from position 65,536 on.
     """
     places = (query_positions.astype(jnp.uint32) << 16) | key_positions.astype(jnp.uint32)
+    return keep_places(seeds, places, rate)
+
+
+def keep_places(seeds: UInt32[Array, "*seeds two"], places: UInt32[Array, "*places"], rate: float) -> Bool[Array, "*kept"]:
+    """True with probability ``1 - rate``: places are hashed under two random words by two multiply-xorshift rounds.
+
+    The constants are those of Wellons' lowbias32. On a CPU this takes a hundredth of the time of ``jax.random.bits``.
+    """
     bits = places ^ seeds[..., 0]
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D) ^ seeds[..., 1]
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
