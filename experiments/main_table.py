@@ -332,7 +332,7 @@ def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int) -> dict[str
 def markdown(table: dict[str, Any]) -> str:
     """The table for people."""
     lines = [
-        f"# {table['dataset']}: {table['num_users']:,} users, {table['num_items']:,} items, {table['seeds']} seeds",
+        f"# {table['dataset']}: {table['num_users']:,} users, {table['num_items']:,} items, {_seeds(table)}",
         "",
         "| system | hit_rate@10 | ndcg@10 | ndcg@10 - SASRec-CE, 95% | training s | parameters |",
         "|---|---|---|---|---|---|",
@@ -346,6 +346,10 @@ def markdown(table: dict[str, Any]) -> str:
     origin = f"Data {source['dataset_fingerprint'][:12]}, commit {str(source['commit'])[:12]}"
     lines += ["", f"Protocol: {table['protocol']}.", "", f"{origin}, {source['cores']} cores of {source['cpu_model']}.", ""]
     return "\n".join(lines)
+
+
+def _seeds(table: dict[str, Any]) -> str:
+    return "one seed" if table["seeds"] == 1 else f"{table['seeds']} seeds"
 
 
 def _with_deviation(row: dict[str, Any], name: str) -> str:
