@@ -58,6 +58,8 @@ class CheckpointStore:
             checkpointer.save(unfinished, args=items)
         if step in self.steps():
             self._remove(step)
+        for note in unfinished.rglob("commit_success.txt"):
+            note.unlink()  # names a path of this machine, and says what the name of the folder says
         unfinished.rename(self._folder / str(step))
         for old in self.steps()[: -self._keep]:
             self._remove(old)

@@ -14,6 +14,10 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 1_000_000
 
 
+def test_it_names_no_path_of_the_machine_that_wrote_it():
+    assert not list(FOLDER.rglob("commit_success.txt"))
+
+
 def test_it_recommends():
     trained = load_trained(FOLDER)
     user = trained.corpus.interactions.user_ids[0]
