@@ -22,21 +22,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from cda4rec_jax.baselines import (
-    BASELINES,
-    BERT4RecConfig,
-    CooccurrenceConfig,
-    EASEConfig,
-    FitConfig,
-    GRU4RecConfig,
-    GSASRecConfig,
-    HSTUConfig,
-    LSC4RecConfig,
-    PopularityConfig,
-    Recommender,
-    SASRecBCEConfig,
-    catalogue_ranks,
-)
+from cda4rec_jax.baselines import BASELINES, CONFIGS, FitConfig, LSC4RecConfig, Recommender, catalogue_ranks
 from cda4rec_jax.data import Split, load_prepared, prepare
 from cda4rec_jax.data.sources import source_name
 from cda4rec_jax.data.text import TfidfSvd
@@ -56,18 +42,6 @@ SASREC_CE = "sasrec-ce"
 SYSTEMS = (OURS, SASREC_CE, *BASELINES)
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 SELECTION_USERS = 4096  # whose validation events choose a plan, a learning rate
-
-CONFIGS: dict[str, type] = {
-    "popularity": PopularityConfig,
-    "cooccurrence": CooccurrenceConfig,
-    "ease": EASEConfig,
-    "gru4rec": GRU4RecConfig,
-    "sasrec-bce": SASRecBCEConfig,
-    "gsasrec": GSASRecConfig,
-    "bert4rec": BERT4RecConfig,
-    "hstu": HSTUConfig,
-    "lsc4rec": LSC4RecConfig,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +99,7 @@ def main(
     prepared = folder / "data"
     console.print(prepare(data, prepared, k_core=config.k_core).lines()[-1])
     interactions = load_prepared(prepared)
+    _same_settings(folder / "settings.json", {"config": asdict(config), "data": interactions.fingerprint})
     corpus = build_corpus(interactions, TfidfSvd(dimensions=config.text_dimensions or 64))
     cells: dict[str, list[Cell]] = {}
     for system in systems:
@@ -138,6 +113,14 @@ def main(
     _plot(table, stem.with_suffix(".png"))
     console.print(f"wrote {stem}.json, .md and .png")
     return table
+
+
+def _same_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Write what the cells of a folder are made with; refuse a folder whose cells were made with something else."""
+    text = json.dumps(settings, indent=1)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{file.parent} holds systems trained with other settings or data (see {file.name}): name another --work")
+    file.write_text(text, encoding="utf-8")
 
 
 def _cell(path: Path, make: Callable[[], Cell], console: Console) -> Cell:

@@ -1,7 +1,7 @@
 """Baselines in the harness of the system: the same data, split, packed rows, early stopping and ranking of the whole catalogue.
 
-``BASELINES[name](corpus, config, watch)`` fits one; ``catalogue_ranks`` ranks the targets of any of them. SASRec with full
-cross-entropy is preset ``sasrec``.
+``BASELINES[name](corpus, config, watch)`` fits one with a config of class ``CONFIGS[name]``; ``catalogue_ranks`` ranks the targets of any
+of them. SASRec with full cross-entropy is preset ``sasrec``.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,21 @@ BASELINES: dict[str, Callable[..., Recommender]] = {
     "lsc4rec": fit_lsc4rec,
 }
 
+CONFIGS: dict[str, type] = {
+    "popularity": PopularityConfig,
+    "cooccurrence": CooccurrenceConfig,
+    "ease": EASEConfig,
+    "gru4rec": GRU4RecConfig,
+    "sasrec-bce": SASRecBCEConfig,
+    "gsasrec": GSASRecConfig,
+    "bert4rec": BERT4RecConfig,
+    "hstu": HSTUConfig,
+    "lsc4rec": LSC4RecConfig,
+}
+
 __all__ = [
     "BASELINES",
+    "CONFIGS",
     "BERT4RecConfig",
     "CooccurrenceConfig",
     "EASEConfig",

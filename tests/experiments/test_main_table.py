@@ -25,3 +25,6 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, tm
     again = subprocess.run([*command[:2], *flags, "--systems", "ease", "sasrec-ce"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert len(stored) >= 5 and all(path.stat().st_mtime_ns == time for path, time in stored.items() if "data" not in path.parts)
+    other = [*command[:2], "--data", "synthetic:users=120,items=100", *flags[2:], "--systems", "ease"]
+    refused = subprocess.run(other, capture_output=True, text=True)
+    assert refused.returncode == 2 and "other settings or data" in refused.stderr and "Traceback" not in refused.stderr
