@@ -98,17 +98,16 @@ def compute_views(
         return model_semantics(cloud, catalogue.vectors, abstract)
 
     # Views are rows of one batch wherever their shapes agree: one program to compile, and the catalogue is read once.
-    pools = tuple(sources)
-    assert pools == ("profile", "recent", "full", "reuse")
-    short = semantics(pools[:2], released_items(EgressLevel.RECENT, config.history_length))
-    semantic = jnp.concatenate([short, semantics(pools[2:], config.history_length)])
+    short, long = ("profile", "recent"), ("full", "reuse")
+    of_short = semantics(short, released_items(EgressLevel.RECENT, config.history_length))
+    semantic = jnp.concatenate([of_short, semantics(long, config.history_length)])
     candidates = retrieve(catalogue.vectors, semantic, max_candidates(num_items))
 
     full = release(history, catalogue.categories, fresh["full"], now, max_items=config.history_length, **sizes)
     structured = model_structure(device, full, abstract_evidence(catalogue, full))
     rank = partial(_views, catalogue, history, structured)
-    levels, ages = (jnp.concatenate(column) for column in zip(*sources.values(), strict=True))
-    views = rank(pools, candidates, jnp.ones(candidates.items.shape), ages, levels)
+    levels, ages = (jnp.concatenate(column) for column in zip(*(sources[name] for name in (*short, *long)), strict=True))
+    views = rank((*short, *long), candidates, jnp.ones(candidates.items.shape), ages, levels)
 
     reused = jax.tree.map(lambda column: column[-num_users:, :CACHED_CANDIDATES], candidates)
     cache = cached_candidates(reused, catalogue.popular_items, cache_level > 0)
