@@ -12,7 +12,7 @@ import enum
 from dataclasses import dataclass, field
 
 import jax
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8, UInt16
 
 from cda4rec_jax.array_typing import (
     Array,
@@ -202,6 +202,9 @@ class UserState:
     level: Int[Array, "b"]
 
 
+WORD_BUCKETS = 1 << 15
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -216,6 +219,8 @@ class Evidence:
     cooccurring_items: NeighbourItems  # items most often in the same history, cosine normalised
     cooccurring_weights: NeighbourWeights
     categories: UInt8[Array, "... q"]  # up to q category indices + 1; 0 is none
+    words: UInt16[Array, "... w"]  # hashes of the title's words, below WORD_BUCKETS; 0 is none
+    word_weights: UInt8[Array, "... w"]  # their TF-IDF
     log_popularity: Float[Array, "..."]  # log(1 + train events), scaled to 0-1
 
 

@@ -63,7 +63,8 @@ def ml_1m() -> RunConfig:
 
 def amazon_beauty() -> RunConfig:
     """Amazon Beauty: short histories, many items, telling text."""
-    return joint(width=128, dropout_rate=0.5, train=TrainConfig(epochs=9, rows_per_batch=16, learning_rate=3e-3))
+    train = TrainConfig(epochs=12, rows_per_batch=16, learning_rate=3e-3)
+    return joint(width=128, dropout_rate=0.5, text_dimensions=256, train=train)
 
 
 def synthetic() -> RunConfig:

@@ -106,6 +106,7 @@ def fit_sequences(
         seed=config.seed,
         withheld=None,
         withheld_per_step=0,
+        decider_interval=1,
         stored_events=packing.history_length,
     )
     num_steps = len(source)

@@ -4,9 +4,7 @@ Counts come from the events that the caller passes and from nothing else: pass t
 twice, once without the withheld events (so that the features of a withheld position are as honest as those of a test event) and
 once with all training events (for evaluation and serving).
 
-Weights are stored as one byte on a fixed scale: ``byte = max(1, round(255 sqrt(weight)))`` for a weight in (0, 1], and 0 for
-none. The scale is the same for every row and data set, so bytes of different rows compare and nothing is lost on the wire; the
-square root spends the bytes on the small weights, where nearly all item pairs lie.
+Weights are stored as one byte each (``nn.quantise_weights``).
 """
 
 from collections import Counter
@@ -14,12 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32, Int64, UInt8
+from jaxtyping import Float32, Int, Int32, Int64, UInt8
 from scipy.sparse import coo_array, csr_array
 
-from cda4rec_jax.array_typing import NeighbourWeights
+from cda4rec_jax.nn import quantise_weights
 
 MAX_GAP = 3  # steps between two events that still count as "followed"; a pair at gap g counts 1/g
 # Events added to every count of a denominator. Without it the rows hold 2% (ML-1M) to 9% (Amazon Beauty) fewer of the true next
@@ -121,17 +118,6 @@ def item_categories(categories: Sequence[tuple[str, ...]], *, max_categories: in
         multi_hot[row, kept] = 1.0
         ids[row, : len(kept)] = np.asarray(kept, np.uint8) + 1
     return ItemCategories(names=names, multi_hot=multi_hot, ids=ids)
-
-
-def quantise_weights(weights: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-    """Bytes of weights in [0, 1] (larger ones are cut to 1), as the module's docstring says."""
-    rounded = np.round(255 * np.sqrt(np.clip(weights, 0, 1)))
-    return np.where(weights > 0, np.maximum(rounded, 1), 0).astype(np.uint8)
-
-
-def dequantise_weights(weights: NeighbourWeights) -> Float[Array, "... m"]:
-    """Weights in [0, 1] of bytes: ``(byte / 255)^2``, off by at most 1/255 (at weight 1); 0 stays 0."""
-    return jnp.square(weights.astype(jnp.float32) / 255)
 
 
 def _check_histories(offsets: np.ndarray, items: np.ndarray, num_items: int) -> None:

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
+from zlib import crc32
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8, UInt16
 from scipy.sparse import csr_array
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+
+from cda4rec_jax.messages import WORD_BUCKETS
+from cda4rec_jax.nn import quantise_weights
 
 CATEGORY_SEPARATOR = " | "
 _SMALL_CORPUS = 2000  # below this many texts a word that occurs once may be all that tells an item from the others
@@ -127,6 +131,45 @@ def unit_mean_norm(rows: np.ndarray) -> np.ndarray:
     """The rows divided by one number, so that the mean norm of those that are not zero is 1; rows of rounding errors stay small."""
     norms = np.linalg.norm(rows, axis=1)
     return rows / max(norms[norms > 0].mean(), 1e-9) if norms.any() else rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemWords:
+    """The most telling words of each title, heaviest first; row 0 is padding and all zero.
+
+    ``ids`` hash the word, so that no vocabulary has to travel and a word means the same in every catalogue; 0 is none. ``weights``
+    are the words' shares of the title's unit vector of TF-IDF, in the bytes of ``nn.quantise_weights``, so that
+    summing products over equal words gives the cosine of two titles.
+    """
+
+    ids: UInt16[np.ndarray, "i w"]  # 1 to WORD_BUCKETS - 1
+    weights: UInt8[np.ndarray, "i w"]
+
+
+def item_words(titles: Sequence[str], *, max_words: int = 12) -> ItemWords:
+    """Words of titles, weighted by ``(1 + log tf) (1 + log((1 + n) / (1 + df)))`` and scaled to unit norm.
+
+    Only words of at least two titles count: no other can tell that two items are alike. Equal weights stand by word.
+
+    Args:
+      titles: of items 1, 2, ...
+      max_words: words kept of each title. The norm is that of all its words.
+    """
+    words = [Counter(_WORD.findall(title.lower())) for title in titles]
+    titles_with = Counter(word for counts in words for word in counts)
+    ids = np.zeros((len(titles) + 1, max_words), np.uint16)
+    weights = np.zeros(ids.shape)
+    for row, counts in enumerate(words, start=1):
+        weighted = {
+            word: (1 + np.log(count)) * (1 + np.log((1 + len(titles)) / (1 + titles_with[word])))
+            for word, count in counts.items()
+            if titles_with[word] > 1
+        }
+        norm = np.sqrt(sum(weight**2 for weight in weighted.values()))
+        kept = sorted(weighted, key=lambda word: (-weighted[word], word))[:max_words]
+        ids[row, : len(kept)] = [1 + crc32(word.encode()) % (WORD_BUCKETS - 1) for word in kept]
+        weights[row, : len(kept)] = [weighted[word] / norm for word in kept]
+    return ItemWords(ids=ids, weights=quantise_weights(weights))
 
 
 def _tokens(text: str) -> list[str]:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8, UInt16
 
 from cda4rec_jax.agents.cloud import CloudAgent
 from cda4rec_jax.agents.device import DeviceAgent
-from cda4rec_jax.array_typing import Array, ItemCategories, ItemVectors
-from cda4rec_jax.data.statistics import ItemStatistics
+from cda4rec_jax.array_typing import Array, ItemVectors
+from cda4rec_jax.array_typing import ItemCategories as CategoryShares
+from cda4rec_jax.data.statistics import ItemCategories, ItemStatistics
+from cda4rec_jax.data.text import ItemWords
 from cda4rec_jax.messages import Evidence
 from cda4rec_jax.nn import quantise_rows
 
@@ -22,8 +24,10 @@ POPULAR_ITEMS = 100  # items that every device keeps; they say nothing about its
 class ItemTables:
     """Tables of the training data by item_index; they do not depend on any weight."""
 
-    categories: ItemCategories  # each row sums to 1 (or 0): an event's weight in each category
+    categories: CategoryShares  # each row sums to 1 (or 0): an event's weight in each category
     category_ids: UInt8[Array, "i q"]
+    words: UInt16[Array, "i w"]
+    word_weights: UInt8[Array, "i w"]
     text: Float[Array, "i z"]
     previous_items: Int[Array, "i m"]
     previous_weights: UInt8[Array, "i m"]
@@ -41,7 +45,7 @@ class Catalogue:
 
     vectors: ItemVectors
     evidence: Evidence
-    categories: ItemCategories
+    categories: CategoryShares
     popular_items: Int[Array, "c"]
 
     @property
@@ -49,14 +53,16 @@ class Catalogue:
         return self.vectors.shape[0] - 1
 
 
-def item_tables(statistics: ItemStatistics, multi_hot: np.ndarray, category_ids: np.ndarray, text: np.ndarray) -> ItemTables:
+def item_tables(statistics: ItemStatistics, categories: ItemCategories, words: ItemWords, text: np.ndarray) -> ItemTables:
     """Tables from the statistics of the training events and from item text."""
-    normalised = multi_hot / np.maximum(multi_hot.sum(axis=1, keepdims=True), 1.0)
+    normalised = categories.multi_hot / np.maximum(categories.multi_hot.sum(axis=1, keepdims=True), 1.0)
     by_count = np.argsort(-statistics.train_counts[1:], kind="stable")[:POPULAR_ITEMS] + 1
     unit_text = text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-6)
     return ItemTables(
         categories=jnp.asarray(normalised, jnp.float32),
-        category_ids=jnp.asarray(category_ids),
+        category_ids=jnp.asarray(categories.ids),
+        words=jnp.asarray(words.ids),
+        word_weights=jnp.asarray(words.weights),
         text=jnp.asarray(unit_text, jnp.float32),
         previous_items=jnp.asarray(statistics.previous_items),
         previous_weights=jnp.asarray(statistics.previous_weights),
@@ -83,6 +89,8 @@ def build_catalogue(cloud: CloudAgent, device: DeviceAgent, tables: ItemTables) 
         cooccurring_items=tables.cooccurring_items,
         cooccurring_weights=tables.cooccurring_weights,
         categories=tables.category_ids,
+        words=tables.words,
+        word_weights=tables.word_weights,
         log_popularity=tables.log_popularity,
     )
     return Catalogue(vectors=vectors, evidence=evidence, categories=tables.categories, popular_items=tables.popular_items)

@@ -12,7 +12,7 @@ from cda4rec_jax.data.packing import Histories
 from cda4rec_jax.data.profiles import prefix_size
 from cda4rec_jax.data.splits import Split, prefix_lengths, train_lengths
 from cda4rec_jax.data.statistics import ItemCategories, ItemStatistics, item_categories, item_statistics
-from cda4rec_jax.data.text import TextProvider, item_texts
+from cda4rec_jax.data.text import ItemWords, TextProvider, item_texts, item_words
 from cda4rec_jax.messages import HistoryBatch
 from cda4rec_jax.pipeline.catalogue import ItemTables, item_tables
 
@@ -30,6 +30,10 @@ class Corpus:
     @cached_property
     def categories(self) -> ItemCategories:
         return item_categories(((),) * self.interactions.num_items if self.ids_only else self.interactions.categories)
+
+    @cached_property
+    def words(self) -> ItemWords:
+        return item_words(("",) * self.interactions.num_items if self.ids_only else self.interactions.titles)
 
     @cached_property
     def attributes(self) -> tuple[Float[np.ndarray, "users a"], tuple[str, ...]]:
@@ -53,7 +57,7 @@ class Corpus:
         return item_statistics(offsets, items, self.interactions.num_items)
 
     def tables(self, statistics: ItemStatistics) -> ItemTables:
-        return item_tables(statistics, self.categories.multi_hot, self.categories.ids, self.text)
+        return item_tables(statistics, self.categories, self.words, self.text)
 
     def training_histories(self, held_out: np.ndarray | None = None) -> Histories:
         """Training events for packing; the last ``held_out[u]`` of each user are no targets."""

@@ -16,7 +16,7 @@ from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables, build_catalogu
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests, draw_requests, redraw_requests
 from cda4rec_jax.pipeline.full_ranking import full_ranks, in_batches
-from cda4rec_jax.pipeline.outcomes import outcomes
+from cda4rec_jax.pipeline.outcomes import compute_views, outcomes
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import ContextConfig, plan_quality
 
@@ -58,6 +58,7 @@ class Population:
         }
         self._catalogue = jax.jit(partial(_catalogue, graph))
         self._first = jax.jit(partial(_first_requests, graph=graph, config=config, options=options))
+        self._moments = jax.jit(partial(_feature_moments, graph=graph, config=config, options=options))
         self._redraw = jax.jit(partial(redraw_requests, **options))
         self._full = jax.jit(partial(_full_ranks, graph=graph, config=config))
 
@@ -89,6 +90,19 @@ class Population:
         merged = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *requests)
         all_ranks = np.concatenate(ranks)
         return PlanRecords(users=users, ranks=all_ranks, quality=np.asarray(plan_quality(all_ranks)), requests=merged)
+
+    def feature_moments(
+        self, weights: Any, world: PlanningWorld, users: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each feature, [f], over the candidates of all pools before the events at ``positions``."""
+        catalogue = self.catalogue(weights)
+        batches = [history for _, history, _ in self._batches(users, positions)]
+        found = [self._moments(weights, catalogue, self.tables, world, history) for history in batches]
+        count, total, squares = (
+            np.sum([np.asarray(each, np.float64) for each in sums], axis=0) for sums in zip(*found, strict=True)
+        )
+        mean = total / count
+        return mean.astype(np.float32), np.sqrt(np.maximum(squares / count - mean**2, 0.0)).astype(np.float32)
 
     def full_ranks(self, weights: Any, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Rank of each target among all unseen items by the cloud agent alone, [n]."""
@@ -130,6 +144,29 @@ def _first_requests(
     context = requests.context
     found = outcomes(system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config)
     return found.ranks, requests
+
+
+def _feature_moments(
+    weights: Any,
+    catalogue: Catalogue,
+    tables: ItemTables,
+    world: PlanningWorld,
+    history: HistoryBatch,
+    *,
+    graph: nnx.GraphDef,
+    config: SystemConfig,
+    options: dict[str, Any],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Number of candidates, sum and sum of squares of their features."""
+    system = nnx.merge(graph, weights)
+    context = draw_requests(world, history, tables, 0, **options).context
+    views = compute_views(
+        system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config
+    ).values()
+    features = jnp.concatenate([view.features["done"] for view in views], axis=1)
+    allowed = jnp.concatenate([view.allowed for view in views], axis=1)[..., None]
+    features = jnp.where(allowed, features, 0.0)
+    return jnp.sum(allowed), jnp.sum(features, (0, 1)), jnp.sum(jnp.square(features), (0, 1))
 
 
 def _full_ranks(

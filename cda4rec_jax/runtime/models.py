@@ -33,6 +33,8 @@ _NO_EVIDENCE = {
     "cooccurring_items": np.zeros(0, np.int32),
     "cooccurring_weights": np.zeros(0, np.uint8),
     "categories": np.zeros(0, np.uint8),
+    "words": np.zeros(0, np.uint16),
+    "word_weights": np.zeros(0, np.uint8),
 }
 
 

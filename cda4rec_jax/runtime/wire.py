@@ -15,7 +15,7 @@ from cda4rec_jax.messages import Evidence
 from cda4rec_jax.privacy.gate import GatedUplink
 from cda4rec_jax.privacy.levels import RequestId, UplinkFields
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 EVIDENCE_FIELDS = frozenset(each.name for each in dataclasses.fields(Evidence))
 
 _Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
@@ -36,7 +36,7 @@ class Codec(enum.StrEnum):
 class Tensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An array as raw little-endian bytes in C order."""
 
-    dtype: Literal["int8", "uint8", "int32", "float32"]
+    dtype: Literal["int8", "uint8", "uint16", "int32", "float32"]
     shape: Annotated[tuple[_Dimension, ...], msgspec.Meta(max_length=2)]
     data: bytes
 
@@ -86,8 +86,10 @@ class _Header(msgspec.Struct):
 def pack(array: np.ndarray) -> Tensor:
     """The array as a ``Tensor``. Raises WireError for a dtype or number of axes that the wire does not carry."""
     name = array.dtype.name
-    if name not in ("int8", "uint8", "int32", "float32") or array.ndim > 2:
-        raise WireError(f"cannot send {name}{list(array.shape)}: expected int8, uint8, int32 or float32 of at most 2 axes")
+    if name not in ("int8", "uint8", "uint16", "int32", "float32") or array.ndim > 2:
+        raise WireError(
+            f"cannot send {name}{list(array.shape)}: expected int8, uint8, uint16, int32 or float32 of at most 2 axes"
+        )
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     return Tensor(dtype=name, shape=array.shape, data=little.tobytes())
 

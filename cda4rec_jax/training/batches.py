@@ -43,11 +43,12 @@ class TrainingSource:
         seed: int,
         withheld: np.ndarray | None,
         withheld_per_step: int,
+        decider_interval: int,
         stored_events: int,
     ):
         self._corpus, self._packing, self._rows, self._seed = corpus, packing, rows_per_batch, seed
         self._withheld = None if withheld is None else np.flatnonzero(withheld)
-        self._withheld_per_step, self._stored_events = withheld_per_step, stored_events
+        self._withheld_per_step, self._decider_interval, self._stored_events = withheld_per_step, decider_interval, stored_events
         self._histories = corpus.training_histories(withheld)
         self._category_counts = self._histories.category_counts()
         self._epoch: tuple[int, PackedEpoch, PackedEpoch | None] | None = None
@@ -64,10 +65,11 @@ class TrainingSource:
     def __getitem__(self, index: int) -> TrainingBatch:
         epoch, place = divmod(int(index), self.steps_per_epoch)
         cloud, device = self._packed(epoch)
+        decides = self._withheld is not None and int(index) % self._decider_interval == 0
         return TrainingBatch(
             cloud=cloud.batch(place * self._rows, self._rows),
             device=None if device is None else device.batch(place * self._device_rows, self._device_rows),
-            withheld=None if self._withheld is None else self.withheld_batch(int(index), self._withheld_per_step),
+            withheld=self.withheld_batch(int(index), self._withheld_per_step) if decides else None,
         )
 
     def withheld_batch(self, step: int, size: int) -> HistoryBatch:

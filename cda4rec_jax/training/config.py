@@ -23,14 +23,15 @@ class TrainConfig:
     validation_users: int = 4096  # for early stopping; the final evaluation takes all
     checkpoint_minutes: float = 2.0  # 0 saves after every step
 
-    decider_learning_rate: float = 2e-3
+    decider_learning_rate: float = 4e-3
     withheld_share: float = 0.3  # of the users
-    withheld_per_step: int = 8
+    withheld_per_step: int = 16
+    decider_interval: int = 4  # joint steps from one that moves the deciders to the next; their part costs as much as the trunks'
     context_draws: int = 4  # contexts per withheld user
     planner_start_share: float = 0.3  # m(t) = 0 before this share of the steps
     quality_regression: float = 0.05  # weight of the squared error of q_theta, which keeps its terms in units of quality
     entropy_start: float = 0.1  # beta(t), in units of dQ, linear from here ...
     entropy_end: float = 0.005  # ... to here
     practice_share: float = 0.5  # final lambda of rho = (1 - lambda) uniform + lambda pi
-    final_steps: int = 300  # planner-only steps at the end, with frozen trunks
-    final_withheld_per_step: int = 64
+    final_steps: int = 500  # planner-only steps at the end, with frozen trunks
+    final_withheld_per_step: int = 96

@@ -56,6 +56,7 @@ class _Position:
     worse: int = 0
     elapsed_s: float = 0.0
     scales: dict[str, float] | None = None
+    moments: dict[str, list[float]] | None = None  # of the fusion head's features
 
 
 class Trainer:
@@ -81,6 +82,7 @@ class Trainer:
             seed=train.seed,
             withheld=withheld,
             withheld_per_step=train.withheld_per_step,
+            decider_interval=train.decider_interval,
             stored_events=config.system.stored_events,
         )
         self._withheld = None if withheld is None else np.flatnonzero(withheld)
@@ -151,9 +153,13 @@ class Trainer:
             iterator.set_state(self.position.iterator)
         every = max(1, round(self.source.steps_per_epoch / train.evaluations_per_epoch))
         started, saved = time.monotonic() - self.position.elapsed_s, time.monotonic()
+        latest: dict[str, jax.Array] = {}  # deciders report on their own steps only
         for step in range(int(self.state.step), self.num_steps):
-            self.state, values = self._joint(self.state, next(iterator), self.frozen, self.tables, self._world)
-            self._log("joint", step + 1, self.num_steps, values)
+            decide = self._world is not None and step % train.decider_interval == 0
+            given = (self.tables, self._world) if decide else (None, None)
+            self.state, values = self._joint(self.state, next(iterator), self.frozen, *given)
+            latest |= values
+            self._log("joint", step + 1, self.num_steps, latest)
             self.position.iterator = iterator.get_state()
             self.position.elapsed_s = time.monotonic() - started
             late = bool(train.max_seconds) and self.position.elapsed_s > train.max_seconds
@@ -207,10 +213,12 @@ class Trainer:
                 saved = time.monotonic()
 
     def _measure_scales(self) -> None:
-        """dQ, dC and the mean quality of each plan on withheld positions, which no trunk was trained on."""
+        """Moments of the head's features, dQ, dC and the mean quality of each plan on withheld positions, which no trunk has seen."""
         assert self._world is not None and self._withheld is not None
         users = np.random.default_rng(self.config.train.seed).permutation(self._withheld)[:SCALE_USERS]
-        records = self.population.records(self.weights(), self._world, users, self._train_positions[users], draws=1)
+        asked = (self._world, users, self._train_positions[users])
+        self._standardise(*self.population.feature_moments(self.weights(), *asked))
+        records = self.population.records(self.weights(), *asked, draws=1)
         requests = jax.tree.map(lambda leaf: leaf[0], records.requests)
         scales = WeightScales.from_quality_and_costs(records.quality, requests.predicted, requests.mask)
         mask = np.asarray(requests.mask)
@@ -227,11 +235,35 @@ class Trainer:
         gaps = {name: value for name, value in stored.items() if not name.startswith("mean_quality/")}
         means = [stored[f"mean_quality/{index}"] for index in range(len(stored) - len(gaps))]
         self._world = PlanningWorld(**{**vars(self._world), "scales": WeightScales.of(**gaps)})
+        with self._system() as system:
+            assert system.policy is not None
+            system.policy.quality_scale[...] = jnp.asarray(gaps["quality_gap"], jnp.float32)
+            system.policy.mean_quality[...] = jnp.asarray(means, jnp.float32)
+
+    def _standardise(self, mean: np.ndarray, deviation: np.ndarray) -> None:
+        """The head goes on with its features standardised by these moments."""
+        with self._system() as system:
+            assert system.device is not None
+            head = system.device.head
+            head.standardise(jnp.asarray(mean), jnp.asarray(deviation))
+            self.position.moments = {"mean": head.mean[...].tolist(), "deviation": head.deviation[...].tolist()}
+
+    def _restore_moments(self) -> None:
+        if self.position.moments is None:
+            return
+        with self._system() as system:
+            assert system.device is not None
+            head = system.device.head
+            head.mean[...] = jnp.asarray(self.position.moments["mean"], jnp.float32)
+            head.deviation[...] = jnp.asarray(self.position.moments["deviation"], jnp.float32)
+
+    @contextmanager
+    def _system(self) -> Iterator[System]:
+        """The system, to change what is measured of it: its frozen arrays, and deciders that have to follow them."""
         system = nnx.merge(self.graph, self.state.trunk, self.state.deciders, self.frozen)
-        assert system.policy is not None
-        system.policy.quality_scale[...] = jnp.asarray(gaps["quality_gap"], jnp.float32)
-        system.policy.mean_quality[...] = jnp.asarray(means, jnp.float32)
-        self.frozen = split_system(system)[3]
+        yield system
+        _, _, deciders, self.frozen = split_system(system)
+        self.state = TrainState(**{**vars(self.state), "deciders": deciders})
 
     @property
     def world(self) -> PlanningWorld | None:
@@ -266,6 +298,7 @@ class Trainer:
         self.position = _Position(**found.extras)
         self.run.truncate_metrics(found.step)
         self._apply_scales()
+        self._restore_moments()
 
     @contextmanager
     def _catching_interrupts(self) -> Iterator[None]:

@@ -173,7 +173,7 @@ def joint_step(
     config: StepConfig,
     num_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update of everything; a trunk-only system (SASRec) has no ``world`` and skips the deciders."""
+    """One update of everything; without a ``world`` (SASRec; most steps of a joint run) the deciders stay as they are."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl="unsafe_rbg"), state.step)
     progress = state.step.astype(jnp.float32) / num_steps
 
@@ -192,7 +192,10 @@ def joint_step(
     trunk_optimizer, decider_optimizer = optimizers(config.train, num_steps)
     updates, trunk_state = trunk_optimizer.update(trunk_gradient, state.trunk_optimizer, state.trunk)
     trunk = optax.apply_updates(state.trunk, updates)
-    updates, decider_state = decider_optimizer.update(decider_gradient, state.decider_optimizer, state.deciders)
+    deciders, decider_state = state.deciders, state.decider_optimizer
+    if world is not None:
+        updates, decider_state = decider_optimizer.update(decider_gradient, decider_state, deciders)
+        deciders = optax.apply_updates(deciders, updates)
     decay = config.train.ema_decay
     # Early steps average over what there is, so that the start does not weigh on the average for long.
     decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step)) if decay else 0.0
@@ -201,7 +204,7 @@ def joint_step(
         key_data=state.key_data,
         trunk=trunk,
         average=jax.tree.map(lambda old, now: decay * old + (1.0 - decay) * now, state.average, trunk),
-        deciders=optax.apply_updates(state.deciders, updates),
+        deciders=deciders,
         trunk_optimizer=trunk_state,
         decider_optimizer=decider_state,
     )

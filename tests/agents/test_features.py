@@ -35,6 +35,9 @@ def evidence(items: np.ndarray) -> Evidence:
         cooccurring_items=neighbours,
         cooccurring_weights=weights,
         categories=np.where(items > 0, 1 + items % 2, 0)[..., None].astype(np.uint8),
+        # Item j shares its only word with the items of its remainder by 4.
+        words=np.where(items > 0, 1 + items % 4, 0)[..., None].astype(np.uint16),
+        word_weights=np.where(items > 0, 255, 0)[..., None].astype(np.uint8),
         log_popularity=(items / NUM_ITEMS).astype(np.float32),
     )
     return jax.tree.map(jnp.asarray, columns)
@@ -62,6 +65,21 @@ def test_an_item_that_follows_the_last_one_is_recognised():
     found = structured([4, 7], [8, 5, 2])
     np.testing.assert_allclose(found["followed_last"], [1.0, 0.0, 0.0], atol=1e-5)
     np.testing.assert_allclose(found["followed_recent"], [1.0, 0.6**0.5, 0.0], atol=1e-5)
+
+
+def test_a_pair_of_rare_items_that_follow_each_other_counts_more_than_one_of_popular_items():
+    rare, popular = structured([1], [2])["followed_last_rare"], structured([7], [8])["followed_last_rare"]
+    # log_popularity of item j is j / 9, and each item has a factor exp(.5 - 3 log_popularity); the root of the product is the feature.
+    np.testing.assert_allclose(rare, np.exp(0.5 - 1.5 * (1 + 2) / 9), rtol=1e-5)
+    np.testing.assert_allclose(popular, np.exp(0.5 - 1.5 * (7 + 8) / 9), rtol=1e-5)
+
+
+def test_words_of_the_title_are_compared_with_last_recent_and_all_titles():
+    found = structured([1, 5, 2], [6, 9, 3])
+    np.testing.assert_allclose(found["words_last"], [1.0, 0.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(found["words_short"], [1.0, 0.36 + 0.6, 0.0], atol=1e-5)
+    long = np.asarray([1.0, 0.95, 0.95**2])
+    np.testing.assert_allclose(found["words_long"], [long[0] / long.sum(), long[1:].sum() / long.sum(), 0.0], atol=1e-5)
 
 
 def test_older_events_weigh_less_in_the_short_than_in_the_long_view():

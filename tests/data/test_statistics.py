@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from cda4rec_jax.data import statistics
-from cda4rec_jax.data.statistics import dequantise_weights, item_categories, item_statistics, quantise_weights
+from cda4rec_jax.data.statistics import item_categories, item_statistics
+from cda4rec_jax.nn import dequantise_weights, quantise_weights
 
 
 def _csr(histories):

@@ -1,7 +1,10 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cda4rec_jax.data.text import Combined, TextProvider, TfidfSvd, item_texts, partially_whitened
+from cda4rec_jax.data.text import Combined, TextProvider, TfidfSvd, item_texts, item_words, partially_whitened
+from cda4rec_jax.messages import WORD_BUCKETS
+from cda4rec_jax.nn import dequantise_weights
 
 _CATEGORIES = (("Audio", "Headphones"), ("Audio", "Speakers"), ("Kitchen", "Kettles"), ("Kitchen", "Mugs"))
 
@@ -99,3 +102,23 @@ def test_a_part_without_words_adds_nothing_to_the_combination():
     )
     assert not vectors[0].any()
     assert np.linalg.norm(vectors[1:], axis=1).mean() == pytest.approx(1, abs=1e-5)
+
+
+def test_products_of_equal_words_sum_to_the_cosine_of_two_titles():
+    titles = ["red lip stick", "red lip gloss", "red comb", "comb", "gloss stick"]
+    words = item_words(titles)
+    assert not words.ids[0].any()
+    rows = np.zeros((len(titles) + 1, WORD_BUCKETS))
+    np.put_along_axis(rows, words.ids.astype(int), np.asarray(dequantise_weights(jnp.asarray(words.weights))), axis=1)
+    idf = {word: 1 + np.log(6 / (1 + count)) for word, count in {"red": 3, "lip": 2, "stick": 2, "gloss": 2, "comb": 2}.items()}
+    norm = [np.sqrt(sum(idf[word] ** 2 for word in title.split())) for title in titles]
+    expected = (idf["red"] ** 2 + idf["lip"] ** 2) / (norm[0] * norm[1])
+    np.testing.assert_allclose(rows[1] @ rows[2], expected, atol=0.02)
+    assert rows[1] @ rows[4] == 0
+
+
+def test_words_of_one_title_only_are_left_out_and_the_heaviest_are_kept():
+    words = item_words(["common unique rare", "common rare", "common", "common"], max_words=1)
+    assert (words.ids[1] > 0).sum() == 1
+    assert words.ids[1, 0] == words.ids[2, 0] != words.ids[3, 0]
+    assert not item_words(["", "alone"]).ids.any()

@@ -96,7 +96,7 @@ def test_replies_round_trip(codec, reply):
 
 
 @given(
-    dtype=st.sampled_from(["int8", "uint8", "int32", "float32"]),
+    dtype=st.sampled_from(["int8", "uint8", "uint16", "int32", "float32"]),
     shape=st.lists(st.integers(0, 5), max_size=2),
     reverse=st.booleans(),
 )

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from cda4rec_jax.array_typing import Array, CandidateFeatures, Histories, Lengths, NeighbourItems, NeighbourWeights
-from cda4rec_jax.messages import Candidates, EgressLevel, Evidence
-from cda4rec_jax.nn import dequantise_rows
+from cda4rec_jax.array_typing import Array, CandidateFeatures, Histories, Lengths, NeighbourWeights
+from cda4rec_jax.messages import WORD_BUCKETS, Candidates, EgressLevel, Evidence
+from cda4rec_jax.nn import dequantise_rows, dequantise_weights
 
 CLOUD_FEATURES = (
     "cloud_score",  # semantic score below that of the best candidate
@@ -33,10 +33,15 @@ STRUCTURED_FEATURES = (
     "text_long",  # ... by .95
     "followed_last",  # directed counts from the last item
     "followed_recent",  # ... from the last events, decayed by .6
+    "followed_last_rare",  # the same counts as a lift: a pair of rare items says more
+    "followed_recent_rare",
     "cooccurring_short",
     "cooccurring_long",
     "category_short",
     "category_long",
+    "words_last",  # cosine of the words of the title with those of the last item
+    "words_short",  # ... summed over the history, decayed by .6 an event
+    "words_long",  # ... mean over the history, decayed by .95
     "history_size",
 )
 FEATURES = CLOUD_FEATURES + STRUCTURED_FEATURES
@@ -95,14 +100,21 @@ def structured_features(
     tastes = tastes / jnp.maximum(jnp.linalg.norm(tastes, axis=-1, keepdims=True), 1e-6)
     similar = _for_each_user(_similarity, tastes, evidence.text, evidence.text_scales)
 
-    followed = _lookup(history, jnp.stack([last, short], -1), evidence.previous_items, evidence.previous_weights, num_items)
-    together = _lookup(history, jnp.stack([short, long], -1), evidence.cooccurring_items, evidence.cooccurring_weights, num_items)
+    rare = _rarity(history_evidence.log_popularity)
+    before = jnp.stack([last, short, last * rare, short * rare], -1)
+    followed = _lookup(history, before, evidence.previous_items, evidence.previous_weights, num_items + 1)
+    followed = followed.at[..., 2:].multiply(_rarity(evidence.log_popularity)[..., None])
+    beside = jnp.stack([short, long], -1)
+    together = _lookup(history, beside, evidence.cooccurring_items, evidence.cooccurring_weights, num_items + 1)
 
-    shares = jnp.stack([short, long], -1) / jnp.maximum(jnp.stack([short, long], -1).sum(1, keepdims=True), 1.0)
+    shares = beside / jnp.maximum(beside.sum(1, keepdims=True), 1.0)
+    words = _shared_words(history_evidence, jnp.concatenate([last[..., None], short[..., None], shares[..., 1:]], -1), evidence)
     category_share = _for_each_user(_category_share, history_evidence.categories, shares, evidence.categories)
     shape = device_score.shape
     size = jnp.broadcast_to((jnp.log1p(lengths.astype(jnp.float32)) / 5.0)[:, None], shape)
-    groups = [jnp.stack([jnp.ones(shape), device_score], axis=-1), 2.0 * similar, followed, together, category_share]
+    # The strengths of pairs spread over orders of magnitude; the root brings sums to about 0-1.
+    counts = [jnp.sqrt(followed), jnp.sqrt(together)]
+    groups = [jnp.stack([jnp.ones(shape), device_score], axis=-1), 2.0 * similar, *counts, category_share, words]
     return jnp.concatenate([*groups, size[..., None]], axis=-1)
 
 
@@ -113,26 +125,37 @@ def candidate_features(cloud: Float[Array, "b c g"], structured: Float[Array, "b
     return jnp.concatenate([cloud, structured], axis=-1)
 
 
-def _lookup(
-    history: Histories,
-    weights: Float[Array, "b l w"],
-    neighbours: NeighbourItems,
-    neighbour_weights: NeighbourWeights,
-    num_items: int,
-) -> Float[Array, "b c w"]:
-    """``sum over events j and neighbours m of weights[j] * strength[m] * (history[j] == neighbour[m])`` for each candidate.
+def _rarity(log_popularity: Array) -> Array:
+    """About the inverse root of an item's number of events, in units of an item with a sixth of the largest logarithm."""
+    return jnp.exp(0.5 - 3.0 * log_popularity)
 
-    Each event's weight is written at its item in a scratch row, and read at the neighbours of the candidates.
+
+def _lookup(
+    keys: Int[Array, "b l"],
+    weights: Float[Array, "b l w"],
+    rows: Int[Array, "b c m"],
+    row_weights: NeighbourWeights,
+    num_keys: int,
+) -> Float[Array, "b c w"]:
+    """``sum over j and m of weights[j] * strength[m] * (keys[j] == rows[m])`` for each candidate; key 0 is none.
+
+    Each weight is written at its key in a scratch row, and read at the keys of the candidates.
     """
 
-    def one(items: Array, weight: Array, rows: Array, strengths: Array) -> Array:
-        scratch = jnp.zeros((num_items + 1, weight.shape[-1])).at[items].add(weight).at[0].set(0.0)
-        return jnp.einsum("cmw,cm->cw", scratch[rows], strengths)
+    def one(own: Array, weight: Array, asked: Array, strengths: Array) -> Array:
+        scratch = jnp.zeros((num_keys, weight.shape[-1])).at[own].add(weight).at[0].set(0.0)
+        return jnp.einsum("cmw,cm->cw", scratch[asked], strengths)
 
-    strengths = (neighbour_weights.astype(jnp.float32) / 255.0) ** 2
-    found = _for_each_user(one, history, weights, neighbours, strengths)
-    # The strengths of pairs spread over orders of magnitude; the root brings sums to about 0-1.
-    return jnp.sqrt(found)
+    return _for_each_user(one, keys, weights, rows, dequantise_weights(row_weights))
+
+
+def _shared_words(own: Evidence, weights: Float[Array, "b l w"], candidates: Evidence) -> Float[Array, "b c w"]:
+    """Cosines of a candidate's title with the titles of the history, summed with ``weights``."""
+    users, width = weights.shape[0], weights.shape[-1]
+    of_words = weights[:, :, None, :] * dequantise_weights(own.word_weights)[..., None]
+    keys = own.words.astype(jnp.int32).reshape(users, -1)
+    asked = candidates.words.astype(jnp.int32)
+    return _lookup(keys, of_words.reshape(users, -1, width), asked, candidates.word_weights, WORD_BUCKETS)
 
 
 def _similarity(tastes: Array, text: Array, scales: Array) -> Array:
