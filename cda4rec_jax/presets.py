@@ -80,6 +80,7 @@ def tiny() -> RunConfig:
         rows_per_batch=16,
         learning_rate=4e-3,
         withheld_per_step=4,
+        decider_interval=1,
         context_draws=2,
         final_steps=6,
         final_withheld_per_step=8,

@@ -203,6 +203,18 @@ def test_other_mistakes_on_the_command_line_exit_with_code_2(arguments: str, cli
         ),
         ("train --preset sasrec-tiny --text x.npz --out run", "trains on ids alone and would not read x.npz"),
         ("train --resume --text x.npz", "--resume goes on as the run began"),
+        ("train --resume --rows-per-batch 8", "--resume goes on as the run began"),
+        ("train --accumulation-steps 0", "--accumulation-steps must be above 0, got 0"),
+        ("train --preset tiny --accumulation-steps 3", "choose --rows-per-batch as a multiple of 3"),
+        (
+            "train --preset tiny --rows-per-batch 15 --mesh data=2",
+            "choose --rows-per-batch as a multiple of 2, or a mesh with data=1",
+        ),
+        ("train --preset tiny --mesh rows=2", "expected data=N, items=N, or data=N,items=N"),
+        ("train --preset tiny --mesh data=64", "takes 64 devices: choose sizes whose product is at most 2"),
+        ("train --mesh data=2 --coordinator localhost:1", "--coordinator, --num-processes and --process-id go together"),
+        ("train --distributed", "add --mesh, such as --mesh data=2"),
+        ("train --mesh data=2 --coordinator h:1 --num-processes 2 --process-id 2", "--process-id must be 0 to 1"),
     ],
 )
 def test_bad_values_are_refused(

@@ -12,10 +12,12 @@ import tyro
 from rich.console import Console
 
 from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
-from cda4rec_jax.cli.process import set_up_process
+from cda4rec_jax.cli.process import join_processes, set_up_process
 from cda4rec_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from cda4rec_jax.training import RunConfig
 
 Link = Literal["wifi", "lte", "3g", "edge", "offline"]
@@ -143,18 +145,56 @@ class Train:
     """Of the weights, the order of the data and all draws; the preset's (0) if not given."""
     k_core: int | None = None
     """Events that every user and every item must have; the preset's (5) if not given."""
+    rows_per_batch: int | None = None
+    """Packed rows of one step, over all devices; the preset's if not given."""
+    accumulation_steps: int | None = None
+    """Parts into which the rows of a step are cut to save memory: the gradient is that of all. The preset's (1) if not given."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """What the decoders compute in; weights stay float32. The preset's (auto: bfloat16 on GPU and TPU) if not given."""
+    mesh: str | None = None
+    """Devices to train on: data=4,items=2 splits batches over 4 and the item table over 2. One device if not given. A run may be
+    resumed on another mesh."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that train together, each started with this command."""
+    num_processes: int | None = None
+    """How many processes train together."""
+    process_id: int | None = None
+    """Which of them this is: 0, 1, ..."""
+    distributed: bool = False
+    """Ask the cluster for these three (SLURM, Open MPI, Cloud TPU and others that JAX knows)."""
 
     def run(self) -> None:
         """Train, and say where the run is."""
         changes = self._changes()
+        several = self._several_processes()
         set_up_process()
+        if several:
+            join_processes(self.coordinator, self.num_processes, self.process_id)
         from cda4rec_jax.data.sources import source_name
+        from cda4rec_jax.runs.processes import is_first
+        from cda4rec_jax.training.mesh import make_mesh
 
+        mesh = None if self.mesh is None else make_mesh(self.mesh)
         out = self.out or Path("runs") / f"{source_name(self.data)}-{self.preset}"
         config = self._resumed(out) if self.resume else self._configured(changes)
-        train(self.data, config, out, Console(), resume=self.resume, overwrite=self.overwrite)
+        console = Console(quiet=not is_first())
+        train(self.data, config, out, console, resume=self.resume, overwrite=self.overwrite, mesh=mesh)
 
-    def _changes(self) -> dict[str, int | float]:
+    def _several_processes(self) -> bool:
+        """Whether the flags make this one process of several."""
+        named = [self.coordinator is not None, self.num_processes is not None, self.process_id is not None]
+        if any(named) and (not all(named) or self.distributed):
+            raise UserError("--coordinator, --num-processes and --process-id go together, and --distributed stands for all three")
+        if (any(named) or self.distributed) and self.mesh is None:
+            raise UserError("several processes train on one mesh of all their devices: add --mesh, such as --mesh data=2")
+        _require_positive(self.num_processes, "--num-processes")
+        if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
+            raise UserError(
+                f"--process-id must be 0 to {(self.num_processes or 1) - 1} for so many processes, got {self.process_id}"
+            )
+        return any(named) or self.distributed
+
+    def _changes(self) -> dict[str, int | float | str]:
         """What the flags change of the preset's ``TrainConfig``."""
         _require_positive(self.epochs, "--epochs")
         _require_positive(self.learning_rate, "--learning-rate")
@@ -162,16 +202,21 @@ class Train:
         _require_positive(self.checkpoint_minutes, "--checkpoint-minutes", or_zero=True)
         _require_positive(self.seed, "--seed", or_zero=True)
         _require_positive(self.k_core, "--k-core")
+        _require_positive(self.rows_per_batch, "--rows-per-batch")
+        _require_positive(self.accumulation_steps, "--accumulation-steps")
         changes = {
             "epochs": self.epochs,
             "learning_rate": self.learning_rate,
             "max_seconds": None if self.max_minutes is None else 60 * self.max_minutes,
             "checkpoint_minutes": self.checkpoint_minutes,
             "seed": self.seed,
+            "rows_per_batch": self.rows_per_batch,
+            "accumulation_steps": self.accumulation_steps,
+            "compute_dtype": self.compute_dtype,
         }
         return {name: value for name, value in changes.items() if value is not None}
 
-    def _configured(self, changes: dict[str, int | float]) -> "RunConfig":
+    def _configured(self, changes: dict[str, int | float | str]) -> "RunConfig":
         from cda4rec_jax.presets import preset
 
         config = preset(self.preset, self.data)
@@ -275,14 +320,21 @@ COMMANDS: Mapping[str, Callable[..., Command]] = {
 
 
 def train(
-    source: str, config: "RunConfig", out: Path, console: Console, *, resume: bool = False, overwrite: bool = False
+    source: str,
+    config: "RunConfig",
+    out: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    mesh: "Mesh | None" = None,
 ) -> None:
     """``train_run`` under the eyes of the user. Raises Stopped after Ctrl-C."""
     from cda4rec_jax.training import train_run
 
     view = TrainingView(console, config.train.max_seconds)
     with resumable(out), view:
-        run = train_run(source, config, out, resume=resume, overwrite=overwrite, watch=view.watch, tell=view.tell)
+        run = train_run(source, config, out, resume=resume, overwrite=overwrite, mesh=mesh, watch=view.watch, tell=view.tell)
     console.print(f"trained: {run.path}", markup=False, highlight=False, soft_wrap=True)
 
 

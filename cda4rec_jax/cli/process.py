@@ -7,6 +7,8 @@ import platform
 import warnings
 from pathlib import Path
 
+from cda4rec_jax.errors import UserError
+
 
 def set_up_process() -> None:
     """JAX for small models on a CPU, compiled programs kept between commands, and no chatter of libraries."""
@@ -20,6 +22,23 @@ def set_up_process() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     for name in ("absl", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Become one process of a job of several; before the first computation. None for all lets JAX ask the cluster.
+
+    Raises:
+        UserError: the others are not there in time, or JAX knows no such cluster.
+    """
+    import jax
+
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"this process cannot join the others ({error}): start all of them with the same --coordinator HOST:PORT and "
+            "--num-processes, and --process-id 0, 1, ..., where the first runs on HOST; --distributed is for clusters that JAX knows"
+        ) from error
 
 
 def _cache_folder() -> Path:

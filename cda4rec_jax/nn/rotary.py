@@ -12,7 +12,7 @@ def rotary_angles(positions: Int[Array, "r t"], head_size: int, base: float = 10
 
 
 def rotate(x: Float[Array, "r t n h"], angles: Float[Array, "r t half"]) -> Float[Array, "r t n h"]:
-    """Turn channel pair (j, j + h/2) of each head by its angle."""
+    """Turn channel pair (j, j + h/2) of each head by its angle; products are in the dtype of the angles, the result in that of x."""
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -5,6 +5,9 @@ without the classes that wrote it and a mismatch is reported by name. Typed PRNG
 
 A step is written under another name and renamed when it is complete, and renamed again before it is deleted. So a folder whose
 name is a number is always complete, whenever the process was killed.
+
+In a job of several processes all of them save and restore together, each the shards of its own devices, and all must see the same
+folder. An array that is on devices of one process alone is taken to be equal in all, and written once.
 """
 
 import shutil
@@ -19,6 +22,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.runs.processes import first_does
+
+_UNPADDED = "unpadded"  # item of a checkpoint: shapes of its padded arrays without the padding
 
 
 class Checkpoint(NamedTuple):
@@ -42,20 +48,31 @@ class CheckpointStore:
             return []
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
 
-    def save(self, step: int, tree: Any, extras: Mapping[str, Any]) -> None:
+    def save(self, step: int, tree: Any, extras: Mapping[str, Any], shapes: Any | None = None) -> None:
         """Write one checkpoint and return when it is on disk; then drop the oldest ones and what killed processes left.
 
-        A step that exists already is replaced. Leaves are arrays (of up to 32 bits a number) or typed PRNG keys.
+        A step that exists already is replaced. Leaves are arrays (of up to 32 bits a number) or typed PRNG keys. ``shapes`` is the
+        tree with the shapes that its leaves have without padding at their ends; None where no leaf is padded.
         """
+        arrays = {name: _storable(leaf) for name, leaf in _named_leaves(tree).items()}
+        unpadded = {name: _storable_shape(leaf).shape for name, leaf in _named_leaves(tree if shapes is None else shapes).items()}
+        padded = {name: list(shape) for name, shape in unpadded.items() if shape != arrays[name].shape}
+        unfinished = self._folder.absolute() / f"{step}.unfinished"
+        first_does(self._clear)
+        items: dict[str, Any] = {"arrays": ocp.args.StandardSave(arrays), "extras": ocp.args.JsonSave(dict(extras))}
+        if padded:
+            items[_UNPADDED] = ocp.args.JsonSave(padded)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(unfinished, args=ocp.args.Composite(**items))
+        first_does(lambda: self._keep_finished(unfinished, step))
+
+    def _clear(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         for leftover in self._folder.iterdir():
             if not leftover.name.isdecimal():
                 shutil.rmtree(leftover)
-        arrays = {name: _storable(leaf) for name, leaf in _named_leaves(tree).items()}
-        unfinished = self._folder.absolute() / f"{step}.unfinished"
-        with _checkpointer() as checkpointer:
-            items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), extras=ocp.args.JsonSave(dict(extras)))
-            checkpointer.save(unfinished, args=items)
+
+    def _keep_finished(self, unfinished: Path, step: int) -> None:
         if step in self.steps():
             self._remove(step)
         for note in unfinished.rglob("commit_success.txt"):
@@ -64,23 +81,30 @@ class CheckpointStore:
         for old in self.steps()[: -self._keep]:
             self._remove(old)
 
-    def restore(self, step: int, abstract: Any | None) -> Checkpoint:
+    def restore(self, step: int, abstract: Any | None, shapes: Any | None = None) -> Checkpoint:
         """Read one checkpoint.
 
         ``abstract`` is a tree of arrays or ``jax.ShapeDtypeStruct`` of the wanted structure; a leaf's sharding, where it has one,
-        says where to put it, else it goes to the first device, whatever devices wrote it. Without ``abstract`` the state is a
-        flat dict, path to array.
+        says where to put it, else it goes to the first device of this process, whatever devices wrote it. Without ``abstract``
+        the state is a flat dict, path to array. ``shapes`` as in ``save``, for the wanted structure: padding that was saved is left
+        out, and padding that is wanted is 0.
 
         Raises:
             UserError: the stored arrays are not those of ``abstract`` (all differences are named).
         """
         path = self._folder.absolute() / str(step)
         with _checkpointer() as checkpointer:
-            stored = _stored_shapes(checkpointer.metadata(path))
+            unpadded = {}
+            if (path / _UNPADDED).is_dir():
+                unpadded = checkpointer.restore(path, args=ocp.args.Composite(**{_UNPADDED: ocp.args.JsonRestore()}))[_UNPADDED]
+            stored = _stored_shapes(checkpointer.metadata(path), unpadded)
             leaves = stored if abstract is None else _named_leaves(abstract)
             wanted = {name: _storable_shape(leaf) for name, leaf in leaves.items()}
-            _check_match(path, stored, wanted)
-            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted), extras=ocp.args.JsonRestore())
+            named = wanted if shapes is None else {name: _storable_shape(leaf) for name, leaf in _named_leaves(shapes).items()}
+            _check_match(path, stored, named)
+            # What is stored and what is wanted differ in nothing but padding, which Orbax cuts off and adds when it is not strict.
+            arrays = ocp.args.StandardRestore(wanted, strict=False)
+            items = ocp.args.Composite(arrays=arrays, extras=ocp.args.JsonRestore())
             restored = checkpointer.restore(path, args=items)
         arrays = {name: _as_stated(restored.arrays[name], leaf) for name, leaf in leaves.items()}
         state = arrays if abstract is None else jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
@@ -93,7 +117,11 @@ class CheckpointStore:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    handlers = {"arrays": ocp.StandardCheckpointHandler(), "extras": ocp.JsonCheckpointHandler()}
+    handlers = {
+        "arrays": ocp.StandardCheckpointHandler(),
+        "extras": ocp.JsonCheckpointHandler(),
+        _UNPADDED: ocp.JsonCheckpointHandler(),
+    }
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
@@ -110,16 +138,17 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _storable(leaf: Any) -> jax.Array:
+def _storable(leaf: Any) -> jax.Array | np.ndarray:
     array = jnp.asarray(leaf)
-    return jax.random.key_data(array) if _is_key(array) else array
+    array = jax.random.key_data(array) if _is_key(array) else array
+    return np.asarray(array) if jax.process_count() > 1 and array.is_fully_addressable else array
 
 
 def _storable_shape(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and place of what ``_storable`` makes of such a leaf."""
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, Sharding):
-        sharding = SingleDeviceSharding(jax.devices()[0])
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
     shape = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
@@ -131,9 +160,11 @@ def _as_stated(array: jax.Array, leaf: Any) -> jax.Array:
     return jax.random.wrap_key_data(array, dtype=cast(Any, leaf.dtype)) if _is_key(leaf) else array
 
 
-def _stored_shapes(metadata: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _stored_shapes(metadata: Any, unpadded: Mapping[str, list[int]]) -> dict[str, jax.ShapeDtypeStruct]:
     tree = metadata.item_metadata["arrays"].tree
-    return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
+    return {
+        name: jax.ShapeDtypeStruct(tuple(unpadded.get(name, leaf.shape)), np.dtype(leaf.dtype)) for name, leaf in tree.items()
+    }
 
 
 def _check_match(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@
     <name>.npz          tables of arrays, such as the item statistics
     metrics.jsonl       one line for each logged step
 
-Every file appears by a rename: a process that dies leaves the old content or the new, never half of it.
+Every file appears by a rename: a process that dies leaves the old content or the new, never half of it. Of a job of several processes
+the first one alone writes files; checkpoints and weights are saved by all together.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import numpy as np
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.runs.checkpoints import Checkpoint, CheckpointStore
+from cda4rec_jax.runs.processes import is_first
 from cda4rec_jax.runs.provenance import package_versions
 
 FORMAT_VERSION = 1
@@ -135,24 +137,26 @@ class RunDirectory:
         """Where the retrieval index is, or belongs."""
         return self.path / "index"
 
-    def save_checkpoint(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, step: int, state: Any, extras: Mapping[str, Any], shapes: Any | None = None) -> None:
         """Save the state of training; returns when it is on disk.
 
-        ``state`` is a tree of arrays and PRNG keys; ``extras`` is what JSON can hold, such as the position in the data.
+        ``state`` is a tree of arrays and PRNG keys; ``extras`` is what JSON can hold, such as the position in the data; ``shapes`` are
+        the shapes of ``state`` without padding, where it has any.
         """
         with _explained(self.path, f"save the checkpoint of step {step}"):
-            self._checkpoints.save(step, state, extras)
+            self._checkpoints.save(step, state, extras, shapes)
 
-    def restore_latest(self, abstract_state: Any) -> Checkpoint | None:
+    def restore_latest(self, abstract_state: Any, shapes: Any | None = None) -> Checkpoint | None:
         """The newest checkpoint as (step, state, extras), or None where no checkpoint was saved yet.
 
-        ``abstract_state`` is a tree of arrays or ``jax.ShapeDtypeStruct`` of the same structure; shardings say where to put it.
+        ``abstract_state`` is a tree of arrays or ``jax.ShapeDtypeStruct`` of the same structure; shardings say where to put it, and
+        ``shapes`` which of its shapes are padded, whatever padding was saved.
 
         Raises:
             UserError: the checkpoint is of another structure.
         """
         steps = self._checkpoints.steps()
-        return self._checkpoints.restore(steps[-1], abstract_state) if steps else None
+        return self._checkpoints.restore(steps[-1], abstract_state, shapes) if steps else None
 
     def save_weights(self, name: str, tree: Any) -> None:
         """Save a tree of arrays as ``weights/<name>``; the older one of that name stays until the new one is complete."""
@@ -174,6 +178,8 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         """Store a value as ``<name>.json``: plain data, dataclasses, enums, NumPy. NaN and infinities become null."""
+        if not is_first():
+            return
         with _explained(self.path, f"write {name}.json"):
             _write_json(self._file(name, ".json"), value)
 
@@ -187,6 +193,8 @@ class RunDirectory:
 
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Store named arrays as ``<name>.npz``."""
+        if not is_first():
+            return
         with _explained(self.path, f"write {name}.npz"), _replacing(self._file(name, ".npz")) as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)
 
@@ -203,6 +211,8 @@ class RunDirectory:
         """Append one line to ``metrics.jsonl``; a row has a ``step``."""
         if "step" not in row:
             raise ValueError(f"a row of {_METRICS} needs a step, got {sorted(row)}")
+        if not is_first():
+            return
         with _explained(self.path, f"write {_METRICS}"), (self.path / _METRICS).open("ab") as stream:
             stream.write(msgspec.json.encode(_plain(row)) + b"\n")
 
@@ -226,6 +236,8 @@ class RunDirectory:
 
     def truncate_metrics(self, step: int) -> None:
         """Forget the rows after ``step``, as resuming from there writes them again."""
+        if not is_first():
+            return
         kept = [row for row in self.metrics() if row["step"] <= step]
         with _explained(self.path, f"write {_METRICS}"), _replacing(self.path / _METRICS) as stream:
             stream.writelines(msgspec.json.encode(row) + b"\n" for row in kept)

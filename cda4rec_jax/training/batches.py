@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import grain.python as grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from cda4rec_jax.array_typing import Array
 from cda4rec_jax.data.packing import PackedEpoch, PackingConfig
 from cda4rec_jax.data.splits import train_lengths
 from cda4rec_jax.messages import HistoryBatch, SequenceBatch
@@ -30,6 +32,36 @@ def withheld_users(corpus: Corpus, share: float, seed: int) -> np.ndarray:
     return ((draw < share) & (train_lengths(corpus.interactions) >= MIN_EVENTS_TO_WITHHOLD)).astype(np.int64)
 
 
+def micro_batch(batch: SequenceBatch, part: Array | int, parts: int) -> SequenceBatch:
+    """Part ``part`` of the rows, which are cut into ``parts`` equal parts; usable in a compiled function.
+
+    It has the rows part, part + parts, part + 2 parts, ..., so that a device that holds a stretch of the rows holds some of every part.
+    """
+    rows = batch.targets.shape[0]
+    per_row = (batch.prefixes.shape[0] - 1) // rows  # rows of `prefixes`, after its first, go to the rows of tokens in order
+
+    def dealt(values: Array) -> Array:
+        return jnp.take(values.reshape(rows // parts, parts, *values.shape[1:]), part, axis=1)
+
+    fields = {name: dealt(value) for name, value in vars(batch).items() if name != "prefixes"}
+    kept = jnp.arange(rows // parts)[:, None]
+    moved = fields["prefix_rows"] - (kept * parts + part - kept) * per_row
+    fields["prefix_rows"] = jnp.where(fields["prefix_rows"] > 0, moved, 0)
+    prefixes = dealt(batch.prefixes[1:].reshape(rows, per_row, -1)).reshape(rows // parts * per_row, -1)
+    return SequenceBatch(prefixes=jnp.pad(prefixes, ((1, 0), (0, 0))), **fields)
+
+
+def pad_rows(batch: SequenceBatch, multiple: int) -> SequenceBatch:
+    """With empty rows at the end, so that there is a multiple of ``multiple``."""
+    rows = batch.targets.shape[0]
+    padding = -rows % multiple
+    if not padding:
+        return batch
+    prefixes = padding * ((batch.prefixes.shape[0] - 1) // rows)
+    sizes = {name: prefixes if name == "prefixes" else padding for name in vars(batch)}
+    return SequenceBatch(**{name: np.pad(value, ((0, sizes[name]), (0, 0))) for name, value in vars(batch).items()})
+
+
 class TrainingSource:
     """Random access to the batches of a whole training run (grain's ``RandomAccessDataSource``)."""
 
@@ -45,10 +77,12 @@ class TrainingSource:
         withheld_per_step: int,
         decider_interval: int,
         stored_events: int,
+        rows_multiple: int = 1,
     ):
         self._corpus, self._packing, self._rows, self._seed = corpus, packing, rows_per_batch, seed
         self._withheld = None if withheld is None else np.flatnonzero(withheld)
-        self._withheld_per_step, self._decider_interval, self._stored_events = withheld_per_step, decider_interval, stored_events
+        self._withheld_per_step, self._decider_interval = withheld_per_step, decider_interval
+        self._stored_events, self._rows_multiple = stored_events, rows_multiple
         self._histories = corpus.training_histories(withheld)
         self._category_counts = self._histories.category_counts()
         self._epoch: tuple[int, PackedEpoch, PackedEpoch | None] | None = None
@@ -68,9 +102,12 @@ class TrainingSource:
         decides = self._withheld is not None and int(index) % self._decider_interval == 0
         return TrainingBatch(
             cloud=cloud.batch(place * self._rows, self._rows),
-            device=None if device is None else device.batch(place * self._device_rows, self._device_rows),
+            device=None if device is None else self._device_batch(device, place),
             withheld=self.withheld_batch(int(index), self._withheld_per_step) if decides else None,
         )
+
+    def _device_batch(self, device: PackedEpoch, place: int) -> SequenceBatch:
+        return pad_rows(device.batch(place * self._device_rows, self._device_rows), self._rows_multiple)
 
     def withheld_batch(self, step: int, size: int) -> HistoryBatch:
         """Pasts of ``size`` withheld users before their withheld event; drawn for each step alone."""

@@ -1,6 +1,9 @@
 """How a system is trained."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,6 +13,8 @@ class TrainConfig:
     seed: int = 0
     epochs: int
     rows_per_batch: int
+    accumulation_steps: int = 1  # parts into which a batch's rows are cut, one after the other; the gradient is that of the whole
+    compute_dtype: ComputeDtype = "auto"  # of the decoders' products; auto: bfloat16 on GPU and TPU, float32 on CPU
     learning_rate: float
     final_learning_rate_share: float = 0.05  # of the cosine schedule
     warmup_share: float = 0.05

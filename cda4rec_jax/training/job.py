@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from cda4rec_jax.data import load_prepared, prepare
 from cda4rec_jax.data.packing import PackingConfig
@@ -21,8 +22,10 @@ from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.retrieval import build_index
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import JOINT, SASREC, load_corpus, load_trained, save_corpus, save_weights
+from cda4rec_jax.runs.processes import first_does, is_first
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.loop import Progress, Trainer
+from cda4rec_jax.training.mesh import rows_multiple
 from cda4rec_jax.training.step import StepConfig
 
 _FINISHED = "training.json"  # is written last
@@ -51,12 +54,14 @@ def train_run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    mesh: Mesh | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> RunDirectory:
     """Prepare, train, measure and save.
 
-    The data is read before anything is written to ``out``, so a bad source neither leaves a run behind nor costs an old one.
+    The data is read before anything is written to ``out``, so a bad source neither leaves a run behind nor costs an old one. Every
+    process of a job calls this with the same arguments, and sees the same ``out``.
 
     Args:
         source: anything that ``read_source`` reads; ignored with ``resume``.
@@ -64,26 +69,31 @@ def train_run(
         out: the run directory.
         resume: continue the run in ``out`` from its last checkpoint.
         overwrite: replace the run that ``out`` holds.
+        mesh: devices to train on, see ``training.mesh``; None takes one. A run may be resumed on any other.
         watch: hears of the progress of training.
         tell: hears one line about each other stage.
 
     Raises:
         UserError: bad data, a text file that is bad or of other items, an existing run without ``resume`` or ``overwrite``, an
-            unwritable directory.
+            unwritable directory, a batch that the mesh cannot divide.
         Interrupted: Ctrl-C; all is saved.
     """
-    if resume:
-        run = _reopened(out)
-        config = run.read_config("run", RunConfig)
-        if run.has(_FINISHED):
-            tell(f"training of {run.path} is finished already")
-            return run
-    else:
-        run = _started(source, config, Path(out), overwrite, tell)
-    corpus = _corpus(config, run)
-    exposure = _exposure(corpus, config, run, tell) if config.kind == JOINT else None
+    run = _reopened(out) if resume else None
+    config = config if run is None else run.read_config("run", RunConfig)
+    rows_multiple(mesh, config.train.rows_per_batch, config.train.accumulation_steps)
+    if run is None:
+        first_does(lambda: _start(source, config, Path(out), overwrite, tell))
+        run = RunDirectory.open(Path(out).expanduser())
+    elif run.has(_FINISHED):
+        tell(f"training of {run.path} is finished already")
+        return run
+    corpus = first_does(lambda: _corpus(config, run)) or load_corpus(run)
+    exposure = None
+    if config.kind == JOINT:
+        first_does(lambda: _measure_exposure(corpus, config, run))
+        exposure = _exposure(run, tell)
     step = StepConfig(system=config.system, train=config.train)
-    trainer = Trainer(corpus, step, config.packing, exposure, run, watch)
+    trainer = Trainer(corpus, step, config.packing, exposure, run, watch, mesh)
     tell(
         f"{corpus.interactions.num_users:,} users, {corpus.interactions.num_items:,} items, "
         f"{trainer.source.targets_per_epoch:,} targets an epoch, {trainer.num_steps:,} steps; compiling the first takes a while"
@@ -107,7 +117,7 @@ def _reopened(out: Path | str) -> RunDirectory:
     return run
 
 
-def _started(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Callable[[str], None]) -> RunDirectory:
+def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Callable[[str], None]) -> None:
     """A new run that has its data, prepared beside it first."""
     out = out.expanduser().resolve()
     RunDirectory.check_destination(out, overwrite)
@@ -127,7 +137,6 @@ def _started(source: str, config: RunConfig, out: Path, overwrite: bool, tell: C
         staged.rename(run.data_folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return run
 
 
 def _text_vectors(config: RunConfig) -> TextVectors | None:
@@ -157,10 +166,12 @@ def _corpus(config: RunConfig, run: RunDirectory) -> Corpus:
     return corpus
 
 
-def _exposure(corpus: Corpus, config: RunConfig, run: RunDirectory, tell: Callable[[str], None]) -> tuple[float, ...]:
+def _measure_exposure(corpus: Corpus, config: RunConfig, run: RunDirectory) -> None:
     if not run.has("exposure.json"):
-        report = measure_exposure(corpus, config.system)
-        run.write_json("exposure", report)
+        run.write_json("exposure", measure_exposure(corpus, config.system))
+
+
+def _exposure(run: RunDirectory, tell: Callable[[str], None]) -> tuple[float, ...]:
     measured = run.read_json("exposure")
     shares = ", ".join(
         f"{level.name.lower()} {value:.3f}" for level, value in zip(EgressLevel, measured["exposure"], strict=True)
@@ -171,7 +182,9 @@ def _exposure(corpus: Corpus, config: RunConfig, run: RunDirectory, tell: Callab
 
 def _finish(run: RunDirectory, tell: Callable[[str], None]) -> None:
     """Index and measured times of the trained system."""
-    trained = load_trained(run.path)
+    trained = load_trained(run.path)  # by all processes together, as all that Orbax does
+    if not is_first():
+        return
     index = build_index(np.asarray(trained.catalogue.vectors))
     index.save(run.index_folder)
     tell(f"index: {index.implementation}, {index.num_items:,} items")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from cda4rec_jax.data.packing import PackingConfig
 from cda4rec_jax.data.splits import Split, train_lengths
@@ -23,7 +24,9 @@ from cda4rec_jax.pipeline.population import Population
 from cda4rec_jax.pipeline.system import System
 from cda4rec_jax.planner import WeightScales, deployment_profile
 from cda4rec_jax.runs import RunDirectory
+from cda4rec_jax.runs.processes import any_process, from_first
 from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_users
+from cda4rec_jax.training.mesh import Layout, rows_multiple
 from cda4rec_jax.training.step import StepConfig, TrainState, jitted_steps, optimizers, split_system
 
 LOG_EVERY_STEPS = 10
@@ -60,7 +63,11 @@ class _Position:
 
 
 class Trainer:
-    """Trains one system on one corpus inside one run directory."""
+    """Trains one system on one corpus inside one run directory, on one device or over a mesh.
+
+    In a job of several processes each makes the whole batches itself, which are a pure function of (seed, step), and evaluates on its
+    own first device; the first process's numbers decide.
+    """
 
     def __init__(
         self,
@@ -70,9 +77,11 @@ class Trainer:
         exposure: tuple[float, ...] | None,
         run: RunDirectory,
         watch: Callable[[Progress], None] = lambda progress: None,
+        mesh: Mesh | None = None,
     ):
         self.config, self.run, self.watch = config, run, watch
         train, joint = config.train, config.system.device is not None
+        self.layout = Layout(mesh, num_rows=corpus.text.shape[0])
         withheld = withheld_users(corpus, train.withheld_share, train.seed) if joint else None
         self.source = TrainingSource(
             corpus,
@@ -84,6 +93,7 @@ class Trainer:
             withheld_per_step=train.withheld_per_step,
             decider_interval=train.decider_interval,
             stored_events=config.system.stored_events,
+            rows_multiple=rows_multiple(mesh, train.rows_per_batch, train.accumulation_steps),
         )
         self._withheld = None if withheld is None else np.flatnonzero(withheld)
         # While the deciders learn, tables must not know the withheld events; they would give the targets away.
@@ -91,7 +101,6 @@ class Trainer:
         self.num_steps = len(self.source)
         system = System(config.system, jnp.asarray(corpus.text), corpus.prefix_size, rngs=nnx.Rngs(train.seed))
         self.graph, trunk, deciders, self.frozen = split_system(system)
-        self._joint, self._decide = jitted_steps(self.graph, config, self.num_steps)
         self.graph_of_all = nnx.split(system)[0]
         self.population = Population(
             self.graph_of_all, config.system, self.tables, corpus, contexts=config.contexts, links=config.links
@@ -100,8 +109,12 @@ class Trainer:
         self._validation_users = np.sort(users[: train.validation_users])
         self._positions = corpus.target_positions(Split.VALIDATION)
         self._train_positions = train_lengths(corpus.interactions) - 1
-        self.state = self._start(trunk, deciders)
+        start = self._start(trunk, deciders)
+        self._shapes = jax.eval_shape(lambda: start)  # without the padding of a mesh
+        self.state = self.layout.place(start)
+        self._joint, self._decide = jitted_steps(self.graph, config, self.num_steps, self.layout, self.state)
         self._world = None if exposure is None else self._planning_world(exposure)
+        self._place_constants()
         self.position = _Position()
         self._stop = threading.Event()
 
@@ -128,8 +141,13 @@ class Trainer:
         )
 
     def weights(self) -> Any:
-        """All weights (averaged trunks, deciders, frozen) as one state that ``graph_of_all`` merges."""
-        return nnx.state(nnx.merge(self.graph, self.state.average, self.state.deciders, self.frozen))
+        """All weights (averaged trunks, deciders, frozen) as one state that ``graph_of_all`` merges, on one device."""
+        average, deciders = self.layout.local((self.state.average, self.state.deciders))
+        return nnx.state(nnx.merge(self.graph, average, deciders, self.frozen))
+
+    def _place_constants(self) -> None:
+        """Bring what the steps read and never change to where they want it."""
+        self._constants = self.layout.place((self.frozen, self.tables, self._world))
 
     def fit(self, *, resume: bool = False) -> Any:
         """Train to the end and return the weights.
@@ -155,33 +173,45 @@ class Trainer:
         started, saved = time.monotonic() - self.position.elapsed_s, time.monotonic()
         latest: dict[str, jax.Array] = {}  # deciders report on their own steps only
         for step in range(int(self.state.step), self.num_steps):
-            decide = self._world is not None and step % train.decider_interval == 0
-            given = (self.tables, self._world) if decide else (None, None)
-            self.state, values = self._joint(self.state, next(iterator), self.frozen, *given)
+            frozen, tables, world = self._constants
+            decide = world is not None and step % train.decider_interval == 0
+            given = (frozen, tables, world) if decide else (frozen, None, None)
+            self.state, values = self._joint(self.state, self.layout.place_batch(next(iterator)), *given)
             latest |= values
             self._log("joint", step + 1, self.num_steps, latest)
             self.position.iterator = iterator.get_state()
             self.position.elapsed_s = time.monotonic() - started
-            late = bool(train.max_seconds) and self.position.elapsed_s > train.max_seconds
+            late, stop, due = self._agreed(
+                step + 1,
+                bool(train.max_seconds) and self.position.elapsed_s > train.max_seconds,
+                self._stop.is_set(),
+                time.monotonic() - saved > 60 * train.checkpoint_minutes,
+            )
             if (step + 1) % every == 0 or step + 1 == self.num_steps or late:
                 self._evaluate(step + 1)
                 if self.position.worse >= train.patience or late:
                     break
-            if self._stop.is_set() or time.monotonic() - saved > 60 * train.checkpoint_minutes:
-                self._save()
+            if stop or due:
+                self._save(stop)
                 saved = time.monotonic()
         self._finish_joint()
+
+    def _agreed(self, step: int, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any process has set it; asked only where the loop waits for its devices anyway, to log."""
+        if jax.process_count() > 1 and step % LOG_EVERY_STEPS:
+            return (False,) * len(flags)
+        return any_process(*flags)
 
     def _evaluate(self, step: int) -> None:
         """Validation of the cloud agent on its own; keeps the best weights and counts the evaluations that were worse."""
         ranks = self.population.full_ranks(self.weights(), self._validation_users, self._positions[self._validation_users])
-        quality = float(np.mean(ndcg(ranks, 10)))
-        validation = {"ndcg@10": quality, "hit_rate@10": float(np.mean(hit_rate(ranks, 10)))}
+        quality, hits = from_first([float(np.mean(ndcg(ranks, 10))), float(np.mean(hit_rate(ranks, 10)))])
+        validation = {"ndcg@10": quality, "hit_rate@10": hits}
         self.run.append_metric({"step": step, "phase": "validation", **validation, "elapsed_s": self.position.elapsed_s})
         self.watch(Progress(phase="joint", step=step, num_steps=self.num_steps, validation=validation))
         if quality > self.position.best_ndcg:
             self.position.best_ndcg, self.position.best_step, self.position.worse = quality, step, 0
-            self.run.save_weights("trunk", self.state.average)
+            self.run.save_weights("trunk", self.layout.local(self.state.average))
         else:
             self.position.worse += 1
         start = self.config.train.planner_start_share * self.num_steps
@@ -190,12 +220,13 @@ class Trainer:
 
     def _finish_joint(self) -> None:
         """Go on with the best trunks; deciders adapt to them in the planner-only phase."""
-        best = self.run.load_weights("trunk", self.state.average)
-        self.state = TrainState(**{**vars(self.state), "average": best, "step": jnp.zeros((), jnp.int32)})
+        best = self.run.load_weights("trunk", self._shapes.average if self.layout.mesh else self.state.average)
+        placed = self.layout.place({"average": best, "step": jnp.zeros((), jnp.int32)})
+        self.state = TrainState(**{**vars(self.state), **placed})
         if self._world is not None:
             self._measure_scales()
         self.position.phase = "planner"
-        self._save()
+        self._save(*any_process(self._stop.is_set()))
 
     def _planner_phase(self) -> None:
         train = self.config.train
@@ -204,12 +235,13 @@ class Trainer:
         for step in range(int(self.state.step), train.final_steps):
             draw = self.num_steps + step
             history = self.source.withheld_batch(draw, train.final_withheld_per_step)
-            self.state, values = self._decide(
-                self.state, history, self.frozen, self.tables, self._world, jnp.asarray(draw, jnp.int32)
-            )
+            placed = self.layout.place_batch(history), *self._constants, self.layout.place(jnp.asarray(draw, jnp.int32))
+            self.state, values = self._decide(self.state, *placed)
             self._log("planner", step + 1, train.final_steps, values)
-            if self._stop.is_set() or time.monotonic() - saved > 60 * train.checkpoint_minutes:
-                self._save()
+            due = time.monotonic() - saved > 60 * train.checkpoint_minutes
+            stop, due = self._agreed(step + 1, self._stop.is_set(), due)
+            if stop or due:
+                self._save(stop)
                 saved = time.monotonic()
 
     def _measure_scales(self) -> None:
@@ -223,8 +255,9 @@ class Trainer:
         scales = WeightScales.from_quality_and_costs(records.quality, requests.predicted, requests.mask)
         mask = np.asarray(requests.mask)
         means = (records.quality * mask).sum(0) / np.maximum(mask.sum(0), 1)
-        self.position.scales = {name: float(value) for name, value in vars(scales).items()}
-        self.position.scales |= {f"mean_quality/{index}": float(value) for index, value in enumerate(means)}
+        measured = {name: float(value) for name, value in vars(scales).items()}
+        measured |= {f"mean_quality/{index}": float(value) for index, value in enumerate(means)}
+        self.position.scales = dict(zip(measured, from_first(list(measured.values())), strict=True))
         self._apply_scales()
 
     def _apply_scales(self) -> None:
@@ -260,10 +293,12 @@ class Trainer:
     @contextmanager
     def _system(self) -> Iterator[System]:
         """The system, to change what is measured of it: its frozen arrays, and deciders that have to follow them."""
-        system = nnx.merge(self.graph, self.state.trunk, self.state.deciders, self.frozen)
+        trunk, deciders = self.layout.local((self.state.trunk, self.state.deciders))
+        system = nnx.merge(self.graph, trunk, deciders, self.frozen)
         yield system
         _, _, deciders, self.frozen = split_system(system)
-        self.state = TrainState(**{**vars(self.state), "deciders": deciders})
+        self.state = TrainState(**{**vars(self.state), "deciders": self.layout.place(deciders)})
+        self._place_constants()
 
     @property
     def world(self) -> PlanningWorld | None:
@@ -280,17 +315,17 @@ class Trainer:
         self.run.append_metric({"step": offset + step, "phase": phase, **numbers})
         self.watch(Progress(phase=phase, step=step, num_steps=num_steps, values=numbers))
 
-    def _save(self) -> None:
+    def _save(self, stop: bool) -> None:
         offset = self.num_steps if self.position.phase == "planner" else 0
         position = {name: value for name, value in vars(self.position).items() if name != "iterator"}
         if self.position.iterator is not None:
             position["iterator"] = self.position.iterator
-        self.run.save_checkpoint(offset + int(self.state.step), self.state, position)
-        if self._stop.is_set():
+        self.run.save_checkpoint(offset + int(self.state.step), self.state, position, self._shapes)
+        if stop:
             raise Interrupted
 
     def _restore(self) -> None:
-        found = self.run.restore_latest(self.state)
+        found = self.run.restore_latest(self.state, self._shapes)
         if found is None:
             self.run.truncate_metrics(0)
             return

@@ -5,6 +5,7 @@ Item 0 is padding: it is no class, no negative, and a token that has it as targe
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.array_typing import Array, ItemVectors, PackedInts, PlanMask, PlanValues
@@ -19,21 +20,30 @@ def catalogue_loss(
     targets: PackedInts,
     chunk_size: int,
     label_smoothing: float = 0.0,
+    *,
+    num_targets: Float[Array, ""] | None = None,
+    num_items: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """Mean next-item cross-entropy over the full catalogue at the positions with a target; 0 where there is none.
 
     With label smoothing (Szegedy et al., arXiv 1512.00567) the label is the target with probability ``1 - eps`` and any of the items,
     the target among them, with ``eps``: ``log Z - (1 - eps) h . e_target - eps h . mean(e)``. The mean logit is the logit of the mean
     vector, so smoothing costs no second pass over the catalogue.
+
+    Args:
+        num_targets: what to divide the sum by; None counts the targets. A part of a batch passes the number of the whole.
+        num_items: number of items where more rows of padding follow them; None takes all rows but the first.
+        mesh: devices to split tokens and items over, see ``linear_cross_entropy``.
     """
     flat, tokens = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     weights = (flat > 0).astype(jnp.float32)
-    total = linear_cross_entropy(tokens, item_vectors, flat, weights, chunk_size=chunk_size)
+    total = linear_cross_entropy(tokens, item_vectors, flat, weights, chunk_size=chunk_size, num_items=num_items, mesh=mesh)
     if label_smoothing:
-        mean_vector = jnp.mean(item_vectors[1:], axis=0)
+        mean_vector = jnp.mean(item_vectors[1 : None if num_items is None else num_items + 1], axis=0)
         moved = jnp.sum(tokens * (item_vectors[flat] - mean_vector[None]), axis=1)
         total = total + label_smoothing * jnp.sum(weights * moved)
-    return total / jnp.maximum(jnp.sum(weights), 1.0)
+    return total / jnp.maximum(jnp.sum(weights) if num_targets is None else num_targets, 1.0)
 
 
 def sampled_softmax_loss(

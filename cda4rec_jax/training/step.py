@@ -18,15 +18,16 @@ from jaxtyping import Float, PRNGKeyArray
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.links import LinkConfig
-from cda4rec_jax.messages import HistoryBatch
+from cda4rec_jax.messages import HistoryBatch, SequenceBatch
 from cda4rec_jax.pipeline.catalogue import ItemTables, build_catalogue
 from cda4rec_jax.pipeline.decisions import PlanningWorld, draw_requests, redraw_requests
 from cda4rec_jax.pipeline.outcomes import compute_views, fusion_cross_entropy, score_views, target_ranks
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import ContextConfig, context_features, masked_softmax, plan_quality, realised_utility
-from cda4rec_jax.training.batches import TrainingBatch
-from cda4rec_jax.training.config import TrainConfig
+from cda4rec_jax.training.batches import TrainingBatch, micro_batch
+from cda4rec_jax.training.config import ComputeDtype, TrainConfig
 from cda4rec_jax.training.losses import catalogue_loss, fusion_loss, planner_loss, quality_loss
+from cda4rec_jax.training.mesh import Layout
 
 REDRAW_STRIDE = 1_000_003  # keeps the further contexts of a step apart from the contexts of all other steps
 
@@ -34,10 +35,10 @@ REDRAW_STRIDE = 1_000_003  # keeps the further contexts of a step apart from the
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that training changes; a checkpoint holds all of it."""
+    """Everything that training changes; a checkpoint holds all of it. The leaves are arrays, or their shapes or shardings."""
 
-    step: Array
-    key_data: Array  # of the PRNG key, from which every step folds its own
+    step: Any
+    key_data: Any  # of the PRNG key, from which every step folds its own
     trunk: Any
     average: Any  # exponential moving average of `trunk`
     deciders: Any
@@ -88,17 +89,52 @@ def optimizers(config: TrainConfig, num_steps: int) -> tuple[optax.GradientTrans
     return trunk, deciders
 
 
+def compute_dtype(name: ComputeDtype) -> Any:
+    """The dtype that a configuration names; ``auto`` is bfloat16 where the default backend is an accelerator."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name)
+
+
+def in_compute_dtype(trunk: Any, dtype: Any) -> Any:
+    """The decoders' matrices in ``dtype``. Vectors (scales of norms), the item table and its projections stay as they are."""
+
+    def convert(path: tuple, leaf: Array) -> Array:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return leaf.astype(dtype) if leaf.ndim > 1 and ("decoder" in names or "prefix" in names) else leaf
+
+    return trunk if dtype == jnp.float32 else jax.tree_util.tree_map_with_path(convert, trunk)
+
+
+def _num_targets(batch: SequenceBatch | None) -> Float[Array, ""] | None:
+    return None if batch is None else jnp.sum(batch.targets > 0, dtype=jnp.float32)
+
+
 def trunk_loss(
-    system: System, batch: TrainingBatch, key: PRNGKeyArray, chunk_size: int
+    system: System,
+    batch: TrainingBatch,
+    key: PRNGKeyArray,
+    totals: dict[str, Float[Array, ""] | None],
+    chunk_size: int,
+    layout: Layout,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Next-item cross-entropy of the cloud agent at its egress levels, and of the device agent on the whole history."""
+    """Next-item cross-entropy of the cloud agent at its egress levels, and of the device agent on the whole history.
+
+    Args:
+        totals: targets of the cloud's and the device's batch, whose sum of losses is divided by them; None counts those of ``batch``.
+    """
     text_key, cloud_key, device_key = jax.random.split(key, 3)
     vectors = system.cloud.items.vectors(text_key)
-    cloud = catalogue_loss(system.cloud(batch.cloud, vectors, cloud_key), vectors, batch.cloud.targets, chunk_size)
+    options: Any = {"chunk_size": chunk_size, "num_items": layout.num_rows - 1, "mesh": layout.mesh}
+    cloud = catalogue_loss(
+        system.cloud(batch.cloud, vectors, cloud_key), vectors, batch.cloud.targets, num_targets=totals["cloud"], **options
+    )
     if system.device is None or batch.device is None:
         return cloud, {"cloud_loss": cloud}
     own = system.device.item_vectors(vectors)
-    device = catalogue_loss(system.device(batch.device, own, device_key), own, batch.device.targets, chunk_size)
+    device = catalogue_loss(
+        system.device(batch.device, own, device_key), own, batch.device.targets, num_targets=totals["device"], **options
+    )
     return cloud + device, {"cloud_loss": cloud, "device_loss": device}
 
 
@@ -162,6 +198,40 @@ def decider_loss(
     return total, {"fusion_loss": fusion, **mean}
 
 
+def trunk_gradient(
+    state: TrainState,
+    batch: TrainingBatch,
+    frozen: Any,
+    key: PRNGKeyArray,
+    graph: nnx.GraphDef,
+    config: StepConfig,
+    layout: Layout,
+) -> tuple[tuple[Float[Array, ""], dict[str, Array]], Any]:
+    """Loss, its parts, and the gradient of the trunks, in float32 whatever the decoders compute in."""
+    dtype, parts = compute_dtype(config.train.compute_dtype), config.train.accumulation_steps
+
+    def loss(trunk: Any, batch: TrainingBatch, key: PRNGKeyArray, totals: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
+        system = nnx.merge(graph, in_compute_dtype(trunk, dtype), state.deciders, frozen)
+        return trunk_loss(system, batch, key, totals, config.train.loss_chunk, layout)
+
+    with_gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return with_gradient(state.trunk, batch, key, {"cloud": None, "device": None})
+    totals = {"cloud": _num_targets(batch.cloud), "device": _num_targets(batch.device)}
+
+    def of_part(part: Array) -> Any:
+        cut = TrainingBatch(
+            cloud=micro_batch(batch.cloud, part, parts),
+            device=None if batch.device is None else micro_batch(batch.device, part, parts),
+            withheld=None,
+        )
+        return with_gradient(state.trunk, cut, jax.random.fold_in(key, part), totals)
+
+    numbers = jnp.arange(parts)
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_part, numbers[0]))
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), start, numbers)[0]
+
+
 def joint_step(
     state: TrainState,
     batch: TrainingBatch,
@@ -172,29 +242,28 @@ def joint_step(
     graph: nnx.GraphDef,
     config: StepConfig,
     num_steps: int,
+    layout: Layout,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of everything; without a ``world`` (SASRec; most steps of a joint run) the deciders stay as they are."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl="unsafe_rbg"), state.step)
     progress = state.step.astype(jnp.float32) / num_steps
+    (total, metrics), trunk_gradients = trunk_gradient(state, batch, frozen, key, graph, config, layout)
 
-    def loss(trunk: Any, deciders: Any) -> tuple[Array, dict[str, Array]]:
-        system = nnx.merge(graph, trunk, deciders, frozen)
-        total, metrics = trunk_loss(system, batch, key, config.train.loss_chunk)
-        if world is not None and tables is not None and batch.withheld is not None:
-            given = nnx.merge(graph, *jax.lax.stop_gradient((trunk, deciders, frozen)))
-            decided, more = decider_loss(system, given, tables, world, batch.withheld, state.step, progress, config)
-            total, metrics = total + decided, metrics | more
-        return total, metrics
+    def loss(deciders: Any) -> tuple[Array, dict[str, Array]]:
+        if world is None or tables is None or batch.withheld is None:
+            return jnp.zeros(()), {}
+        trunk, constant = layout.whole((state.trunk, frozen))
+        system = nnx.merge(graph, trunk, deciders, constant)
+        given = nnx.merge(graph, *jax.lax.stop_gradient((trunk, deciders, constant)))
+        return decider_loss(system, given, tables, world, batch.withheld, state.step, progress, config)
 
-    (total, metrics), (trunk_gradient, decider_gradient) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-        state.trunk, state.deciders
-    )
+    (decided, more), decider_gradients = jax.value_and_grad(loss, has_aux=True)(state.deciders)
     trunk_optimizer, decider_optimizer = optimizers(config.train, num_steps)
-    updates, trunk_state = trunk_optimizer.update(trunk_gradient, state.trunk_optimizer, state.trunk)
+    updates, trunk_state = trunk_optimizer.update(trunk_gradients, state.trunk_optimizer, state.trunk)
     trunk = optax.apply_updates(state.trunk, updates)
     deciders, decider_state = state.deciders, state.decider_optimizer
     if world is not None:
-        updates, decider_state = decider_optimizer.update(decider_gradient, decider_state, deciders)
+        updates, decider_state = decider_optimizer.update(decider_gradients, decider_state, deciders)
         deciders = optax.apply_updates(deciders, updates)
     decay = config.train.ema_decay
     # Early steps average over what there is, so that the start does not weigh on the average for long.
@@ -208,7 +277,7 @@ def joint_step(
         trunk_optimizer=trunk_state,
         decider_optimizer=decider_state,
     )
-    return new, metrics | {"loss": total}
+    return new, metrics | more | {"loss": total + decided}
 
 
 def decider_step(
@@ -222,12 +291,14 @@ def decider_step(
     graph: nnx.GraphDef,
     config: StepConfig,
     num_steps: int,
+    layout: Layout,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One planner-only update at the end of training: head and policy against the final (averaged) trunks."""
 
     def loss(deciders: Any) -> tuple[Array, dict[str, Array]]:
-        system = nnx.merge(graph, state.average, deciders, frozen)
-        given = nnx.merge(graph, *jax.lax.stop_gradient((state.average, deciders, frozen)))
+        average, constant = layout.whole((state.average, frozen))
+        system = nnx.merge(graph, average, deciders, constant)
+        given = nnx.merge(graph, *jax.lax.stop_gradient((average, deciders, constant)))
         return decider_loss(system, given, tables, world, history, draw, jnp.ones(()), config)
 
     (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.deciders)
@@ -248,7 +319,9 @@ def decider_step(
     return new, metrics | {"loss": total}
 
 
-def jitted_steps(graph: nnx.GraphDef, config: StepConfig, num_steps: int) -> tuple[Any, Any]:
-    """Compiled ``joint_step`` and ``decider_step``; both take over the memory of the state they are given."""
-    static = {"graph": graph, "config": config, "num_steps": num_steps}
-    return jax.jit(partial(joint_step, **static), donate_argnums=0), jax.jit(partial(decider_step, **static), donate_argnums=0)
+def jitted_steps(graph: nnx.GraphDef, config: StepConfig, num_steps: int, layout: Layout, state: TrainState) -> tuple[Any, Any]:
+    """Compiled ``joint_step`` and ``decider_step`` for a ``state`` that ``layout`` has placed; both take over its memory."""
+    static = {"graph": graph, "config": config, "num_steps": num_steps, "layout": layout}
+    # Arguments are where they were placed. Results are told to stay there, so that no step is compiled a second time.
+    places: Any = {} if layout.mesh is None else {"out_shardings": (layout.shardings(state), layout.everywhere())}
+    return tuple(jax.jit(partial(step, **static), donate_argnums=0, **places) for step in (joint_step, decider_step))  # pyright: ignore[reportReturnType]

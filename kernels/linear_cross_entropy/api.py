@@ -4,10 +4,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from cda4rec_jax.kernels.linear_cross_entropy.sharded import DATA_AXIS, ITEM_AXIS, linear_cross_entropy_sharded
 from cda4rec_jax.kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
 
 
@@ -18,7 +20,9 @@ def linear_cross_entropy(
     weights: Float[Array, "t"],
     *,
     chunk_size: int = 256,
-    implementation: Literal["reference", "xla"] | None = None,
+    num_items: int | None = None,
+    mesh: Mesh | None = None,
+    implementation: Literal["reference", "xla", "sharded"] | None = None,
 ) -> Float[Array, ""]:
     """Weighted sum of next-item cross-entropies, ``sum_t w_t * (log sum_{i'=1}^{i-1} exp(h_t . e_i') - h_t . e_target)``.
 
@@ -26,27 +30,57 @@ def linear_cross_entropy(
     weight. The caller normalises. Computed in float32 (float64 where an input is), differentiable once in ``hidden``, ``items``
     and ``weights`` by reverse mode; gradients have the dtype of their input. No token gives a loss of 0.
 
+    A ``hidden`` of 16 bits makes ``xla`` and ``sharded`` round the operands of their products to its dtype; sums stay in float32, and
+    so do the gradient of float32 items and the softmax.
+
     Args:
       hidden: Output of the decoder, one row for each token. Must be finite also where the weight is 0.
       items: Item vectors; row 0 is padding.
       targets: Item index of the next item, 0 to i - 1; larger values are not detected.
       weights: Weight of each token.
-      chunk_size: Tokens whose logits exist at the same time, for ``xla``.
+      chunk_size: Tokens whose logits exist at the same time (on one device), for ``xla`` and ``sharded``.
+      num_items: Rows 1 to ``num_items`` are the items, and rows after them are padding as row 0 is. None: all rows but row 0.
+      mesh: Devices of ``sharded``, with the axes "data", over which tokens are split, and "items". Inside of ``jax.jit``.
       implementation: ``reference`` materialises all logits. ``xla`` scans over chunks and makes the gradient in the forward scan,
-        so that the backward pass only scales it (as Liger does, arXiv 2410.10989). None chooses ``xla``.
+        so that the backward pass only scales it (as Liger does, arXiv 2410.10989). ``sharded`` does so on every device of a mesh,
+        each for its tokens and its items. None chooses ``sharded`` where there is a mesh, ``xla`` elsewhere.
 
     Raises:
-      UserError: No item besides padding, a chunk size below 1, or an unknown implementation.
+      UserError: No item besides padding, more items than rows, a chunk size below 1, an unknown implementation, or a mesh for
+        another implementation, without these two axes, or missing.
     """
     if items.shape[0] < 2:
         raise UserError(f"items has {items.shape[0]} rows; expected row 0 (padding) and at least one item.")
+    num_items = items.shape[0] - 1 if num_items is None else num_items
+    if not 1 <= num_items < items.shape[0]:
+        raise UserError(f"num_items is {num_items}; expected 1 to {items.shape[0] - 1}, as items has {items.shape[0]} rows.")
     if chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}; expected at least 1.")
-    dtype = jnp.promote_types(jnp.result_type(hidden, items, weights), jnp.float32)
-    hidden, items, weights = (array.astype(dtype) for array in (hidden, items, weights))
+    implementation = implementation or ("xla" if mesh is None else "sharded")
+    if (mesh is not None) != (implementation == "sharded"):
+        raise UserError(f"implementation is {implementation!r} and mesh {mesh}; expected a mesh for 'sharded' and for it alone.")
+    wide = jnp.promote_types(jnp.result_type(hidden, items, weights), jnp.float32)
+    narrow = hidden.dtype if hidden.dtype.itemsize == 2 else wide
+    items, weights = items.astype(wide), weights.astype(wide)
     weights = jnp.where(targets > 0, weights, jnp.zeros_like(weights))
     if implementation == "reference":
-        return linear_cross_entropy_reference(hidden, items, targets, weights)
-    if implementation in (None, "xla"):
-        return linear_cross_entropy_xla(chunk_size, hidden, items, targets, weights)
-    raise UserError(f"implementation is {implementation!r}; expected 'reference', 'xla' or None.")
+        return linear_cross_entropy_reference(hidden.astype(wide), items[: num_items + 1], targets, weights)
+    hidden = hidden.astype(narrow)
+    if implementation == "xla":
+        return linear_cross_entropy_xla(chunk_size, hidden, items[: num_items + 1], targets, weights)
+    if mesh is None:
+        raise UserError(f"implementation is {implementation!r}; expected 'reference', 'xla', 'sharded' or None.")
+    return _sharded(mesh, chunk_size, num_items, hidden, items, targets, weights)
+
+
+def _sharded(
+    mesh: Mesh, chunk_size: int, num_items: int, hidden: Array, items: Array, targets: Array, weights: Array
+) -> Float[Array, ""]:
+    """With tokens and items padded so that they divide."""
+    if {DATA_AXIS, ITEM_AXIS} - {*mesh.axis_names}:
+        raise UserError(f"mesh has the axes {mesh.axis_names}; expected {DATA_AXIS!r} and {ITEM_AXIS!r}.")
+    tokens = (0, -hidden.shape[0] % mesh.shape[DATA_AXIS])
+    rows = (0, -items.shape[0] % mesh.shape[ITEM_AXIS])
+    hidden, items = jnp.pad(hidden, (tokens, (0, 0))), jnp.pad(items, (rows, (0, 0)))
+    targets, weights = jnp.pad(targets, (tokens,)), jnp.pad(weights, (tokens,))
+    return linear_cross_entropy_sharded(mesh, chunk_size, num_items, hidden, items, targets, weights)

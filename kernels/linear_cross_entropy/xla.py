@@ -1,4 +1,7 @@
-"""Chunked XLA implementation: the logits of one chunk of tokens exist at a time, and the forward scan makes the gradient."""
+"""Chunked XLA implementation: the logits of one chunk of tokens exist at a time, and the forward scan makes the gradient.
+
+Products take their operands in the dtype of ``hidden`` and accumulate in that of ``items``; all else is in the dtype of ``items``.
+"""
 
 from functools import partial
 
@@ -19,48 +22,53 @@ def linear_cross_entropy_xla(
     weights: Float[Array, "t"],
 ) -> Float[Array, ""]:
     """``sum_t w_t * (logsumexp_{i' >= 1}(h_t . e_i') - h_t . e_target)``; the weight must be 0 where the target is 0."""
-    classes = items[1:].T
+    rows = items.astype(hidden.dtype)
+    classes = rows[1:].T
 
     def chunk_step(_: None, chunk: Array) -> tuple[None, Array]:
-        return None, jax.nn.logsumexp(chunk @ classes, axis=1)
+        return None, jax.nn.logsumexp(jnp.matmul(chunk, classes, preferred_element_type=items.dtype), axis=1)
 
-    _, logsumexps = jax.lax.scan(chunk_step, None, _in_chunks(hidden, chunk_size))
-    return jnp.sum(weights * _token_losses(logsumexps, hidden, items, targets))
+    _, logsumexps = jax.lax.scan(chunk_step, None, in_chunks(hidden, chunk_size))
+    return jnp.sum(weights * _token_losses(logsumexps, hidden, rows, targets, weights))
 
 
 def _forward(chunk_size: int, hidden: Array, items: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, ...]]:
-    class_rows = items[1:]
+    narrow, wide = hidden.dtype, items.dtype
+    product = partial(jnp.matmul, preferred_element_type=wide)
+    rows = items.astype(narrow)
+    class_rows = rows[1:]
     classes = class_rows.T  # a plain row-major product and a [d, i] accumulator are the fastest layouts on CPU
 
     def chunk_step(d_classes: Array, chunk: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         chunk_hidden, chunk_weights = chunk
-        logits = chunk_hidden @ classes
+        logits = product(chunk_hidden, classes)
         maxima = jnp.max(logits, axis=1, keepdims=True)
         exponentials = jnp.exp(logits - maxima)
         sums = jnp.sum(exponentials, axis=1, keepdims=True)
         # Scaling the narrow [chunk, d] sides leaves the wide softmax unnormalised, which saves a pass over it.
         scales = chunk_weights[:, None] / sums
-        d_classes = d_classes + (chunk_hidden * scales).T @ exponentials
-        return d_classes, ((jnp.log(sums) + maxima)[:, 0], (exponentials @ class_rows) * scales)
+        exponentials = exponentials.astype(narrow)
+        d_classes = d_classes + product((chunk_hidden * scales).astype(narrow).T, exponentials)
+        return d_classes, ((jnp.log(sums) + maxima)[:, 0], product(exponentials, class_rows) * scales)
 
-    chunks = (_in_chunks(hidden, chunk_size), _in_chunks(weights, chunk_size))
-    d_classes, (logsumexps, d_hidden) = jax.lax.scan(chunk_step, jnp.zeros_like(classes), chunks)
-    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]] - weights[:, None] * items[targets]
+    chunks = (in_chunks(hidden, chunk_size), in_chunks(weights, chunk_size))
+    d_classes, (logsumexps, d_hidden) = jax.lax.scan(chunk_step, jnp.zeros(classes.shape, wide), chunks)
+    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]] - weights[:, None] * rows[targets]
     d_items = jnp.pad(d_classes.T, ((1, 0), (0, 0))).at[targets].add(-weights[:, None] * hidden)
-    losses = _token_losses(logsumexps, hidden, items, targets)
-    return jnp.sum(weights * losses), (d_hidden, d_items, losses)
+    losses = _token_losses(logsumexps, hidden, rows, targets, weights)
+    return jnp.sum(weights * losses), (d_hidden.astype(narrow), d_items, losses)
 
 
-def _backward(chunk_size: int, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, None, Array]:
-    del chunk_size
+def backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, None, Array]:
+    """Scale the gradients that the forward pass made."""
     d_hidden, d_items, losses = residuals
-    return cotangent * d_hidden, cotangent * d_items, None, cotangent * losses
+    return (cotangent * d_hidden).astype(d_hidden.dtype), cotangent * d_items, None, cotangent * losses
 
 
-linear_cross_entropy_xla.defvjp(_forward, _backward)
+linear_cross_entropy_xla.defvjp(_forward, lambda chunk_size, residuals, cotangent: backward(residuals, cotangent))
 
 
-def _in_chunks(rows: Float[Array, "t ..."], chunk_size: int) -> Float[Array, "chunks chunk ..."]:
+def in_chunks(rows: Float[Array, "t ..."], chunk_size: int) -> Float[Array, "chunks chunk ..."]:
     """Rows in equal chunks of at most about ``chunk_size``, padded with 0 at the end."""
     num_chunks = -(-rows.shape[0] // chunk_size)
     # Equal chunks keep the padding below one multiple per chunk: 130 rows become 2 x 72, not 2 x 128.
@@ -71,6 +79,11 @@ def _in_chunks(rows: Float[Array, "t ..."], chunk_size: int) -> Float[Array, "ch
 
 
 def _token_losses(
-    logsumexps: Float[Array, "chunks chunk"], hidden: Float[Array, "t d"], items: Float[Array, "i d"], targets: Int[Array, "t"]
+    logsumexps: Float[Array, "chunks chunk"],
+    hidden: Float[Array, "t d"],
+    rows: Float[Array, "i d"],
+    targets: Int[Array, "t"],
+    weights: Float[Array, "t"],
 ) -> Float[Array, "t"]:
-    return logsumexps.reshape(-1)[: hidden.shape[0]] - jnp.sum(hidden * items[targets], axis=1)
+    target_logits = jnp.sum(hidden.astype(weights.dtype) * rows[targets].astype(weights.dtype), axis=1)
+    return logsumexps.reshape(-1)[: hidden.shape[0]] - target_logits

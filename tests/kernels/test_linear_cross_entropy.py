@@ -1,9 +1,12 @@
 """Contract of linear_cross_entropy: every implementation against the specification, and the promises of the chunked one."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
@@ -140,3 +143,68 @@ def test_bad_arguments_raise_a_user_error():
         linear_cross_entropy(hidden, items[:1], targets * 0, weights)
     with pytest.raises(UserError, match="chunk_size is 0"):
         linear_cross_entropy(hidden, items, targets, weights, chunk_size=0)
+
+
+def make_mesh(**sizes: int) -> Mesh:
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tokens divided", "items divided"])
+@pytest.mark.parametrize("case", CONTRACT_CASES[3:5], ids=lambda case: case.name)
+def test_sharded_value_and_gradients_equal_reference_in_float64(case, sizes):
+    """Also where tokens and items do not divide among the devices, and where the last rows are no items."""
+    mesh = make_mesh(data=sizes[0], items=sizes[1])
+    with jax.enable_x64(True):
+        hidden, items, targets, weights = make_inputs(case, jnp.float64)
+        num_items = case.num_items - 4
+        inputs = (hidden, items, jnp.minimum(targets, num_items), weights)
+        expected = value_and_gradients(inputs, num_items=num_items, implementation="reference")
+        actual = value_and_gradients(inputs, num_items=num_items, chunk_size=case.chunk_size, mesh=mesh)
+        assert_trees_close(actual, expected, rtol=1e-11, atol=1e-12)
+        assert not np.any(actual[1][1][num_items + 1 :]) and not np.any(actual[1][1][0])
+
+
+def test_sharded_products_of_bfloat16_accumulate_in_float32():
+    hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
+    inputs = (hidden.astype(jnp.bfloat16), items, targets, weights)
+    expected = value_and_gradients(inputs, chunk_size=37)
+    actual = value_and_gradients(inputs, chunk_size=37, mesh=make_mesh(data=1, items=2))
+    assert [gradient.dtype for gradient in actual[1]] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
+    for gradient, wanted in zip(actual[1], expected[1], strict=True):
+        np.testing.assert_allclose(gradient.astype(jnp.float32), wanted.astype(jnp.float32), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tokens divided", "items divided"])
+def test_a_device_of_a_mesh_needs_far_less_memory_than_its_logits(sizes):
+    case = Case(name="memory", tokens=4096, num_items=4001, width=16)
+    mesh = make_mesh(data=sizes[0], items=sizes[1])
+
+    def gradient(*inputs):
+        return jax.grad(partial(linear_cross_entropy, chunk_size=64, mesh=mesh), argnums=(0, 1))(*inputs)
+
+    assert temporary_bytes(gradient, *make_inputs(case)) < case.tokens * case.num_items * 4 / 16
+
+
+def test_mixed_precision_rounds_products_to_the_dtype_of_hidden_and_keeps_the_items_gradient_in_float32():
+    hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
+    rounded = (hidden.astype(jnp.bfloat16), items, targets, weights)
+    value, gradients = value_and_gradients(rounded, chunk_size=37)
+    widened = (rounded[0].astype(jnp.float32), items.astype(jnp.bfloat16).astype(jnp.float32), targets, weights)
+    expected, expected_gradients = value_and_gradients(widened, implementation="reference")
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_a_mesh_for_another_implementation_or_with_other_axes_raises_a_user_error():
+    inputs = make_inputs(CONTRACT_CASES[0])
+    with pytest.raises(UserError, match="expected a mesh for 'sharded' and for it alone"):
+        linear_cross_entropy(*inputs, implementation="sharded")
+    with pytest.raises(UserError, match="expected a mesh for 'sharded' and for it alone"):
+        linear_cross_entropy(*inputs, implementation="xla", mesh=make_mesh(data=1, items=1))
+    with pytest.raises(UserError, match="expected 'data' and 'items'"):
+        linear_cross_entropy(*inputs, mesh=make_mesh(data=1, rows=1))
+    with pytest.raises(UserError, match="num_items is 5; expected 1 to 4"):
+        linear_cross_entropy(*inputs, num_items=5)

@@ -90,6 +90,18 @@ def test_a_checkpoint_restores_onto_another_number_of_devices(run: RunDirectory)
         np.testing.assert_array_equal(np.asarray(restored.state["a"]), values)
 
 
+def test_padding_may_differ_between_saving_and_restoring_and_nothing_else(run: RunDirectory) -> None:
+    values = np.arange(10.0, dtype=np.float32).reshape(5, 2)
+    true = {"a": jax.ShapeDtypeStruct((5, 2), jnp.float32)}
+    run.save_checkpoint(1, {"a": jnp.pad(values, ((0, 1), (0, 0)))}, {}, true)
+    for rows in (5, 6, 8):
+        restored = run.restore_latest({"a": jax.ShapeDtypeStruct((rows, 2), jnp.float32)}, true)
+        assert restored is not None
+        np.testing.assert_array_equal(restored.state["a"], np.pad(values, ((0, rows - 5), (0, 0))))
+    with pytest.raises(UserError, match=r"a is float32\[5, 2\], expected float32\[6, 2\]"):
+        run.restore_latest({"a": jnp.zeros((6, 2))})
+
+
 def test_every_difference_from_the_expected_state_is_named(run: RunDirectory) -> None:
     run.save_checkpoint(1, {"a": jnp.zeros((2,)), "b": {"c": jnp.zeros((3,))}, "old": jnp.zeros(())}, {})
     with pytest.raises(

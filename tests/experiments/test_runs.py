@@ -1,0 +1,74 @@
+"""The scripts that start runs: they are right for bash, and every command that they would run is one that there is."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cda4rec_jax.cli.app import parse
+from cda4rec_jax.cli.commands import Evaluate, Train
+
+RUNS = Path(__file__).resolve().parents[2] / "experiments" / "runs"
+SCRIPTS = sorted(RUNS.glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_parses_stops_at_errors_and_says_how_it_is_used(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
+    text = script.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n#") and "\nset -euo pipefail\n" in text
+    assert os.access(script, os.X_OK)
+    without = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    assert without.returncode != 0 and "usage:" in without.stderr
+
+
+def commands(script: str, folder: Path, *arguments: str, **environment: str) -> list[list[str]]:
+    """What the script runs of ``cda4rec`` on a machine of 8 devices, where everything that it calls is a stand-in."""
+    log, stand_ins = folder / "log", folder / "bin"
+    copy = folder / "checkout" / "experiments" / "runs" / script
+    tools = copy.parents[2] / ".venv" / "bin"
+    for made in (copy.parent, tools, stand_ins):
+        made.mkdir(parents=True)
+    shutil.copy(RUNS / script, copy)
+    bodies = {
+        stand_ins / "python3": "",
+        tools / "python": 'case "$*" in *device_count*) echo 8 ;; esac',
+        tools / "cda4rec": f'[ "$1" != bench ] && printf "%q " "$@" >> {log} && echo >> {log}',
+    }
+    for path, body in bodies.items():
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    path = f"{stand_ins}:{os.environ['PATH']}"
+    subprocess.run(["bash", str(copy), *arguments], check=True, cwd=folder, env=os.environ | environment | {"PATH": path})
+    return [shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "tpu.sh"])
+def test_the_accelerator_scripts_train_over_all_devices_and_evaluate(script: str, tmp_path: Path) -> None:
+    train, evaluate = map(
+        parse, commands(script, tmp_path, "my data/shop", "my run", "--epochs", "3", "--mesh", "data=4,items=2")
+    )
+    assert isinstance(train, Train) and isinstance(evaluate, Evaluate)
+    assert (train.data, train.out, train.epochs, train.mesh, train.rows_per_batch) == (
+        "my data/shop",
+        Path("my run"),
+        3,
+        "data=4,items=2",
+        128,
+    )
+    assert evaluate.run_directory == train.out
+
+
+def test_a_run_directory_is_made_up_and_a_resumed_run_keeps_its_rows(tmp_path: Path) -> None:
+    train = parse(commands("gpu.sh", tmp_path / "one", "synthetic")[0])
+    assert isinstance(train, Train) and (train.out, train.mesh) == (Path("runs/synthetic-gpu"), "data=8")
+    again = parse(commands("gpu.sh", tmp_path / "two", "synthetic", "run", "--resume")[0])
+    assert isinstance(again, Train) and again.resume and again.rows_per_batch is None
+
+
+def test_hosts_of_one_tpu_slice_train_together(tmp_path: Path) -> None:
+    (train,) = map(parse, commands("tpu.sh", tmp_path, "synthetic", HOSTS="4"))
+    assert isinstance(train, Train) and train.distributed and train.mesh == "data=8"
