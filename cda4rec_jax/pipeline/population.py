@@ -51,6 +51,8 @@ class Population:
         links: LinkConfig | None = None,
     ):
         self.config, self.tables, self.corpus = config, tables, corpus
+        self._graph = graph
+        self._over_users: dict[Callable[..., Any], Any] = {}
         options = {
             "max_cache_age": config.max_cache_age,
             "contexts": contexts or ContextConfig(),
@@ -90,10 +92,34 @@ class Population:
         all_ranks = np.concatenate(ranks)
         return PlanRecords(users=users, ranks=all_ranks, quality=np.asarray(plan_quality(all_ranks)), requests=merged)
 
-    def full_ranks(self, weights: Any, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Rank of each target among all unseen items by the cloud agent alone, [n]."""
+    def over_users(
+        self,
+        function: Callable[..., Any],
+        weights: Any,
+        users: np.ndarray,
+        positions: np.ndarray,
+        *arguments: Any,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Any:
+        """``function(system, catalogue, history, *arguments)``, compiled, over all users in batches: a tree of arrays [n, ...].
+
+        ``function`` is compiled once for each object, so pass the same one for the same work.
+        """
+        if function not in self._over_users:
+            self._over_users[function] = jax.jit(lambda own, *rest: function(nnx.merge(self._graph, own), *rest))
+        compiled, catalogue, found = self._over_users[function], self.catalogue(weights), []
+        for done, history, size in self._batches(users, positions):
+            values = compiled(weights, catalogue, history, *arguments)
+            found.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[:size], values))
+            if progress:
+                progress(done, len(users))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+    def full_ranks(self, weights: Any, users: np.ndarray, positions: np.ndarray, age_events: int = 0) -> np.ndarray:
+        """Rank of each target among all unseen items by the cloud agent alone, whose view is ``age_events`` events old, [n]."""
+        age = np.full((BATCH_USERS,), age_events, np.int32)
         found = [
-            np.asarray(self._full(weights, self.tables.categories, history))[:size]
+            np.asarray(self._full(weights, self.tables.categories, history, age))[:size]
             for _, history, size in self._batches(users, positions)
         ]
         ranks = np.concatenate(found)
@@ -133,7 +159,13 @@ def _first_requests(
 
 
 def _full_ranks(
-    weights: Any, categories: jax.Array, history: HistoryBatch, *, graph: nnx.GraphDef, config: SystemConfig
+    weights: Any,
+    categories: jax.Array,
+    history: HistoryBatch,
+    age_events: jax.Array,
+    *,
+    graph: nnx.GraphDef,
+    config: SystemConfig,
 ) -> jax.Array:
     system = nnx.merge(graph, weights)
     ranks = full_ranks(
@@ -143,5 +175,6 @@ def _full_ranks(
         history,
         history_length=config.history_length,
         profile_events=config.profile_events,
+        age_events=age_events,
     )
     return jnp.where(jnp.isfinite(system.cloud.items.vectors()).all(), ranks, 0)

@@ -38,7 +38,7 @@ class Interrupted(Exception):
 class Progress:
     """One report of the loop to whoever watches."""
 
-    phase: str  # "joint" or "planner"
+    phase: str  # "joint", "practice" (deciders alone) or "planner"
     step: int
     num_steps: int
     values: dict[str, float] = field(default_factory=dict)
@@ -142,6 +142,25 @@ class Trainer:
                 self._joint_phase()
             if self._world is not None:
                 self._planner_phase()
+        return self.weights()
+
+    def fit_deciders(self, practice_steps: int) -> Any:
+        """Deciders from their start on the finished trunks of ``run``; return the weights. It starts anew where it is stopped.
+
+        They get the requests and contexts of as many steps as they would have practised beside the trunks, and then the planner-only
+        phase.
+        """
+        self._finish_joint()
+        self._apply_scales()
+        for step in range(practice_steps):
+            history = self.source.withheld_batch(step, self.config.train.withheld_per_step)
+            practised = jnp.asarray(step / practice_steps, jnp.float32)
+            self.state, values = self._decide(
+                self.state, history, self.frozen, self.tables, self._world, jnp.asarray(step, jnp.int32), practised
+            )
+            self._log("practice", step + 1, practice_steps, values)
+        self.state = TrainState(**{**vars(self.state), "step": jnp.zeros((), jnp.int32)})
+        self._planner_phase()
         return self.weights()
 
     def _joint_phase(self) -> None:
