@@ -1,0 +1,125 @@
+"""How much accuracy is lost when nothing is processed on the device?
+
+    python experiments/without_device.py --data DATA/ml-100k
+
+Compared are the best plan that skips structured user modelling (the cloud's scores and popularity decide) and the best plan that does
+it on the device, each chosen on validation: overall, by the length of the user's history, and by how many events the cloud's view
+lags behind. A third way gives the cloud the whole history and lets it do the device's part (plan ``cloud-full-cloud``): as accurate
+by construction, at the price of FULL consent in every request.
+
+Trains the system where ``--work`` does not have it, or takes ``--run``. Writes ``without-device-<dataset>.json``, ``.md``, ``.png``.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from harness import (
+    AGES,
+    Options,
+    Study,
+    error_bars,
+    estimate,
+    estimates,
+    markdown_page,
+    markdown_table,
+    run_script,
+    values,
+    with_interval,
+    write_results,
+)
+
+from cda4rec_jax.data import Split
+from cda4rec_jax.evaluation.accuracy import HISTORY_STARTS, groups_of
+from cda4rec_jax.evaluation.conditions import can_be_stale
+from cda4rec_jax.messages import Placement
+from cda4rec_jax.planner import PLANS
+
+QUESTION = "How much accuracy is lost when device-side processing is off?"
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Accuracy of the best plan without and with device-side processing."""
+    study = Study(options)
+    positions = study.of_split(Split.TEST)[1]
+    rows = [_compared(study, f"cloud's view {age} events old", age, can_be_stale(positions, age)) for age in AGES]
+    by_length = groups_of(positions, HISTORY_STARTS)
+    everyone = np.ones(len(positions), bool)
+    by_cloud = values(study.test_ranks("cloud-full-cloud"))
+    result = study.result(
+        QUESTION,
+        overall=_compared(study, "all users", 0, everyone),
+        by_history_length=[_compared(study, f"{label} events", 0, users) for label, users in by_length.items()],
+        by_staleness=rows,
+        cloud_does_the_devices_part={"plan": "cloud-full-cloud", "ndcg@10": estimate(by_cloud)},
+    )
+    draw = partial(_draw, result)
+    write_results(options.out, f"without-device-{study.name}", result, page(result), draw, study.console)
+    return result
+
+
+def families(age: int) -> tuple[list[str], list[str]]:
+    """Names of the plans that use the cloud and skip structured modelling, and of those that do it on the device.
+
+    With a view of now these ask the cloud anew; with an older one they reuse what the device has of it.
+    """
+    wanted = Placement.CLOUD if age == 0 else Placement.REUSE
+    plans = [plan for plan in PLANS if plan.semantic is wanted]
+    of = {kind: [plan.name for plan in plans if plan.structured is kind] for kind in (Placement.SKIP, Placement.DEVICE)}
+    return of[Placement.SKIP], of[Placement.DEVICE]
+
+
+def _compared(study: Study, condition: str, age: int, users: np.ndarray) -> dict[str, Any]:
+    """Accuracy of these users without and with device-side processing, and the difference."""
+    without, with_device = (study.best_plan(names, age) for names in families(age))
+    row: dict[str, Any] = {"condition": condition, "plan_without": without, "plan_with": with_device, "users": int(users.sum())}
+    for metric in ("ndcg@10", "hit_rate@10"):
+        off, on = (values([ranks[users] for ranks in study.test_ranks(plan, age)], metric) for plan in (without, with_device))
+        row[metric] = estimates({"without": off, "with": on, "lost": on - off})
+    return row
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result for people."""
+    columns = ["", "users", "plan without", "plan with", "ndcg@10 without", "ndcg@10 with", "lost, 95%", "hit_rate@10 lost, 95%"]
+    rows = []
+    for row in (result["overall"], *result["by_history_length"], *result["by_staleness"][1:]):
+        ndcg, hit_rate = row["ndcg@10"], row["hit_rate@10"]
+        means = ["-" if ndcg[name]["mean"] is None else f"{ndcg[name]['mean']:.4f}" for name in ("without", "with")]
+        lost = [with_interval(found["lost"], signed=True) for found in (ndcg, hit_rate)]
+        rows.append([row["condition"], f"{row['users']:,}", row["plan_without"], row["plan_with"], *means, *lost])
+    whole = result["cloud_does_the_devices_part"]
+    note = (
+        f"With the whole history in the cloud, `{whole['plan']}` does the device's part there: ndcg@10 "
+        f"{with_interval(whole['ndcg@10'])}, and only where consent is FULL."
+    )
+    return markdown_page(result, "Without the device", [*markdown_table(columns, rows), note, ""])
+
+
+def _draw(result: dict[str, Any], pyplot: Any) -> Any:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    history = [result["overall"], *result["by_history_length"]]
+    labels = [f"{row['condition'].replace(' events', '').replace(' and more', '+')}\n({row['users']:,})" for row in history]
+    place = np.arange(len(history))
+    for offset, name, colour in ((-0.2, "without", "tab:gray"), (0.2, "with", "tab:blue")):
+        means, bars = error_bars([row["ndcg@10"][name] for row in history])
+        left.bar(place + offset, means, 0.4, yerr=bars, color=colour, capsize=3, label=f"{name} the device")
+    left.set_xticks(place, labels, fontsize=8)
+    left.set_title(f"{result['dataset']}: by events in the history (users)")
+    left.set_ylabel("test ndcg@10, 95% intervals")
+    left.legend()
+    stale = result["by_staleness"]
+    for name, colour in (("without", "tab:gray"), ("with", "tab:blue")):
+        means, bars = error_bars([row["ndcg@10"][name] for row in stale])
+        right.errorbar(range(len(stale)), means, bars, color=colour, marker="o", capsize=3)
+    right.set_xticks(range(len(stale)), [f"{age}\n({row['users']:,})" for age, row in zip(AGES, stale, strict=True)])
+    right.set_xlabel("events by which the cloud's view lags (users)")
+    right.set_title("by staleness")
+    for axes in (left, right):
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+if __name__ == "__main__":
+    run_script(main, page)
