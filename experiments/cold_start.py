@@ -101,22 +101,33 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 4.5))
+    figure, panels = pyplot.subplots(2, 2, figsize=(13, 8))
     colours = {OURS: "tab:blue", CLOUD: "tab:cyan", TEXTLESS: "tab:green", SASREC_CE: "tab:gray", POPULARITY: "lightgray"}
-    titles = ("training events of the target item (users)", "events in the user's history (users)")
-    for axes, part, title in zip(panels, ("by_train_events_of_the_target", "by_history_length"), titles, strict=True):
+    parts = {
+        "by_train_events_of_the_target": "training events of the target item (users)",
+        "by_history_length": "events in the user's history (users)",
+    }
+    for (accuracy, gains), (part, title) in zip(panels.T, parts.items(), strict=True):
         groups = result[part]
         place = np.arange(len(groups))
         for number, (name, colour) in enumerate(colours.items()):
+            means = [group["ndcg@10"][name]["mean"] for group in groups]
+            accuracy.bar(place + 0.16 * (number - 2), means, 0.16, color=colour, label=name)
+        for number, (name, other) in enumerate(COMPARED.items()):
             means, bars = error_bars([group["ndcg@10"][name] for group in groups])
-            axes.bar(place + 0.16 * (number - 2), means, 0.16, yerr=bars, color=colour, capsize=2, label=name)
-        axes.set_xticks(place, [f"{group['group']}\n({group['users']:,})" for group in groups])
-        axes.set_xlabel(title)
-        axes.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("test ndcg@10, 95% intervals")
-    panels[0].set_title(f"{result['dataset']}: by the target item")
-    panels[1].set_title("by the user")
-    panels[0].legend(fontsize=8)
+            shifted = place + 0.12 * (2 * number - 1)
+            gains.errorbar(shifted, means, bars, fmt="o", capsize=3, color=colours[other], label=f"{OURS} - {other}")
+        gains.axhline(0.0, color="black", linewidth=0.8)
+        for axes in (accuracy, gains):
+            axes.set_xticks(place, [f"{group['group']}\n({group['users']:,})" for group in groups])
+            axes.set_xlim(-0.6, len(groups) - 0.4)
+            axes.grid(axis="y", alpha=0.3)
+        gains.set_xlabel(title)
+    for axes, label in zip(panels[:, 0], ("test ndcg@10", "difference in ndcg@10, 95% paired by user"), strict=True):
+        axes.set_ylabel(label)
+        axes.legend(fontsize=8)
+    panels[0, 0].set_title(f"{result['dataset']}: by the target item")
+    panels[0, 1].set_title("by the user")
     return figure
 
 

@@ -163,21 +163,28 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    figure, (accuracy, gains, weight) = pyplot.subplots(1, 3, figsize=(16, 4.5))
     rows, ages = result["rows"], [str(row["lag_events"]) for row in result["rows"]]
+    common = [row["users_of_all_lags"]["ndcg@10"] for row in rows]
     colours = {"cloud": "tab:gray", "fused": "tab:blue", "weighted": "tab:cyan", "device": "tab:orange"}
     for name, label in SYSTEMS.items():
-        if name in rows[0]["ndcg@10"]:
-            means, bars = error_bars([row["users_of_all_lags"]["ndcg@10"][name] for row in rows])
-            left.errorbar(ages, means, bars, marker="o", capsize=3, color=colours[name], label=label)
-    left.set_ylim(bottom=0)
-    left.set_ylabel("test ndcg@10, 95% intervals")
-    left.set_title(f"{result['dataset']}: {rows[0]['users_of_all_lags']['users']:,} users long enough for every lag")
-    left.legend()
-    right.plot(ages, [row["cloud_weight"] for row in rows], marker="o", color="tab:cyan")
-    right.set_ylim(-0.05, 1.05)
-    right.set_title("best weight of the cloud's score (chosen on validation)")
-    for axes in (left, right):
+        if name in common[0]:
+            accuracy.plot(ages, error_bars([found[name] for found in common])[0], marker="o", color=colours[name], label=label)
+        if f"fused_minus_{name}" in common[0]:
+            means, bars = error_bars([found[f"fused_minus_{name}"] for found in common])
+            gains.errorbar(ages, means, bars, marker="o", capsize=3, color=colours[name], label=f"fused - {label}")
+    accuracy.set_ylim(bottom=0)
+    accuracy.set_ylabel("test ndcg@10")
+    accuracy.set_title(f"{result['dataset']}: {rows[0]['users_of_all_lags']['users']:,} users long enough for every lag")
+    gains.axhline(0.0, color="black", linewidth=0.8)
+    gains.set_title("what fusion gains, 95% paired by user")
+    gains.set_ylabel("difference in ndcg@10, the same users")
+    weight.plot(ages, [row["cloud_weight"] for row in rows], marker="o", color="tab:cyan")
+    weight.set_ylim(-0.05, 1.05)
+    weight.set_title("best weight of the cloud's score (by validation)")
+    for axes in (accuracy, gains):
+        axes.legend()
+    for axes in (accuracy, gains, weight):
         axes.set_xlabel("events by which the cloud's view lags")
         axes.grid(alpha=0.3)
     return figure

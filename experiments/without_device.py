@@ -97,27 +97,33 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-    history = [result["overall"], *result["by_history_length"]]
-    labels = [f"{row['condition'].replace(' events', '').replace(' and more', '+')}\n({row['users']:,})" for row in history]
-    place = np.arange(len(history))
-    for offset, name, colour in ((-0.2, "without", "tab:gray"), (0.2, "with", "tab:blue")):
-        means, bars = error_bars([row["ndcg@10"][name] for row in history])
-        left.bar(place + offset, means, 0.4, yerr=bars, color=colour, capsize=3, label=f"{name} the device")
-    left.set_xticks(place, labels, fontsize=8)
-    left.set_title(f"{result['dataset']}: by events in the history (users)")
-    left.set_ylabel("test ndcg@10, 95% intervals")
-    left.legend()
-    stale = result["by_staleness"]
+    figure, (accuracy, stale, history) = pyplot.subplots(1, 3, figsize=(15, 4.5))
+    rows = result["by_staleness"]
+    lags = [f"{age}\n({row['users']:,})" for age, row in zip(AGES, rows, strict=True)]
     for name, colour in (("without", "tab:gray"), ("with", "tab:blue")):
-        means, bars = error_bars([row["ndcg@10"][name] for row in stale])
-        right.errorbar(range(len(stale)), means, bars, color=colour, marker="o", capsize=3)
-    right.set_xticks(range(len(stale)), [f"{age}\n({row['users']:,})" for age, row in zip(AGES, stale, strict=True)])
-    right.set_xlabel("events by which the cloud's view lags (users)")
-    right.set_title("by staleness")
-    for axes in (left, right):
+        means, _ = error_bars([row["ndcg@10"][name] for row in rows])
+        accuracy.plot(lags, means, color=colour, marker="o", label=f"{name} the device")
+    accuracy.set_ylim(bottom=0)
+    accuracy.set_ylabel("test ndcg@10")
+    accuracy.set_title(f"{result['dataset']}: accuracy")
+    accuracy.legend()
+    means, bars = error_bars([row["ndcg@10"]["lost"] for row in rows])
+    stale.errorbar(lags, means, bars, color="tab:red", marker="o", capsize=3)
+    stale.set_title("lost without the device, by staleness")
+    stale.set_ylabel("ndcg@10, with minus without, 95% paired by user")
+    groups = [result["overall"], *result["by_history_length"]]
+    means, bars = error_bars([row["ndcg@10"]["lost"] for row in groups])
+    names = [row["condition"].replace(" events", "").replace(" and more", "+").replace("all users", "all") for row in groups]
+    labels = [f"{name}\n({row['users']:,})" for name, row in zip(names, groups, strict=True)]
+    history.errorbar(labels, means, bars, fmt="o", color="tab:red", capsize=3)
+    history.set_title("lost without the device, by history")
+    history.set_xlabel("events in the history (users)")
+    for axes in (accuracy, stale, history):
         axes.grid(axis="y", alpha=0.3)
-        axes.set_ylim(bottom=0)
+    for axes in (accuracy, stale):
+        axes.set_xlabel("events by which the cloud's view lags (users)")
+    for axes in (stale, history):
+        axes.axhline(0.0, color="black", linewidth=0.8)
     return figure
 
 

@@ -13,7 +13,6 @@ from cda4rec_jax.array_typing import Array, ItemVectors, Lengths
 from cda4rec_jax.messages import Candidates, EgressLevel, HistoryBatch
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.subtasks import (
-    StructuredState,
     abstract_evidence,
     model_semantics,
     model_structure,
@@ -66,8 +65,9 @@ def device_full_ranks(device: DeviceAgent, catalogue: Catalogue, history: Histor
     every = Candidates(items=jnp.arange(num_rows)[None, :], scores=jnp.zeros((1, num_rows)))
     evidence, nothing = jax.tree.map(lambda table: table[None], catalogue.evidence), jnp.zeros((1,), jnp.int32)
 
-    def one(user: tuple[StructuredState, Array, Array]) -> Array:
-        own, seen, target = jax.tree.map(lambda leaf: leaf[None], user)
+    def one(user: Array) -> Array:
+        asked = (structured, history.seen, history.targets)
+        own, seen, target = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, user, 1), asked)
         features = score_features(
             every,
             evidence,
@@ -81,7 +81,7 @@ def device_full_ranks(device: DeviceAgent, catalogue: Catalogue, history: Histor
         return ranks_of_unseen(device.head(features), seen, target)[0]
 
     # One user after the other: the features of one are as large as the catalogue.
-    return jax.lax.map(one, (structured, history.seen, history.targets))
+    return jax.lax.map(one, jnp.arange(len(history.lengths)))
 
 
 def ranks_of_unseen(scores: Float[Array, "b i"], seen: Int[Array, "b seen"], targets: Lengths) -> Int[Array, "b"]:
