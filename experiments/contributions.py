@@ -130,7 +130,7 @@ def _ablation(study: Study, part: str) -> dict[str, Any]:
     for metric in ("ndcg@10", "hit_rate@10"):
         columns = {kind: values(found, metric) for kind, found in ranks.items()}
         row[metric] = estimates(columns | {"contribution": columns["with"] - columns["without"]})
-    row["training_seconds"] = {"with": _seconds(study, reference[0]), "without": _seconds(study, removed[0])}
+    row["training_seconds"] = {"with": study.training_seconds(reference[0]), "without": study.training_seconds(removed[0])}
     return row
 
 
@@ -165,10 +165,6 @@ def padded(study: Study, config: RunConfig) -> RunConfig:
 
     rows = round(config.train.rows_per_batch * num_rows(packing) / num_rows(config.packing))
     return replace(config, packing=packing, train=replace(config.train, rows_per_batch=rows))
-
-
-def _seconds(study: Study, variant: str) -> float:
-    return float(np.mean([study.trained(variant, seed).run.read_json("training")["seconds"] for seed in study.seeds]))
 
 
 def page(result: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ class Study:
 
     def __init__(self, options: Options):
         _check(options)
-        self.options, self.console = options, Console(stderr=True)
+        self.options, self.console, self.seeds = options, Console(stderr=True), range(options.seeds)
         if options.run is not None:
             self._given = RunDirectory.open(options.run)
             if self._given.kind != JOINT:
@@ -95,11 +95,6 @@ class Study:
     def interactions(self) -> Interactions:
         """The prepared data."""
         return load_prepared(self.prepared)
-
-    @property
-    def seeds(self) -> range:
-        """Seeds of the weights; with ``--run`` only that of the run."""
-        return range(self.options.seeds)
 
     @cached_property
     def users(self) -> Int[np.ndarray, "users"]:
@@ -138,8 +133,14 @@ class Study:
             seconds = RunDirectory.open(path).read_json("training")["seconds"]
             self.console.print(f"{path.name}: trained in {seconds:.0f} s")
         if path not in self._loaded:
-            self._loaded = {path: load_trained(path)}  # one at a time: tables and programs take memory
+            kept = list(self._loaded.items())[-1:]  # two at a time, since a variant is held against the system; they take memory
+            self._loaded = {**dict(kept), path: load_trained(path)}
         return self._loaded[path]
+
+    def training_seconds(self, variant: str) -> float:
+        """Mean over seeds of what the training of a variant, which is there, took."""
+        paths = [self.run_path(variant, seed) for seed in self.seeds]
+        return float(np.mean([RunDirectory.open(path).read_json("training")["seconds"] for path in paths]))
 
     def seeded(self, config: RunConfig | None, seed: int) -> RunConfig:
         """The configuration (of the system itself without one) under a seed."""
@@ -298,11 +299,6 @@ def estimates(columns: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
     }
 
 
-def estimate(column: Values) -> dict[str, Any]:
-    """``estimates`` of one column."""
-    return estimates({"": column})[""]
-
-
 def sequence_sizes(config: RunConfig, seed: int, rate: float) -> dict[str, Any]:
     """Sizes and optimisation of a sequence baseline that stands beside the system of ``config``."""
     cloud, train = config.system.cloud, config.train
@@ -323,11 +319,6 @@ def sequence_sizes(config: RunConfig, seed: int, rate: float) -> dict[str, Any]:
         "id_scale": cloud.item_table.id_scale,
         "fit": fit,
     }
-
-
-def num_parameters(trained: TrainedSystem) -> int:
-    """Trained numbers: everything but frozen text."""
-    return sum(int(leaf.size) for leaf in jax.tree.leaves(trained.weights)) - int(trained.corpus.text.size)
 
 
 def with_interval(found: Mapping[str, Any], signed: bool = False) -> str:

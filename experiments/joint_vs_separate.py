@@ -35,6 +35,7 @@ from harness import (
 from cda4rec_jax.data import Split
 from cda4rec_jax.pipeline.population import PlanRecords
 from cda4rec_jax.planner import plan_index, realised_utility
+from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.training import refit_deciders
 
@@ -66,7 +67,8 @@ def main(options: Options) -> dict[str, Any]:
         cache_age_of_local_plans=CACHE_AGE,
         measures=measures,
         seconds={
-            name: _seconds(study, variant) for name, variant in (("joint", OURS), (SEPARATE, SEPARATE), (FINAL_ONLY, FINAL_ONLY))
+            name: study.training_seconds(variant)
+            for name, variant in (("joint", OURS), (SEPARATE, SEPARATE), (FINAL_ONLY, FINAL_ONLY))
         },
         verdict=_verdict(measures),
     )
@@ -77,7 +79,8 @@ def main(options: Options) -> dict[str, Any]:
 
 def joint_steps(study: Study, seed: int) -> int:
     """Steps that the deciders of the system took beside its trunks."""
-    rows = study.ours(seed).run.metrics()
+    study.ours(seed)
+    rows = RunDirectory.open(study.run_path(OURS, seed)).metrics()
     return max(row["step"] for row in rows if row["phase"] in ("joint", "validation"))
 
 
@@ -111,8 +114,7 @@ def _utility(study: Study, variant: str, load: Any, seed: int) -> np.ndarray:
     """Utility of the learned policy for each user, in the world of the joint run."""
 
     def make() -> dict[str, np.ndarray]:
-        world = study.ours(seed).world()
-        trained = load(seed)
+        world, trained = study.ours(seed).world(), load(seed)
         users, positions = study.of_split(Split.TEST)
         chosen = sampled(len(users), UTILITY_USERS)
         weights = jax.device_put(trained.weights)
@@ -134,12 +136,6 @@ def policy_utility(trained: TrainedSystem, records: PlanRecords) -> np.ndarray:
         utility = realised_utility(quality, asked.realised, asked.context, failed=asked.failed, mask=asked.mask)
         gained.append(np.asarray(jnp.take_along_axis(utility, choice[:, None], axis=1)[:, 0]))
     return np.mean(gained, axis=0)
-
-
-def _seconds(study: Study, variant: str) -> float:
-    """Mean training seconds over seeds: of trunks and deciders together for the joint run, of the deciders alone for the others."""
-    runs = [study.trained(variant, seed).run for seed in study.seeds]
-    return float(np.mean([run.read_json("training")["seconds"] for run in runs]))
 
 
 def _verdict(measures: dict[str, Any]) -> str:

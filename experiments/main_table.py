@@ -24,7 +24,6 @@ from harness import (
     SASREC_CE,
     SELECTION_USERS,
     WORK,
-    num_parameters,
     prepared_folder,
     run_script,
     sampled,
@@ -159,7 +158,7 @@ def _ours(config: RunConfig, prepared: Path, run_path: Path, seed: int) -> Cell:
         ranks={OURS: test[:, best], PLAN: test[:, plan_index("fresh-full-100-device")], CLOUD: cloud},
         validation_ndcg=quality[best],
         seconds=run.read_json("training")["seconds"],
-        parameters=num_parameters(trained),
+        parameters=_num_parameters(trained),
         curve=_curve(run.path),
     )
 
@@ -183,7 +182,7 @@ def _sasrec(config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, see
         ranks={SASREC_CE: trained.population.full_ranks(weights, users, trained.corpus.target_positions(Split.TEST))},
         validation_ndcg=max(quality for _, quality in curve),
         seconds=run.read_json("training")["seconds"],
-        parameters=num_parameters(trained),
+        parameters=_num_parameters(trained),
         curve=curve,
     )
 
@@ -226,6 +225,11 @@ def _baseline_config(name: str, config: RunConfig, seed: int, rate: float | None
         )
     hidden = {field: sizes["width"] for field in ("mlp_hidden",) if hasattr(base, field)}
     return replace(base, **sizes, **hidden)
+
+
+def _num_parameters(trained: TrainedSystem) -> int:
+    """Trained numbers: everything but frozen text."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(trained.weights)) - int(trained.corpus.text.size)
 
 
 def _curve(run_path: Path) -> list[tuple[float, float]]:

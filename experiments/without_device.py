@@ -19,7 +19,6 @@ from harness import (
     Options,
     Study,
     error_bars,
-    estimate,
     estimates,
     markdown_page,
     markdown_table,
@@ -51,7 +50,7 @@ def main(options: Options) -> dict[str, Any]:
         overall=_compared(study, "all users", 0, everyone),
         by_history_length=[_compared(study, f"{label} events", 0, users) for label, users in by_length.items()],
         by_staleness=rows,
-        cloud_does_the_devices_part={"plan": "cloud-full-cloud", "ndcg@10": estimate(by_cloud)},
+        cloud_does_the_devices_part={"plan": "cloud-full-cloud", **estimates({"ndcg@10": by_cloud})},
     )
     draw = partial(_draw, result)
     write_results(options.out, f"without-device-{study.name}", result, page(result), draw, study.console)

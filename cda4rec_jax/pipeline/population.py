@@ -51,17 +51,17 @@ class Population:
         links: LinkConfig | None = None,
     ):
         self.config, self.tables, self.corpus = config, tables, corpus
-        self._graph = graph
-        self._over_users: dict[Callable[..., Any], Any] = {}
         options = {
             "max_cache_age": config.max_cache_age,
             "contexts": contexts or ContextConfig(),
             "links": links or LinkConfig(),
         }
-        self._catalogue = jax.jit(partial(_catalogue, graph))
-        self._first = jax.jit(partial(_first_requests, graph=graph, config=config, options=options))
-        self._redraw = jax.jit(partial(redraw_requests, **options))
-        self._full = jax.jit(partial(_full_ranks, graph=graph, config=config))
+        # Compiled for a structure, not for an object: systems of one structure, such as those of several seeds, share programs.
+        self._graph = graph
+        self._catalogue = partial(_catalogue, graph)
+        self._first = partial(_first_requests, graph=graph, config=config, options=tuple(options.items()))
+        self._redraw = partial(_redrawn, **options)
+        self._full = partial(_full_ranks, graph=graph, config=config)
 
     def catalogue(self, weights: Any) -> Catalogue:
         """The catalogue under ``weights``, the state that the graph definition was split from."""
@@ -103,13 +103,11 @@ class Population:
     ) -> Any:
         """``function(system, catalogue, history, *arguments)``, compiled, over all users in batches: a tree of arrays [n, ...].
 
-        ``function`` is compiled once for each object, so pass the same one for the same work.
+        ``function`` is compiled once for each object, for all systems of one structure, so pass the same one for the same work.
         """
-        if function not in self._over_users:
-            self._over_users[function] = jax.jit(lambda own, *rest: function(nnx.merge(self._graph, own), *rest))
-        compiled, catalogue, found = self._over_users[function], self.catalogue(weights), []
+        catalogue, found = self.catalogue(weights), []
         for done, history, size in self._batches(users, positions):
-            values = compiled(weights, catalogue, history, *arguments)
+            values = _of_users(self._graph, function, weights, catalogue, history, *arguments)
             found.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[:size], values))
             if progress:
                 progress(done, len(users))
@@ -134,12 +132,24 @@ class Population:
             yield int(index[-1]) + 1, history, size
 
 
+_redrawn = jax.jit(redraw_requests, static_argnames=("max_cache_age", "contexts", "links"))
+
+
+@partial(jax.jit, static_argnums=0)
 def _catalogue(graph: nnx.GraphDef, weights: Any, tables: ItemTables) -> Catalogue:
     system = nnx.merge(graph, weights)
     assert system.device is not None
     return build_catalogue(system.cloud, system.device, tables)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _of_users(
+    graph: nnx.GraphDef, function: Callable[..., Any], weights: Any, catalogue: Catalogue, history: HistoryBatch, *arguments: Any
+) -> Any:
+    return function(nnx.merge(graph, weights), catalogue, history, *arguments)
+
+
+@partial(jax.jit, static_argnames=("graph", "config", "options"))
 def _first_requests(
     weights: Any,
     catalogue: Catalogue,
@@ -149,15 +159,16 @@ def _first_requests(
     *,
     graph: nnx.GraphDef,
     config: SystemConfig,
-    options: dict[str, Any],
+    options: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, Requests]:
     system = nnx.merge(graph, weights)
-    requests = draw_requests(world, history, tables, 0, **options)
+    requests = draw_requests(world, history, tables, 0, **dict(options))
     context = requests.context
     found = outcomes(system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config)
     return found.ranks, requests
 
 
+@partial(jax.jit, static_argnames=("graph", "config"))
 def _full_ranks(
     weights: Any,
     categories: jax.Array,

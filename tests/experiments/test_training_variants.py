@@ -19,8 +19,14 @@ Scripts = Callable[[str], ModuleType]
 
 
 def test_separate_deciders_get_the_steps_of_the_joint_ones(
-    scripts: Scripts, options: Any, refits: list[dict[str, Any]], tiny_run: Path, tmp_path: Path
+    scripts: Scripts,
+    options: Any,
+    refits: list[dict[str, Any]],
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(scripts("joint_vs_separate"), "DRAWS", 1)
     scripts("joint_vs_separate").main(options)
     result = json.loads((tmp_path / "joint-vs-separate-synthetic.json").read_text())
     for found in result["measures"].values():
