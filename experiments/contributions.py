@@ -211,7 +211,7 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
         axes.set_title(title)
         axes.grid(axis="y", alpha=0.3)
     left.set_ylabel(f"{result['dataset']}: effect on test ndcg@10, 95% intervals")
-    left.legend()
+    middle.legend(loc="upper right", fontsize=8)
     rows = result["ablations"]
     means, bars = error_bars([row["ndcg@10"]["contribution"] for row in rows])
     right.errorbar(means, range(len(rows)), xerr=bars, fmt="o", capsize=3, color="tab:blue")
@@ -220,6 +220,7 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
     right.axvline(0.0, color="black", linewidth=0.8)
     right.set_title("one part removed: what it contributes")
     right.set_xlabel(f"ndcg@10 of {result['ablation_plan']}, with minus without")
+    right.locator_params(axis="x", nbins=5)
     right.grid(axis="x", alpha=0.3)
     return figure
 

@@ -66,8 +66,11 @@ def main(options: Options, cloud_widths: tuple[int, ...] = (), device_widths: tu
     ]
     for cloud, of_device in pairs:
         _check(study.config, cloud, of_device)
-    rows = [_sized(study, cloud, of_device, (cloud, of_device) == own) for cloud, of_device in pairs]
-    result = study.result(QUESTION, plan=PLAN, preset_widths={"cloud": own[0], "device": own[1]}, rows=rows)
+    reference = own if own in pairs else max(pairs)
+    fused = _ranks(study, *reference, own)["fused"]
+    rows = [_sized(study, cloud, of_device, own, fused) for cloud, of_device in pairs]
+    widths = {"cloud": reference[0], "device": reference[1]}
+    result = study.result(QUESTION, plan=PLAN, reference_widths=widths, rows=rows)
     draw = partial(_draw, result)
     write_results(options.out, f"model-sizes-{study.name}", result, page(result), draw, study.console)
     return result
@@ -99,20 +102,32 @@ def _check(config: RunConfig, cloud: int, device: int) -> None:
             raise UserError(f"{name} width {width}: expected a multiple of {step}, twice the {decoder.num_heads} heads")
 
 
-def _sized(study: Study, cloud: int, device: int, is_preset: bool) -> dict[str, Any]:
-    variant = OURS if is_preset else f"{OURS}-cloud{cloud}-device{device}"
+def _load(study: Study, cloud: int, device: int, own: tuple[int, int], seed: int) -> TrainedSystem:
+    return study.trained(_variant(cloud, device, own), seed, with_widths(study.config, cloud, device))
 
-    def load(seed: int) -> TrainedSystem:
-        return study.trained(variant, seed, with_widths(study.config, cloud, device))
 
-    ranks = {
+def _variant(cloud: int, device: int, own: tuple[int, int]) -> str:
+    return OURS if (cloud, device) == own else f"{OURS}-cloud{cloud}-device{device}"
+
+
+def _ranks(study: Study, cloud: int, device: int, own: tuple[int, int]) -> dict[str, list[np.ndarray]]:
+    """Test ranks of each seed by the cloud agent alone and by the fused plan."""
+    variant, load = _variant(cloud, device, own), partial(_load, study, cloud, device, own)
+    return {
         "cloud_alone": [study.cloud_ranks(variant, seed, load) for seed in study.seeds],
         "fused": [study.plan_ranks(variant, seed, load, Split.TEST)[:, plan_index(PLAN)] for seed in study.seeds],
     }
+
+
+def _sized(study: Study, cloud: int, device: int, own: tuple[int, int], reference: list[np.ndarray]) -> dict[str, Any]:
+    """Accuracy of one pair of widths, also against the fused plan of the ``reference`` widths, and what it costs."""
+    ranks = _ranks(study, cloud, device, own)
     row: dict[str, Any] = {"cloud_width": cloud, "device_width": device}
     for metric in METRICS:
-        row[metric] = estimates({name: values(found, metric) for name, found in ranks.items()})
-    return row | {"ms": _milliseconds(load(0)), "bytes": _bytes(load(0))}
+        columns = {name: values(found, metric) for name, found in ranks.items()}
+        row[metric] = estimates(columns | {"fused_minus_reference": columns["fused"] - values(reference, metric)})
+    trained = _load(study, cloud, device, own, 0)
+    return row | {"ms": _milliseconds(trained), "bytes": _bytes(trained)}
 
 
 def _milliseconds(trained: TrainedSystem) -> dict[str, float]:
@@ -168,35 +183,49 @@ def page(result: dict[str, Any]) -> str:
         times = [f"{ms[name]:.2f}" for name in ("cloud", "device", "longest_path")]
         sizes = [f"{bytes_['cloud_decoder'] / 1e3:,.0f}", f"{bytes_['item_vectors'] / 1e6:,.1f}"]
         sizes += [f"{bytes_[name] / 1e3:,.1f}" for name in ("device", "uplink", "downlink")]
-        quality = [f"{found['cloud_alone']['mean']:.4f}", with_interval(found["fused"])]
+        quality = [f"{found[name]['mean']:.4f}" for name in ("cloud_alone", "fused")]
+        quality.append(with_interval(found["fused_minus_reference"], signed=True))
         rows.append([str(row["cloud_width"]), str(row["device_width"]), *quality, *times, *sizes])
-    note = f"Fused is `{result['plan']}`. Milliseconds are computing on this machine, without a link; weights are float32."
+    widths = result["reference_widths"]
+    note = (
+        f"Fused is `{result['plan']}`, the reference that of widths {widths['cloud']} and {widths['device']}. Milliseconds are "
+        "computing on this machine, without a link; weights are float32."
+    )
     return markdown_page(result, "Model sizes", [*markdown_table(columns, rows), note, ""])
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-    widths = sorted({row["device_width"] for row in result["rows"]})
+    figure, (accuracy, gains, time) = pyplot.subplots(1, 3, figsize=(16, 4.5))
     clouds = sorted({row["cloud_width"] for row in result["rows"]})
+    widths = sorted({row["device_width"] for row in result["rows"]})
     for number, width in enumerate(widths):
         rows = sorted((row for row in result["rows"] if row["device_width"] == width), key=lambda row: row["cloud_width"])
-        means, bars = error_bars([row["ndcg@10"]["fused"] for row in rows])
-        place = [clouds.index(row["cloud_width"]) + 0.05 * (number - (len(widths) - 1) / 2) for row in rows]
-        left.errorbar(place, means, bars, marker="o", capsize=3, label=f"fused, device width {width}")
-        right.errorbar([row["ms"]["longest_path"] for row in rows], means, bars, marker="o", capsize=3)
-        for row, mean in zip(rows, means, strict=True):
-            right.annotate(f" {row['cloud_width']}x{width}", (row["ms"]["longest_path"], mean), fontsize=8)
+        labels, label = [str(row["cloud_width"]) for row in rows], f"fused, device width {width}"
+        means, _ = error_bars([row["ndcg@10"]["fused"] for row in rows])
+        (line,) = accuracy.plot(labels, means, marker="o", label=label)
+        milliseconds = [row["ms"]["longest_path"] for row in rows]
+        time.plot(milliseconds, means, marker="o", color=line.get_color(), label=label)
+        for row, x, y in zip(rows, milliseconds, means, strict=True):
+            time.annotate(f" {row['cloud_width']}x{width}", (x, y), fontsize=8)
+        means, bars = error_bars([row["ndcg@10"]["fused_minus_reference"] for row in rows])
+        place = [clouds.index(row["cloud_width"]) + 0.1 * (number - (len(widths) - 1) / 2) for row in rows]
+        gains.errorbar(place, means, bars, fmt="o", capsize=3, color=line.get_color(), label=label)
     alone = [next(row for row in result["rows"] if row["cloud_width"] == cloud) for cloud in clouds]
-    means, bars = error_bars([row["ndcg@10"]["cloud_alone"] for row in alone])
-    left.errorbar(range(len(clouds)), means, bars, marker="s", capsize=3, color="tab:gray", label="cloud alone")
-    left.set_xticks(range(len(clouds)), [str(width) for width in clouds])
-    left.set_xlabel("cloud width")
-    left.set_ylabel("test ndcg@10, 95% intervals")
-    left.set_title(f"{result['dataset']}: accuracy by width")
-    left.legend()
-    right.set_xlabel("ms of computing one request, longest path (cloud width x device width)")
-    right.set_title("accuracy against time")
-    for axes in (left, right):
+    means, _ = error_bars([row["ndcg@10"]["cloud_alone"] for row in alone])
+    accuracy.plot([str(cloud) for cloud in clouds], means, marker="s", color="tab:gray", label="cloud alone")
+    accuracy.set_ylabel("test ndcg@10")
+    accuracy.set_title(f"{result['dataset']}: accuracy")
+    accuracy.legend(fontsize=8)
+    reference = result["reference_widths"]
+    gains.set_xticks(range(len(clouds)), [str(cloud) for cloud in clouds])
+    gains.set_xlim(-0.5, len(clouds) - 0.5)
+    gains.axhline(0.0, color="black", linewidth=0.8)
+    gains.set_title(f"minus {reference['cloud']}x{reference['device']}, 95% paired by user")
+    time.set_xlabel("ms of computing one request, longest path")
+    time.set_title("accuracy against time (cloud width x device width)")
+    for axes in (accuracy, gains):
+        axes.set_xlabel("cloud width")
+    for axes in (accuracy, gains, time):
         axes.grid(alpha=0.3)
     return figure
 

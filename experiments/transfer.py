@@ -232,14 +232,23 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
-    figure, axes = pyplot.subplots(figsize=(8, 3.5))
-    names = list(COLOURS)
-    means, bars = error_bars([result["ndcg@10"]["systems"][name] for name in names])
-    axes.barh(names, means, xerr=bars, color=[COLOURS[name] for name in names], capsize=3)
-    axes.invert_yaxis()
-    axes.set_xlabel("test ndcg@10 on the target, 95% intervals")
-    axes.set_title(f"{result['source']} to {result['dataset']}")
-    axes.grid(axis="x", alpha=0.3)
+    figure, (accuracy, gains) = pyplot.subplots(1, 2, figsize=(13, 3.8))
+    found, names = result["ndcg@10"], list(COLOURS)
+    means, _ = error_bars([found["systems"][name] for name in names])
+    accuracy.barh(names, means, color=[COLOURS[name] for name in names])
+    accuracy.set_xlabel("test ndcg@10 on the target")
+    accuracy.set_title(f"{result['source']} to {result['dataset']}")
+    others = list(found["transferred_minus"])
+    means, bars = error_bars([found["transferred_minus"][name] for name in others])
+    gains.errorbar(means, others, xerr=bars, fmt="o", capsize=3, color=COLOURS[TRANSFERRED])
+    gains.locator_params(axis="x", nbins=5)
+    gains.margins(y=0.2)
+    gains.axvline(0.0, color="black", linewidth=0.8)
+    gains.set_xlabel("difference in ndcg@10, 95% paired by user")
+    gains.set_title(f"{TRANSFERRED}, minus ...")
+    for axes in (accuracy, gains):
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
     return figure
 
 
