@@ -9,7 +9,6 @@ the best validation ndcg@10, as does SASRec with full cross-entropy (ours keeps 
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +18,23 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
+from harness import (
+    OURS,
+    RESULTS,
+    SASREC_CE,
+    SELECTION_USERS,
+    WORK,
+    prepared_folder,
+    run_script,
+    sampled,
+    sequence_sizes,
+    train_resumed,
+    write_results,
+)
 from rich.console import Console
 
-from cda4rec_jax.baselines import BASELINES, CONFIGS, FitConfig, LSC4RecConfig, Recommender, catalogue_ranks
-from cda4rec_jax.data import Split, load_prepared, prepare
-from cda4rec_jax.data.sources import source_name
+from cda4rec_jax.baselines import BASELINES, CONFIGS, LSC4RecConfig, Recommender, catalogue_ranks
+from cda4rec_jax.data import Split, load_prepared
 from cda4rec_jax.data.text import TfidfSvd
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.accuracy import METRICS
@@ -36,12 +46,9 @@ from cda4rec_jax.runs import provenance
 from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
 from cda4rec_jax.training import Progress, RunConfig, train_run
 
-RESULTS = Path(__file__).resolve().parent / "results"
-OURS, CLOUD, PLAN = "cda4rec", "cda4rec, cloud agent alone", "cda4rec, fresh-full-100-device"
-SASREC_CE = "sasrec-ce"
+CLOUD, PLAN = "cda4rec, cloud agent alone", "cda4rec, fresh-full-100-device"
 SYSTEMS = (OURS, SASREC_CE, *BASELINES)
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
-SELECTION_USERS = 4096  # whose validation events choose a plan, a learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,7 @@ def main(
     seeds: int = 3,
     systems: tuple[str, ...] = SYSTEMS,
     preset_name: str = "auto",
-    work: Path = Path("runs/main_table"),
+    work: Path = WORK,
     out: Path = RESULTS,
 ) -> dict[str, Any]:
     """Train what is missing, and write the table.
@@ -94,33 +101,16 @@ def main(
         raise UserError(f"got systems {sorted(unknown)} and {seeds} seeds: choose from {', '.join(SYSTEMS)}, and at least 1 seed")
     console = Console(stderr=True)
     config = preset(preset_name, data)
-    folder = work / source_name(data)
-    folder.mkdir(parents=True, exist_ok=True)
-    prepared = folder / "data"
-    console.print(prepare(data, prepared, k_core=config.k_core).lines()[-1])
+    folder, prepared = prepared_folder(work, data, config, console)
     interactions = load_prepared(prepared)
-    _same_settings(folder / "settings.json", {"config": asdict(config), "data": interactions.fingerprint})
     corpus = build_corpus(interactions, TfidfSvd(dimensions=config.text_dimensions or 64))
     cells: dict[str, list[Cell]] = {}
     for system in systems:
         choose = _tuned(system, config, corpus, prepared, folder, console)
         cells[system] = [_cell(folder / f"{system}-{seed}.npz", partial(choose, seed), console) for seed in range(seeds)]
     table = _table(cells, corpus, seeds)
-    out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"table-{interactions.name}"
-    stem.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
-    _plot(table, stem.with_suffix(".png"))
-    console.print(f"wrote {stem}.json, .md and .png")
+    write_results(out, f"table-{interactions.name}", table, markdown(table), partial(_plot, table), console)
     return table
-
-
-def _same_settings(file: Path, settings: dict[str, Any]) -> None:
-    """Write what the cells of a folder are made with; refuse a folder whose cells were made with something else."""
-    text = json.dumps(settings, indent=1)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise UserError(f"{file.parent} holds systems trained with other settings or data (see {file.name}): name another --work")
-    file.write_text(text, encoding="utf-8")
 
 
 def _cell(path: Path, make: Callable[[], Cell], console: Console) -> Cell:
@@ -154,11 +144,10 @@ def _tuned(
 def _ours(config: RunConfig, prepared: Path, run_path: Path, seed: int) -> Cell:
     """The joint system: the cloud agent alone, one plan, and the fresh plan that is best on validation."""
     started = replace(config, train=replace(config.train, seed=seed))
-    resumable = (run_path / "checkpoints").is_dir()
-    run = train_run(str(prepared), started, run_path, resume=resumable, overwrite=not resumable)
+    run = train_resumed(str(prepared), started, run_path)
     trained = load_trained(run.path)
     users = np.arange(trained.corpus.interactions.num_users)
-    chosen_on = np.sort(np.random.default_rng(0).permutation(users)[:SELECTION_USERS])
+    chosen_on = sampled(len(users), SELECTION_USERS)
     fresh = [plan_index(plan.name) for plan in PLANS if plan.name.startswith("fresh")]
     validation = _plan_ranks(trained, Split.VALIDATION, chosen_on)
     quality = {plan: float(np.mean(ndcg(validation[:, plan], 10))) for plan in fresh}
@@ -210,7 +199,7 @@ def _baseline(name: str, config: RunConfig, corpus: Corpus, prepared: Path, fold
     seconds = time.monotonic() - started
     users = np.arange(corpus.interactions.num_users)
     ranks = catalogue_ranks(fitted, corpus, users, corpus.target_positions(Split.TEST))
-    chosen_on = np.sort(np.random.default_rng(0).permutation(users)[:SELECTION_USERS])
+    chosen_on = sampled(len(users), SELECTION_USERS)
     validation = catalogue_ranks(fitted, corpus, chosen_on, corpus.target_positions(Split.VALIDATION)[chosen_on])
     return Cell(
         ranks={name: ranks},
@@ -226,7 +215,7 @@ def _baseline_config(name: str, config: RunConfig, seed: int, rate: float | None
     base = CONFIGS[name]()
     if rate is None:
         return base
-    sizes = _sizes(config, seed, rate)
+    sizes = sequence_sizes(config, seed, rate)
     if isinstance(base, LSC4RecConfig):
         device = config.system.device
         assert device is not None
@@ -236,27 +225,6 @@ def _baseline_config(name: str, config: RunConfig, seed: int, rate: float | None
         )
     hidden = {field: sizes["width"] for field in ("mlp_hidden",) if hasattr(base, field)}
     return replace(base, **sizes, **hidden)
-
-
-def _sizes(config: RunConfig, seed: int, rate: float) -> dict[str, Any]:
-    cloud, train = config.system.cloud, config.train
-    fit = FitConfig(
-        seed=seed,
-        epochs=round(1.5 * train.epochs),  # as many as preset sasrec has
-        rows_per_batch=train.rows_per_batch,
-        learning_rate=rate,
-        ema_decay=train.ema_decay,
-        patience=train.patience,
-        weight_decay=train.weight_decay,
-    )
-    return {
-        "width": cloud.decoder.width,
-        "history_length": cloud.history_length,
-        "row_tokens": config.packing.row_tokens,
-        "dropout_rate": cloud.decoder.dropout_rate,
-        "id_scale": cloud.item_table.id_scale,
-        "fit": fit,
-    }
 
 
 def _num_parameters(trained: TrainedSystem) -> int:
@@ -340,12 +308,7 @@ def _with_deviation(row: dict[str, Any], name: str) -> str:
     return f"{row['mean'][name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
-def _plot(table: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def _plot(table: dict[str, Any], pyplot: Any) -> Any:
     figure, (bars, curves) = pyplot.subplots(1, 2, figsize=(12, 4.5), gridspec_kw={"width_ratios": (1.3, 1)})
     rows = table["rows"][::-1]
     values = [row["mean"]["ndcg@10"] for row in rows]
@@ -362,17 +325,8 @@ def _plot(table: dict[str, Any], path: Path) -> None:
     curves.set_ylabel("validation ndcg@10")
     curves.legend()
     curves.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 if __name__ == "__main__":
-    from cda4rec_jax.cli.process import set_up_process
-
-    set_up_process()
-    try:
-        print(markdown(tyro.cli(main)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main, markdown)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cda4rec_jax.training import Progress as Report
 
 PLAIN_LINE_SECONDS = 10.0
-_PHASES = {"joint": "training", "planner": "training the planner"}
+_PHASES = {"joint": "training", "practice": "training fusion and planner", "planner": "training the planner"}
 
 
 class Stopped(Exception):

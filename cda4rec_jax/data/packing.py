@@ -24,6 +24,7 @@ class PackingConfig:
     recent_share: float = 0.3  # share of users packed again at RECENT in each epoch; 0 trains FULL only
     profile_targets: float = 1.0  # targets per user and epoch at PROFILE
     profile_events: int = 100  # newest events that a profile summarises
+    padded: bool = False  # one segment in each row, the rest of it padding, as most implementations have it: an ablation
 
     def __post_init__(self):
         if self.row_tokens < self.history_length + 1:
@@ -31,7 +32,7 @@ class PackingConfig:
 
     @property
     def segments_per_row(self) -> int:
-        return max(4, self.row_tokens // 4)
+        return 1 if self.padded else max(4, self.row_tokens // 4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,15 @@
 """Accuracy from target ranks, and the ranks of systems that need no plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.data.interactions import Interactions
 from cda4rec_jax.metrics import hit_rate, mrr, ndcg
 
 CUTOFFS = (5, 10, 20)
+HISTORY_STARTS = (1, 6, 11, 21, 51)  # events of the histories that are reported apart
 METRICS: dict[str, Callable] = {
     f"{name}@{k}": lambda ranks, metric=metric, k=k: metric(ranks, k)
     for name, metric in (("hit_rate", hit_rate), ("ndcg", ndcg), ("mrr", mrr))
@@ -19,6 +20,20 @@ METRICS: dict[str, Callable] = {
 def mean_metrics(ranks: Int[np.ndarray, "b"]) -> dict[str, float]:
     """Mean of every metric over requests, by name such as ``ndcg@10``."""
     return {name: float(np.asarray(metric(ranks)).mean(dtype=np.float64)) for name, metric in METRICS.items()}
+
+
+def groups_of(numbers: Int[np.ndarray, "b"], starts: Sequence[int]) -> dict[str, Bool[np.ndarray, "b"]]:
+    """Members of each group by a label such as ``6-20``: from one of ``starts`` to before the next, the last without an end.
+
+    Groups without members are left out.
+    """
+    groups = {}
+    for start, end in zip(starts, (*starts[1:], None), strict=True):
+        label = f"{start} and more" if end is None else str(start) if end == start + 1 else f"{start}-{end - 1}"
+        inside = (numbers >= start) & (True if end is None else numbers < end)
+        if inside.any():
+            groups[label] = inside
+    return groups
 
 
 def popularity_ranks(

@@ -105,7 +105,7 @@ def compute_views(
 
     full = release(history, catalogue.categories, fresh["full"], now, max_items=config.history_length, **sizes)
     structured = model_structure(device, full, abstract_evidence(catalogue, full))
-    rank = partial(_views, catalogue, history, structured)
+    rank = partial(_views, catalogue, history, structured, config.without_features)
     levels, ages = (jnp.concatenate(column) for column in zip(*(sources[name] for name in (*short, *long)), strict=True))
     views = rank((*short, *long), candidates, jnp.ones(candidates.items.shape), ages, levels)
 
@@ -126,6 +126,7 @@ def _views(
     catalogue: Catalogue,
     history: HistoryBatch,
     structured: StructuredState,
+    without_features: tuple[str, ...],
     names: tuple[str, ...],
     candidates: Candidates,
     present: Float[Array, "b c"],
@@ -135,7 +136,13 @@ def _views(
     """One view for each name, from candidates whose rows are all users for the first name, all users for the second, ..."""
     evidence = gather_evidence(catalogue, candidates.items)
     own, seen = _repeat(structured, len(names)), _repeat(history.seen, len(names))
-    shared = {"present": present, "age_events": age.astype(jnp.float32), "level": level, "num_items": catalogue.num_items}
+    shared = {
+        "present": present,
+        "age_events": age.astype(jnp.float32),
+        "level": level,
+        "num_items": catalogue.num_items,
+        "without": without_features,
+    }
     stacked = View(
         items=candidates.items,
         allowed=unseen(candidates.items, seen, catalogue.num_items),

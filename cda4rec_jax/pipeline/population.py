@@ -56,11 +56,14 @@ class Population:
             "contexts": contexts or ContextConfig(),
             "links": links or LinkConfig(),
         }
-        self._catalogue = jax.jit(partial(_catalogue, graph))
-        self._first = jax.jit(partial(_first_requests, graph=graph, config=config, options=options))
-        self._moments = jax.jit(partial(_feature_moments, graph=graph, config=config, options=options))
-        self._redraw = jax.jit(partial(redraw_requests, **options))
-        self._full = jax.jit(partial(_full_ranks, graph=graph, config=config))
+        # Compiled for a structure, not for an object: systems of one structure, such as those of several seeds, share programs.
+        self._graph = graph
+        static = {"graph": graph, "config": config, "options": tuple(options.items())}
+        self._catalogue = partial(_catalogue, graph)
+        self._first = partial(_first_requests, **static)
+        self._moments = partial(_feature_moments, **static)
+        self._redraw = partial(_redrawn, **options)
+        self._full = partial(_full_ranks, graph=graph, config=config)
 
     def catalogue(self, weights: Any) -> Catalogue:
         """The catalogue under ``weights``, the state that the graph definition was split from."""
@@ -104,10 +107,32 @@ class Population:
         mean = total / count
         return mean.astype(np.float32), np.sqrt(np.maximum(squares / count - mean**2, 0.0)).astype(np.float32)
 
-    def full_ranks(self, weights: Any, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Rank of each target among all unseen items by the cloud agent alone, [n]."""
+    def over_users(
+        self,
+        function: Callable[..., Any],
+        weights: Any,
+        users: np.ndarray,
+        positions: np.ndarray,
+        *arguments: Any,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Any:
+        """``function(system, catalogue, history, *arguments)``, compiled, over all users in batches: a tree of arrays [n, ...].
+
+        ``function`` is compiled once for each object, for all systems of one structure, so pass the same one for the same work.
+        """
+        catalogue, found = self.catalogue(weights), []
+        for done, history, size in self._batches(users, positions):
+            values = _of_users(self._graph, function, weights, catalogue, history, *arguments)
+            found.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[:size], values))
+            if progress:
+                progress(done, len(users))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+    def full_ranks(self, weights: Any, users: np.ndarray, positions: np.ndarray, age_events: int = 0) -> np.ndarray:
+        """Rank of each target among all unseen items by the cloud agent alone, whose view is ``age_events`` events old, [n]."""
+        age = np.full((BATCH_USERS,), age_events, np.int32)
         found = [
-            np.asarray(self._full(weights, self.tables.categories, history))[:size]
+            np.asarray(self._full(weights, self.tables.categories, history, age))[:size]
             for _, history, size in self._batches(users, positions)
         ]
         ranks = np.concatenate(found)
@@ -122,12 +147,24 @@ class Population:
             yield int(index[-1]) + 1, history, size
 
 
+_redrawn = jax.jit(redraw_requests, static_argnames=("max_cache_age", "contexts", "links"))
+
+
+@partial(jax.jit, static_argnums=0)
 def _catalogue(graph: nnx.GraphDef, weights: Any, tables: ItemTables) -> Catalogue:
     system = nnx.merge(graph, weights)
     assert system.device is not None
     return build_catalogue(system.cloud, system.device, tables)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _of_users(
+    graph: nnx.GraphDef, function: Callable[..., Any], weights: Any, catalogue: Catalogue, history: HistoryBatch, *arguments: Any
+) -> Any:
+    return function(nnx.merge(graph, weights), catalogue, history, *arguments)
+
+
+@partial(jax.jit, static_argnames=("graph", "config", "options"))
 def _first_requests(
     weights: Any,
     catalogue: Catalogue,
@@ -137,15 +174,16 @@ def _first_requests(
     *,
     graph: nnx.GraphDef,
     config: SystemConfig,
-    options: dict[str, Any],
+    options: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, Requests]:
     system = nnx.merge(graph, weights)
-    requests = draw_requests(world, history, tables, 0, **options)
+    requests = draw_requests(world, history, tables, 0, **dict(options))
     context = requests.context
     found = outcomes(system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config)
     return found.ranks, requests
 
 
+@partial(jax.jit, static_argnames=("graph", "config", "options"))
 def _feature_moments(
     weights: Any,
     catalogue: Catalogue,
@@ -155,11 +193,11 @@ def _feature_moments(
     *,
     graph: nnx.GraphDef,
     config: SystemConfig,
-    options: dict[str, Any],
+    options: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Number of candidates, sum and sum of squares of their features."""
     system = nnx.merge(graph, weights)
-    context = draw_requests(world, history, tables, 0, **options).context
+    context = draw_requests(world, history, tables, 0, **dict(options)).context
     views = compute_views(
         system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config
     ).values()
@@ -169,8 +207,15 @@ def _feature_moments(
     return jnp.sum(allowed), jnp.sum(features, (0, 1)), jnp.sum(jnp.square(features), (0, 1))
 
 
+@partial(jax.jit, static_argnames=("graph", "config"))
 def _full_ranks(
-    weights: Any, categories: jax.Array, history: HistoryBatch, *, graph: nnx.GraphDef, config: SystemConfig
+    weights: Any,
+    categories: jax.Array,
+    history: HistoryBatch,
+    age_events: jax.Array,
+    *,
+    graph: nnx.GraphDef,
+    config: SystemConfig,
 ) -> jax.Array:
     system = nnx.merge(graph, weights)
     ranks = full_ranks(
@@ -180,5 +225,6 @@ def _full_ranks(
         history,
         history_length=config.history_length,
         profile_events=config.profile_events,
+        age_events=age_events,
     )
     return jnp.where(jnp.isfinite(system.cloud.items.vectors()).all(), ranks, 0)

@@ -53,8 +53,9 @@ class RequestFunctions:
         self._release = jax.jit(partial(release, **sizes), static_argnames="max_items")
         self._semantic = _flat(system.cloud, lambda cloud, vectors, abstract: model_semantics(cloud, vectors, abstract))
         self._structured = _flat(system.device, lambda device, abstract, own: model_structure(device, abstract, own))
-        self._score = _flat(system.device.head, partial(_score, num_items=self.num_items))
-        self._rank = _flat(system.device.head, partial(_rank, num_items=self.num_items), static_argnames="k")
+        shared = {"num_items": self.num_items, "without": config.without_features}
+        self._score = _flat(system.device.head, partial(_score, **shared))
+        self._rank = _flat(system.device.head, partial(_rank, **shared), static_argnames="k")
         self._finish = jax.jit(partial(_finish, num_items=self.num_items), static_argnames="k")
         self._cached = jax.jit(cached_candidates)
         self._quality = _flat(system.policy, lambda policy, features: policy.quality(features))
@@ -141,10 +142,19 @@ def _described(age_events: float, level: EgressLevel) -> tuple[np.ndarray, np.nd
 
 
 def _score(
-    head: Any, candidates: Any, evidence: Any, structured: Any, present: Any, age: Any, level: Any, *, num_items: int
+    head: Any,
+    candidates: Any,
+    evidence: Any,
+    structured: Any,
+    present: Any,
+    age: Any,
+    level: Any,
+    *,
+    num_items: int,
+    without: tuple[str, ...],
 ) -> Any:
-    features = score_features(candidates, evidence, structured, present=present, age_events=age, level=level, num_items=num_items)
-    return head(features)
+    described = {"present": present, "age_events": age, "level": level}
+    return head(score_features(candidates, evidence, structured, **described, num_items=num_items, without=without))
 
 
 def _rank(
@@ -158,9 +168,10 @@ def _rank(
     seen: Any,
     *,
     num_items: int,
+    without: tuple[str, ...],
     k: int,
 ) -> Slate:
-    scores = _score(head, candidates, evidence, structured, present, age, level, num_items=num_items)
+    scores = _score(head, candidates, evidence, structured, present, age, level, num_items=num_items, without=without)
     return _finish(candidates.items, scores, seen, num_items=num_items, k=k)
 
 

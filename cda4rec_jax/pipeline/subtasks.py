@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.agents.cloud import CloudAgent
 from cda4rec_jax.agents.device import DeviceAgent
-from cda4rec_jax.agents.device.features import candidate_features, cloud_features, structured_features
+from cda4rec_jax.agents.device.features import FEATURES, candidate_features, cloud_features, structured_features
 from cda4rec_jax.array_typing import (
     Array,
     CandidateFeatures,
@@ -163,6 +163,7 @@ def score_features(
     age_events: Float[Array, "b"],
     level: Lengths,
     num_items: int,
+    without: tuple[str, ...] = (),
 ) -> CandidateFeatures:
     """What final ranking knows of each candidate; the fusion head makes the score of it.
 
@@ -171,12 +172,16 @@ def score_features(
         structured: None where structured user modelling was skipped.
         present: 1 where a candidate has a semantic score.
         age_events, level: of the semantic embedding behind these scores.
+        without: names of features that are 0 for every candidate.
     """
     cloud = cloud_features(candidates, evidence.log_popularity, present=present, age_events=age_events, level=level)
-    if structured is None:
-        return candidate_features(cloud, None)
-    own = structured_features(structured.items, structured.lengths, structured.evidence, structured.state, evidence, num_items)
-    return candidate_features(cloud, own)
+    own = None
+    if structured is not None:
+        own = structured_features(
+            structured.items, structured.lengths, structured.evidence, structured.state, evidence, num_items
+        )
+    features = candidate_features(cloud, own)
+    return features * jnp.asarray([name not in without for name in FEATURES], jnp.float32)[None, None, :] if without else features
 
 
 def unseen(items: CandidateItems, seen: Int[Array, "b seen"], num_items: int) -> Bool[Array, "b c"]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from flax import nnx
 
 from cda4rec_jax.agents.cloud import CloudAgent, CloudConfig
-from cda4rec_jax.agents.device import DeviceAgent, DeviceConfig
+from cda4rec_jax.agents.device import FEATURES, DeviceAgent, DeviceConfig
 from cda4rec_jax.array_typing import ItemText
 from cda4rec_jax.planner import Policy, PolicyConfig
 
@@ -22,12 +22,15 @@ class SystemConfig:
     policy: PolicyConfig = PolicyConfig()
     profile_events: int = 100  # newest events before the released ids that a profile summarises
     max_cache_age: int = 20  # events after which a device drops its cached embedding
+    without_features: tuple[str, ...] = ()  # of ``agents.device.FEATURES``, that the fusion head sees as 0: an ablation
 
     def __post_init__(self):
         if self.device is not None and self.cloud.history_length != self.device.history_length:
             raise ValueError(
                 f"cloud reads {self.cloud.history_length} events and device {self.device.history_length}: they must read equally many"
             )
+        if unknown := set(self.without_features) - set(FEATURES):
+            raise ValueError(f"without_features names {sorted(unknown)}: expected some of {', '.join(FEATURES)}")
 
     @property
     def history_length(self) -> int:

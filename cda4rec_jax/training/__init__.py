@@ -1,8 +1,8 @@
 """Training of both agents and the planner in one step, and of SASRec as the baseline."""
 
 from cda4rec_jax.training.config import TrainConfig
-from cda4rec_jax.training.job import RunConfig, train_run
+from cda4rec_jax.training.job import RunConfig, refit_deciders, train_run
 from cda4rec_jax.training.loop import Interrupted, Progress, Trainer
 from cda4rec_jax.training.step import StepConfig
 
-__all__ = ["Interrupted", "Progress", "RunConfig", "StepConfig", "TrainConfig", "Trainer", "train_run"]
+__all__ = ["Interrupted", "Progress", "RunConfig", "StepConfig", "TrainConfig", "Trainer", "refit_deciders", "train_run"]

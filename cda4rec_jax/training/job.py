@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -38,7 +40,7 @@ class RunConfig:
     system: SystemConfig
     packing: PackingConfig
     train: TrainConfig
-    text_dimensions: int  # of TF-IDF + SVD; 0 trains on ids alone
+    text_dimensions: int  # of TF-IDF + SVD; 0 trains without text vectors (and SASRec on ids alone)
     k_core: int = 5
     text_file: str | None = None  # vectors that `cda4rec encode` wrote, instead of TF-IDF + SVD
 
@@ -99,13 +101,64 @@ def train_run(
         f"{trainer.source.targets_per_epoch:,} targets an epoch, {trainer.num_steps:,} steps; compiling the first takes a while"
     )
     weights = trainer.fit(resume=resume)
+    _conclude(run, trainer, corpus, weights, trainer.position.elapsed_s, tell)
+    return run
+
+
+def refit_deciders(
+    path: Path | str,
+    out: Path | str,
+    *,
+    system: SystemConfig | None = None,
+    practice_steps: int = 0,
+    overwrite: bool = False,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> RunDirectory:
+    """A run with the data and the trunks of a finished joint run, whose fusion head and policy are trained from their start.
+
+    No gradient of a decider ever reaches a trunk, so these are the trunks that training them on their own would have given.
+
+    Args:
+        path: the finished run.
+        out: the new run.
+        system: as that of the run but for ``without_features``; None takes the run's.
+        practice_steps: steps like those that deciders take beside the trunks, before those of the planner-only phase.
+        overwrite: replace the run that ``out`` holds.
+
+    Raises:
+        UserError: no such run, a run without deciders, trunks that do not fit ``system``, an existing run without ``overwrite``.
+    """
+    given = RunDirectory.open(path)
+    if given.kind != JOINT:
+        raise UserError(f"{given.path} is a run of kind {given.kind!r}, which has no deciders: name a joint run")
+    config = given.read_config("run", RunConfig)
+    config = replace(config, system=system or config.system)
+    configs = {"run": config, "system": config.system, "source": given.path, "text": given.read_config("text", dict)}
+    run = RunDirectory.create(out, configs, JOINT, overwrite)
+    for name in ("data", "weights/trunk"):
+        shutil.copytree(given.path / name, run.path / name)
+    for name in ("text.npz", "statistics.npz", "exposure.json"):
+        shutil.copy(given.path / name, run.path / name)
+    corpus = load_corpus(run)
+    exposure = tuple(run.read_json("exposure")["exposure"])
+    trainer = Trainer(corpus, StepConfig(system=config.system, train=config.train), config.packing, exposure, run, watch)
+    started = time.monotonic()
+    weights = trainer.fit_deciders(practice_steps)
+    _conclude(run, trainer, corpus, weights, time.monotonic() - started, tell)
+    return run
+
+
+def _conclude(
+    run: RunDirectory, trainer: Trainer, corpus: Corpus, weights: Any, seconds: float, tell: Callable[[str], None]
+) -> None:
+    """Save what a finished run has."""
     save_weights(run, weights)
     if trainer.world is not None:
         run.write_json("planner", {"scales": {name: float(value) for name, value in vars(trainer.world.scales).items()}})
         _finish(run, tell)
     run.write_json("provenance", provenance(dataset_fingerprint=corpus.interactions.fingerprint))
-    run.write_json("training", {"seconds": trainer.position.elapsed_s, "best_step": trainer.position.best_step})
-    return run
+    run.write_json("training", {"seconds": seconds, "best_step": trainer.position.best_step})
 
 
 def _reopened(out: Path | str) -> RunDirectory:
@@ -161,7 +214,8 @@ def _corpus(config: RunConfig, run: RunDirectory) -> Corpus:
     if config.text_dimensions:
         corpus = build_corpus(interactions, TfidfSvd(dimensions=config.text_dimensions))
     else:
-        corpus = Corpus(interactions=interactions, text=np.zeros((interactions.num_items + 1, 1), np.float32), ids_only=True)
+        text = np.zeros((interactions.num_items + 1, 1), np.float32)
+        corpus = Corpus(interactions=interactions, text=text, ids_only=config.kind == SASREC)
     save_corpus(run, corpus, corpus.statistics())
     return corpus
 

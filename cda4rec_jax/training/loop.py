@@ -41,7 +41,7 @@ class Interrupted(Exception):
 class Progress:
     """One report of the loop to whoever watches."""
 
-    phase: str  # "joint" or "planner"
+    phase: str  # "joint", "practice" (deciders alone) or "planner"
     step: int
     num_steps: int
     values: dict[str, float] = field(default_factory=dict)
@@ -162,6 +162,25 @@ class Trainer:
                 self._joint_phase()
             if self._world is not None:
                 self._planner_phase()
+        return self.weights()
+
+    def fit_deciders(self, practice_steps: int) -> Any:
+        """Deciders from their start on the finished trunks of ``run``; return the weights. It starts anew where it is stopped.
+
+        They get the requests and contexts of as many steps as they would have practised beside the trunks, and then the planner-only
+        phase.
+        """
+        self._finish_joint()
+        self._apply_scales()
+        train = self.config.train
+        steps = range(0, practice_steps, train.decider_interval)
+        for done, step in enumerate(steps, start=1):
+            history = self.layout.place_batch(self.source.withheld_batch(step, train.withheld_per_step))
+            when = self.layout.place((jnp.asarray(step, jnp.int32), jnp.asarray(step / practice_steps, jnp.float32)))
+            self.state, values = self._decide(self.state, history, *self._constants, *when)
+            self._log("practice", done, len(steps), values)
+        self.state = TrainState(**{**vars(self.state), "step": jnp.zeros((), jnp.int32)})
+        self._planner_phase()
         return self.weights()
 
     def _joint_phase(self) -> None:

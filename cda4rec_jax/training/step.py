@@ -287,26 +287,33 @@ def decider_step(
     tables: ItemTables,
     world: PlanningWorld,
     draw: Array,
+    practised: Array | None = None,
     *,
     graph: nnx.GraphDef,
     config: StepConfig,
     num_steps: int,
     layout: Layout,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One planner-only update at the end of training: head and policy against the final (averaged) trunks."""
+    """One update of head and policy alone, against the final (averaged) trunks.
+
+    ``practised`` is the share that is done of the steps that the deciders would have had beside the trunks, for those that learn all of
+    them afterwards; None is the planner-only phase at the end of training.
+    """
 
     def loss(deciders: Any) -> tuple[Array, dict[str, Array]]:
         average, constant = layout.whole((state.average, frozen))
         system = nnx.merge(graph, average, deciders, constant)
         given = nnx.merge(graph, *jax.lax.stop_gradient((average, deciders, constant)))
-        return decider_loss(system, given, tables, world, history, draw, jnp.ones(()), config)
+        progress = jnp.ones(()) if practised is None else practised
+        return decider_loss(system, given, tables, world, history, draw, progress, config)
 
     (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.deciders)
     optimizer = optimizers(config.train, num_steps)[1]
     updates, optimizer_state = optimizer.update(gradient, state.decider_optimizer, state.deciders)
-    # Linear to zero: the last steps average out the noise of single withheld events.
-    remaining = 1.0 - state.step.astype(jnp.float32) / config.train.final_steps
-    updates = jax.tree.map(lambda update: remaining * update, updates)
+    if practised is None:
+        # Linear to zero: the last steps average out the noise of single withheld events.
+        remaining = 1.0 - state.step.astype(jnp.float32) / config.train.final_steps
+        updates = jax.tree.map(lambda update: remaining * update, updates)
     new = TrainState(
         step=state.step + 1,
         key_data=state.key_data,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cda4rec_jax.data.interactions import Interactions
-from cda4rec_jax.evaluation.accuracy import mean_metrics, per_user, popularity_ranks
+from cda4rec_jax.evaluation.accuracy import groups_of, mean_metrics, per_user, popularity_ranks
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.full_ranking import ranks_of_unseen
 
@@ -62,3 +62,10 @@ def test_means_of_metrics_by_hand():
 
 def test_metrics_per_user_are_one_context_each():
     np.testing.assert_array_equal(per_user(np.array([1, 30]), "hit_rate@10"), [[1.0], [0.0]])
+
+
+def test_groups_reach_to_before_the_next_start_and_empty_ones_are_left_out():
+    groups = groups_of(np.array([0, 1, 5, 6, 21, 400]), (0, 1, 6, 10, 21))
+    assert list(groups) == ["0", "1-5", "6-9", "21 and more"]
+    assert groups["1-5"].tolist() == [False, True, True, False, False, False]
+    assert groups["21 and more"].tolist() == [False, False, False, False, True, True]

@@ -1,0 +1,52 @@
+"""Deciders that are trained again on the trunks of a finished run, and joint systems without text."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.presets import preset
+from cda4rec_jax.runs import RunDirectory
+from cda4rec_jax.runs.artifacts import load_corpus
+from cda4rec_jax.training import job, refit_deciders
+
+PROGRAM = """
+import sys
+from cda4rec_jax.cli.process import set_up_process
+from cda4rec_jax.training import refit_deciders
+
+set_up_process()
+refit_deciders(sys.argv[1], sys.argv[2], practice_steps=3)
+"""
+
+
+def test_refitted_deciders_are_new_and_their_trunks_those_of_the_run(tiny_run: Path, tmp_path: Path):
+    # In a process of its own, as the run: both then use the same compiled programs.
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tiny_run), str(tmp_path / "again")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = [RunDirectory.open(path) for path in (tiny_run, tmp_path / "again")]
+    before, after = (run.load_weights("final") for run in runs)
+    deciders = {path for path in before if "head" in path or "policy" in path}
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed and changed <= deciders and {path for path in deciders if "head" in path} <= changed
+    phases = [row["phase"] for row in runs[1].metrics()]
+    assert phases == ["practice", "planner"] and runs[1].has("training.json") and runs[1].has("cost_profile.json")
+
+
+def test_a_run_without_deciders_cannot_be_refitted(tiny_baseline: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="no deciders"):
+        refit_deciders(tiny_baseline, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_joint_system_without_text_keeps_categories_when_it_is_loaded_again(tiny_run: Path, tmp_path: Path):
+    config = replace(preset("tiny"), text_dimensions=0)
+    run = RunDirectory.create(tmp_path / "run", {"run": config}, config.kind)
+    run.data_folder.symlink_to(tiny_run / "data")
+    made = job._corpus(config, run)
+    assert made.prefix_size == load_corpus(run).prefix_size == load_corpus(RunDirectory.open(tiny_run)).prefix_size
+    assert made.text.shape == (made.interactions.num_items + 1, 1) and not made.text.any()
