@@ -55,9 +55,18 @@ def joint(
 
 def ml_1m() -> RunConfig:
     """MovieLens-1M: long histories, few items."""
-    train = TrainConfig(epochs=20, rows_per_batch=40, learning_rate=4e-3, ema_decay=0.998, withheld_share=0.5, patience=4)
+    train = TrainConfig(
+        epochs=24,
+        rows_per_batch=20,
+        learning_rate=4e-3,
+        ema_decay=0.998,
+        withheld_share=0.5,
+        patience=4,
+        final_steps=300,
+        final_withheld_per_step=64,
+    )
     return joint(
-        history_length=100, row_tokens=101, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train
+        history_length=200, row_tokens=201, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train
     )
 
 
