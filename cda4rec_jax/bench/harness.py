@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.timing import Measurement, Spread
 
@@ -24,9 +26,17 @@ def times(spread: Spread) -> str:
     return f"{spread.median:.2f} [{spread.p10:.2f}, {spread.p90:.2f}]"
 
 
-def megabytes(num_bytes: float) -> str:
+def megabytes(num_bytes: int) -> str:
     """Of 2^20 bytes."""
     return f"{num_bytes / 2**20:,.1f}"
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory that a compiled program needs besides inputs and outputs, by XLA's own plan. Raises UserError where the backend has none."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise UserError(f"JAX on {jax.default_backend()} does not tell the memory of its programs: measure on another backend")
+    return analysis.temp_size_in_bytes
 
 
 def method_lines(measurement: Measurement, threads: int) -> list[str]:

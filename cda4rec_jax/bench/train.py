@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -82,10 +83,11 @@ class TrainBenchmark:
         padded_rows, padded_length = self.batches.padded[0].rows.targets.shape
         table = Table(
             title=f"Training SASRec on {self.data}: {self.num_items:,} items, {decoder.num_layers} layers, {decoder.num_heads} heads, "
-            f"width {decoder.width}, history {self.config.packing.history_length}, full cross-entropy"
+            f"width {decoder.width}, history {self.config.packing.history_length}, full cross-entropy",
+            box=SIMPLE,
         )
         table.add_column("system")
-        for column in ("real tokens/s", "ours is faster by", "loss", "off ours by", "step memory MB", "first call s"):
+        for column in ("real tokens/s", "ours faster by", "loss", "off ours by", "step MB", "compile s"):
             table.add_column(column, justify="right")
         for one in self.competitors:
             ratio = "" if one.against is None else f"{times(self.measurement.ratio(one.against, one.name))}{_mark(one)}"
@@ -102,7 +104,13 @@ class TrainBenchmark:
             f"against {OURS!r}, or against {OURS_PADDED!r} where marked *",
             f"temporary memory of the loss with gradients (XLA's plan): ours {megabytes(self.loss_bytes)} MB, materialised softmax "
             f"{megabytes(self.softmax_bytes)} MB, {share:.1f} times as much",
-            "memory of a step: XLA's plan for JAX, torch's profiler for torch",
+            "step MB: temporary memory of a training step, by XLA's plan for JAX and by torch's profiler for torch; compile s: for torch the "
+            "first step",
+            *(
+                [f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')"]
+                if self.not_installed
+                else []
+            ),
             *method_lines(self.measurement, num_threads()),
             *self.remarks,
         ]

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
 from cda4rec_jax.array_typing import Array, ItemVectors
+from cda4rec_jax.bench.harness import temporary_bytes
 from cda4rec_jax.bench.layouts import GatheredBatch
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from cda4rec_jax.messages import SequenceBatch
@@ -196,7 +197,7 @@ def compile_step(step: Callable[..., Any], state: TrainState, *arguments: Any) -
     def run(*arguments: Any) -> tuple[TrainState, dict[str, Array]]:
         return compiled(*jax.tree.leaves(arguments))
 
-    return Program(run=run, compile_seconds=seconds, temporary_bytes=compiled.memory_analysis().temp_size_in_bytes)
+    return Program(run=run, compile_seconds=seconds, temporary_bytes=temporary_bytes(compiled))
 
 
 def packed_program(model: Model, batch: SequenceBatch) -> Program:
@@ -224,10 +225,9 @@ def loss_memory(model: Model, num_tokens: int) -> tuple[int, int]:
     targets = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
     weights = jax.ShapeDtypeStruct((num_tokens,), jnp.float32)
 
-    def temporary_bytes(**options: Any) -> int:
+    def needed(**options: Any) -> int:
         gradients = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, **options), (0, 1)))
-        compiled = gradients.lower(tokens, jax.ShapeDtypeStruct(ids.shape, ids.dtype), targets, weights).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return temporary_bytes(gradients.lower(tokens, jax.ShapeDtypeStruct(ids.shape, ids.dtype), targets, weights).compile())
 
     chunk_size = model.config.train.loss_chunk
-    return temporary_bytes(chunk_size=chunk_size), temporary_bytes(implementation="reference")
+    return needed(chunk_size=chunk_size), needed(implementation="reference")

@@ -89,7 +89,7 @@ def test_the_command_writes_json_and_chart_and_prints_what_is_not_installed(
     arguments = ["--preset", "sasrec-tiny", "--data", SOURCE, "--rounds", "3", "--out", str(tmp_path)]
     assert main(["bench", "train", *arguments]) == 0
     told = capsys.readouterr().out
-    assert "ours, packed" in told and "null" in told and told.count("not installed") == 3
+    assert "ours, packed" in told and "null" in told and "not installed: torch, torch-compile, rectools" in told
     found = json.loads((tmp_path / "train-synthetic.json").read_text())
     assert found["not_installed"] == ["torch", "torch-compile", "rectools"]
     assert found["threads"] >= 1 and found["provenance"]["versions"]["jax"]
