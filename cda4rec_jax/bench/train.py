@@ -104,8 +104,8 @@ class TrainBenchmark:
             f"against {OURS!r}, or against {OURS_PADDED!r} where marked *",
             f"temporary memory of the loss with gradients (XLA's plan): ours {megabytes(self.loss_bytes)} MB, materialised softmax "
             f"{megabytes(self.softmax_bytes)} MB, {share:.1f} times as much",
-            "step MB: temporary memory of a training step, by XLA's plan for JAX and by torch's profiler for torch; compile s: for torch the "
-            "first step",
+            "step MB: temporary memory of a training step, by XLA's plan for JAX and by torch's profiler for torch; compile s: for "
+            "torch the first step",
             *(
                 [f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')"]
                 if self.not_installed
