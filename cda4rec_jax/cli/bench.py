@@ -17,7 +17,7 @@ class BenchTrain:
     """Training SASRec: real tokens a second and memory, ours beside JAX with padding, PyTorch and RecTools, at equal loss."""
 
     data: str | None = None
-    """What to train on: synthetic (the default), synthetic:users=500,items=200,seed=1, or a folder (prepared, RecBole, MovieLens)."""
+    """What to train on, as in cda4rec train: synthetic (the default), or a folder (prepared, RecBole or MovieLens)."""
     preset: str = "sasrec"
     """sasrec (of the size that fits the data) or sasrec-PRESET; gpu-256 or gpu-1024 for accelerators, on synthetic tokens."""
     peers: tuple[str, ...] | None = None
