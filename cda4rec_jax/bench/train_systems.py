@@ -127,7 +127,7 @@ def loss_at_real_positions(hidden: Float[Array, "r t d"], vectors: ItemVectors, 
 
 
 def our_loss_at_real_positions(
-    hidden: Float[Array, "r t d"], vectors: ItemVectors, batch: GatheredBatch, *, chunk_size: int
+    hidden: Float[Array, "r t d"], vectors: ItemVectors, batch: GatheredBatch, *, chunk_size: int | None
 ) -> Float[Array, ""]:
     """Real tokens only, and no logits in memory."""
     tokens = hidden.reshape(-1, hidden.shape[-1])[batch.positions]

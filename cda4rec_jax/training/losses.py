@@ -17,7 +17,7 @@ def catalogue_loss(
     hidden: Float[Array, "r t d"],
     item_vectors: ItemVectors,
     targets: PackedInts,
-    chunk_size: int,
+    chunk_size: int | None,
     label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Mean next-item cross-entropy over the full catalogue at the positions with a target; 0 where there is none.

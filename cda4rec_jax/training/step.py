@@ -89,7 +89,7 @@ def optimizers(config: TrainConfig, num_steps: int) -> tuple[optax.GradientTrans
 
 
 def trunk_loss(
-    system: System, batch: TrainingBatch, key: PRNGKeyArray, chunk_size: int
+    system: System, batch: TrainingBatch, key: PRNGKeyArray, chunk_size: int | None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Next-item cross-entropy of the cloud agent at its egress levels, and of the device agent on the whole history."""
     text_key, cloud_key, device_key = jax.random.split(key, 3)

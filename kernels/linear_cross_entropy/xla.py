@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 _ROW_MULTIPLE = 8
 
@@ -19,34 +19,34 @@ def linear_cross_entropy_xla(
     weights: Float[Array, "t"],
 ) -> Float[Array, ""]:
     """``sum_t w_t * (logsumexp_{i' >= 1}(h_t . e_i') - h_t . e_target)``; the weight must be 0 where the target is 0."""
-    classes = items[1:].T
+    is_item = _is_item(items)
 
     def chunk_step(_: None, chunk: Array) -> tuple[None, Array]:
-        return None, jax.nn.logsumexp(chunk @ classes, axis=1)
+        return None, jax.nn.logsumexp(jnp.where(is_item, _logits(chunk, items), -jnp.inf), axis=1)
 
     _, logsumexps = jax.lax.scan(chunk_step, None, _in_chunks(hidden, chunk_size))
     return jnp.sum(weights * _token_losses(logsumexps, hidden, items, targets))
 
 
 def _forward(chunk_size: int, hidden: Array, items: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, ...]]:
-    class_rows = items[1:]
-    classes = class_rows.T  # a plain row-major product and a [d, i] accumulator are the fastest layouts on CPU
+    is_item = _is_item(items)
 
-    def chunk_step(d_classes: Array, chunk: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def chunk_step(d_items: Array, chunk: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         chunk_hidden, chunk_weights = chunk
-        logits = chunk_hidden @ classes
-        maxima = jnp.max(logits, axis=1, keepdims=True)
-        exponentials = jnp.exp(logits - maxima)
+        logits = _logits(chunk_hidden, items)
+        maxima = jnp.max(jnp.where(is_item, logits, -jnp.inf), axis=1, keepdims=True)
+        exponentials = jnp.where(is_item, jnp.exp(logits - maxima), 0.0)
         sums = jnp.sum(exponentials, axis=1, keepdims=True)
         # Scaling the narrow [chunk, d] sides leaves the wide softmax unnormalised, which saves a pass over it.
         scales = chunk_weights[:, None] / sums
-        d_classes = d_classes + (chunk_hidden * scales).T @ exponentials
-        return d_classes, ((jnp.log(sums) + maxima)[:, 0], (exponentials @ class_rows) * scales)
+        d_items = d_items + jax.lax.dot_general(exponentials, chunk_hidden * scales, (((0,), (0,)), ((), ())))
+        return d_items, ((jnp.log(sums) + maxima)[:, 0], (exponentials @ items) * scales)
 
+    # Copies of the items, without row 0 or transposed, would gain no time and cost most of the memory.
     chunks = (_in_chunks(hidden, chunk_size), _in_chunks(weights, chunk_size))
-    d_classes, (logsumexps, d_hidden) = jax.lax.scan(chunk_step, jnp.zeros_like(classes), chunks)
+    d_items, (logsumexps, d_hidden) = jax.lax.scan(chunk_step, jnp.zeros_like(items), chunks)
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]] - weights[:, None] * items[targets]
-    d_items = jnp.pad(d_classes.T, ((1, 0), (0, 0))).at[targets].add(-weights[:, None] * hidden)
+    d_items = d_items.at[targets].add(-weights[:, None] * hidden)
     losses = _token_losses(logsumexps, hidden, items, targets)
     return jnp.sum(weights * losses), (d_hidden, d_items, losses)
 
@@ -58,6 +58,15 @@ def _backward(chunk_size: int, residuals: tuple[Array, ...], cotangent: Array) -
 
 
 linear_cross_entropy_xla.defvjp(_forward, _backward)
+
+
+def _logits(hidden: Float[Array, "t d"], items: Float[Array, "i d"]) -> Float[Array, "t i"]:
+    return jax.lax.dot_general(hidden, items, (((1,), (1,)), ((), ())))
+
+
+def _is_item(items: Float[Array, "i d"]) -> Bool[Array, "one i"]:
+    """False for row 0, which is padding."""
+    return (jnp.arange(items.shape[0]) > 0)[None]
 
 
 def _in_chunks(rows: Float[Array, "t ..."], chunk_size: int) -> Float[Array, "chunks chunk ..."]:
