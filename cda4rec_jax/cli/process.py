@@ -1,17 +1,22 @@
 """What is set once for the whole process, before the first computation."""
 
+import ctypes
 import hashlib
 import logging
 import os
 import platform
+import sys
 import warnings
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def set_up_process() -> None:
     """JAX for small models on a CPU, compiled programs kept between commands, and no chatter of libraries."""
     import jax
 
+    keep_freed_memory()
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # small programs are faster, and repeat bit for bit
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
@@ -20,6 +25,19 @@ def set_up_process() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     for name in ("absl", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library (glibc) keep memory that is freed, instead of giving it back to the system; False where it cannot.
+
+    XLA asks for the temporary memory of a program anew at every call. The system hands out such blocks page by page and cleared, which
+    takes a fifth to a third of a training step on a CPU.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is None or not hasattr(library, "gnu_get_libc_version"):
+        return False
+    # Nothing is mapped apart from the heap, and the heap's end is never cut off.
+    return bool(library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def _cache_folder() -> Path:
