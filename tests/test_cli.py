@@ -15,6 +15,7 @@ import pytest
 
 import cda4rec_jax
 from cda4rec_jax.cli import main
+from cda4rec_jax.cli.bench import BenchTrain
 from cda4rec_jax.cli.commands import COMMANDS
 from cda4rec_jax.cli.quickstart import unused
 from cda4rec_jax.data import load_prepared
@@ -225,12 +226,16 @@ def test_bad_values_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+WITH_FLAGS = {**COMMANDS, "bench train": BenchTrain}
+del WITH_FLAGS["bench"]  # has sub-commands alone
+
+
+@pytest.mark.parametrize("command", WITH_FLAGS)
 def test_every_flag_of_every_command_is_explained(command: str, cli: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, err = cli(command, "--help")
+    code, out, err = cli(*command.split(), "--help")
     assert code == 0 and not err
     shown = " ".join(out.replace("│", " ").split())
-    body = ast.parse(inspect.getsource(COMMANDS[command])).body[0]
+    body = ast.parse(inspect.getsource(WITH_FLAGS[command])).body[0]
     assert isinstance(body, ast.ClassDef)
     flags = [(field, text) for field, text in pairwise(body.body) if isinstance(field, ast.AnnAssign)]
     assert len(flags) >= 2

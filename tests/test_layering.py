@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("errors", "array_typing"),
+    ("timing",),
     ("messages",),
     ("kernels",),
     ("nn",),
@@ -15,6 +16,7 @@ ROWS = (
     ("training", "evaluation", "runtime"),
     ("baselines",),
     ("presets",),
+    ("bench",),
     ("",),  # the package's own table of contents
     ("cli",),
     ("experiments",),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkabl
 import tyro
 from rich.console import Console
 
+from cda4rec_jax.cli.bench import Bench
 from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
 from cda4rec_jax.cli.process import join_processes, set_up_process
 from cda4rec_jax.errors import UserError
@@ -316,6 +317,7 @@ COMMANDS: Mapping[str, Callable[..., Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "recommend": Recommend,
+    "bench": Bench,
 }
 
 

@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from cda4rec_jax.kernels.segment_attention import segment_attention
+from cda4rec_jax.nn.linear import linear
 from cda4rec_jax.nn.rotary import rotate
 
 
@@ -28,8 +29,8 @@ class Attention(nnx.Module):
         key: PRNGKeyArray | None,
     ) -> Float[Array, "r t d"]:
         rows, length, _ = x.shape
-        qkv = jnp.einsum("rtd,df->rtf", x, self.qkv[...]).reshape(rows, length, -1, self.head_size)
+        qkv = linear(x, self.qkv[...]).reshape(rows, length, -1, self.head_size)
         query, keys, values = jnp.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
         query, keys = rotate(query, angles) * self.head_size**-0.5, rotate(keys, angles)
         mixed = segment_attention(query, keys, values, segment_ids, dropout_rate=self.dropout_rate, dropout_key=key)
-        return jnp.einsum("rtf,fd->rtd", mixed.reshape(rows, length, -1), self.out[...])
+        return linear(mixed.reshape(rows, length, -1), self.out[...])

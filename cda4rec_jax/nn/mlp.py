@@ -6,6 +6,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from cda4rec_jax.nn.linear import linear
+
 
 class SwiGLU(nnx.Module):
     """``(silu(x W_gate) * (x W_up)) W_down`` (Shazeer, arXiv 2002.05202)."""
@@ -15,5 +17,5 @@ class SwiGLU(nnx.Module):
         self.down = nnx.Param(jnp.zeros((hidden, width)))  # an untrained block is the identity, as in attention
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        gate, up = jnp.split(x @ self.gate_up[...], 2, axis=-1)
-        return (jax.nn.silu(gate) * up) @ self.down[...]
+        gate, up = jnp.split(linear(x, self.gate_up[...]), 2, axis=-1)
+        return linear(jax.nn.silu(gate) * up, self.down[...])

@@ -21,7 +21,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip_norm: float = 5.0
     ema_decay: float = 0.0  # of the trunk weights that are evaluated and saved; 0 takes the weights themselves
-    loss_chunk: int = 128  # tokens whose logits exist at a time
+    loss_chunk: int | None = None  # tokens whose logits exist at a time; None leaves it to the kernel
     max_seconds: float = 0.0  # stop training the trunks after so much wall time; 0 has no limit
     patience: int = 3  # evaluations without a better validation ndcg@10
     evaluations_per_epoch: float = 1.0

@@ -18,7 +18,7 @@ def catalogue_loss(
     hidden: Float[Array, "r t d"],
     item_vectors: ItemVectors,
     targets: PackedInts,
-    chunk_size: int,
+    chunk_size: int | None,
     label_smoothing: float = 0.0,
     *,
     num_targets: Float[Array, ""] | None = None,

@@ -115,7 +115,7 @@ def trunk_loss(
     batch: TrainingBatch,
     key: PRNGKeyArray,
     totals: dict[str, Float[Array, ""] | None],
-    chunk_size: int,
+    chunk_size: int | None,
     layout: Layout,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Next-item cross-entropy of the cloud agent at its egress levels, and of the device agent on the whole history.
@@ -326,8 +326,13 @@ def decider_step(
     return new, metrics | {"loss": total}
 
 
-def jitted_steps(graph: nnx.GraphDef, config: StepConfig, num_steps: int, layout: Layout, state: TrainState) -> tuple[Any, Any]:
-    """Compiled ``joint_step`` and ``decider_step`` for a ``state`` that ``layout`` has placed; both take over its memory."""
+def jitted_steps(
+    graph: nnx.GraphDef, config: StepConfig, num_steps: int, layout: Layout, state: TrainState | None = None
+) -> tuple[Any, Any]:
+    """Compiled ``joint_step`` and ``decider_step`` for a ``state`` that ``layout`` has placed; both take over its memory.
+
+    On one device the step takes any state, and ``state`` may be None.
+    """
     static = {"graph": graph, "config": config, "num_steps": num_steps, "layout": layout}
     # Arguments are where they were placed. Results are told to stay there, so that no step is compiled a second time.
     places: Any = {} if layout.mesh is None else {"out_shardings": (layout.shardings(state), layout.everywhere())}

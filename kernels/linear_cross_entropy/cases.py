@@ -25,6 +25,6 @@ CONTRACT_CASES = (
 )
 
 WORKLOAD_CASES = (
-    Case(name="amazon-beauty step", tokens=1016, num_items=12_102, width=64),
+    Case(name="amazon-beauty step", tokens=1024, num_items=12_102, width=128),
     Case(name="ml-1m step", tokens=4096, num_items=3_417, width=64),
 )

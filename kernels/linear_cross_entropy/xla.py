@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 _ROW_MULTIPLE = 8
 
@@ -23,10 +23,10 @@ def linear_cross_entropy_xla(
 ) -> Float[Array, ""]:
     """``sum_t w_t * (logsumexp_{i' >= 1}(h_t . e_i') - h_t . e_target)``; the weight must be 0 where the target is 0."""
     rows = items.astype(hidden.dtype)
-    classes = rows[1:].T
+    is_item = _is_item(rows)
 
     def chunk_step(_: None, chunk: Array) -> tuple[None, Array]:
-        return None, jax.nn.logsumexp(jnp.matmul(chunk, classes, preferred_element_type=items.dtype), axis=1)
+        return None, jax.nn.logsumexp(jnp.where(is_item, _logits(chunk, rows, items.dtype), -jnp.inf), axis=1)
 
     _, logsumexps = jax.lax.scan(chunk_step, None, in_chunks(hidden, chunk_size))
     return jnp.sum(weights * _token_losses(logsumexps, hidden, rows, targets, weights))
@@ -34,27 +34,27 @@ def linear_cross_entropy_xla(
 
 def _forward(chunk_size: int, hidden: Array, items: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, ...]]:
     narrow, wide = hidden.dtype, items.dtype
-    product = partial(jnp.matmul, preferred_element_type=wide)
     rows = items.astype(narrow)
-    class_rows = rows[1:]
-    classes = class_rows.T  # a plain row-major product and a [d, i] accumulator are the fastest layouts on CPU
+    is_item = _is_item(rows)
 
-    def chunk_step(d_classes: Array, chunk: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def chunk_step(d_items: Array, chunk: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         chunk_hidden, chunk_weights = chunk
-        logits = product(chunk_hidden, classes)
-        maxima = jnp.max(logits, axis=1, keepdims=True)
-        exponentials = jnp.exp(logits - maxima)
+        logits = _logits(chunk_hidden, rows, wide)
+        maxima = jnp.max(jnp.where(is_item, logits, -jnp.inf), axis=1, keepdims=True)
+        exponentials = jnp.where(is_item, jnp.exp(logits - maxima), 0.0)
         sums = jnp.sum(exponentials, axis=1, keepdims=True)
         # Scaling the narrow [chunk, d] sides leaves the wide softmax unnormalised, which saves a pass over it.
         scales = chunk_weights[:, None] / sums
         exponentials = exponentials.astype(narrow)
-        d_classes = d_classes + product((chunk_hidden * scales).astype(narrow).T, exponentials)
-        return d_classes, ((jnp.log(sums) + maxima)[:, 0], product(exponentials, class_rows) * scales)
+        scaled = (chunk_hidden * scales).astype(narrow)
+        d_items = d_items + jax.lax.dot_general(exponentials, scaled, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        return d_items, ((jnp.log(sums) + maxima)[:, 0], jnp.matmul(exponentials, rows, preferred_element_type=wide) * scales)
 
+    # Copies of the items, without row 0 or transposed, would gain no time and cost most of the memory.
     chunks = (in_chunks(hidden, chunk_size), in_chunks(weights, chunk_size))
-    d_classes, (logsumexps, d_hidden) = jax.lax.scan(chunk_step, jnp.zeros(classes.shape, wide), chunks)
+    d_items, (logsumexps, d_hidden) = jax.lax.scan(chunk_step, jnp.zeros_like(items), chunks)
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]] - weights[:, None] * rows[targets]
-    d_items = jnp.pad(d_classes.T, ((1, 0), (0, 0))).at[targets].add(-weights[:, None] * hidden)
+    d_items = d_items.at[targets].add(-weights[:, None] * hidden)
     losses = _token_losses(logsumexps, hidden, rows, targets, weights)
     return jnp.sum(weights * losses), (d_hidden.astype(narrow), d_items, losses)
 
@@ -66,6 +66,15 @@ def backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Arr
 
 
 linear_cross_entropy_xla.defvjp(_forward, lambda chunk_size, residuals, cotangent: backward(residuals, cotangent))
+
+
+def _logits(hidden: Float[Array, "t d"], items: Float[Array, "i d"], dtype: jnp.dtype) -> Float[Array, "t i"]:
+    return jax.lax.dot_general(hidden, items, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _is_item(items: Float[Array, "i d"]) -> Bool[Array, "one i"]:
+    """False for row 0, which is padding."""
+    return (jnp.arange(items.shape[0]) > 0)[None]
 
 
 def in_chunks(rows: Float[Array, "t ..."], chunk_size: int) -> Float[Array, "chunks chunk ..."]:

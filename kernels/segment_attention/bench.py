@@ -1,11 +1,10 @@
 """Forward and backward pass against plain attention: ``python -m cda4rec_jax.kernels.segment_attention.bench``.
 
-Both run in one process, in turn. The ratio is the median over rounds of plain / kernel, with its 10th to 90th percentile; the null is the
-kernel against itself in the same rounds and must lie within .95 to 1.05, else the machine was too busy: run again.
+By the method of ``cda4rec_jax.timing``. An exclamation mark stands behind a null that is outside of .95 to 1.05 after three attempts: the
+machine was too busy, run again.
 """
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -17,10 +16,9 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from cda4rec_jax.kernels.segment_attention import segment_attention
 from cda4rec_jax.kernels.segment_attention.cases import WORKLOAD_CASES, Case
+from cda4rec_jax.timing import Contestant, measure
 
-ROUNDS = 15
 INPUT_BYTES = 64 * 2**20  # inputs are rotated, so that they do not stay in cache; more than most caches hold
-ROUND_TOKENS = 16_384  # a round repeats small cases up to this many tokens
 
 
 def plain_attention(
@@ -63,14 +61,17 @@ def make_inputs(case: Case, seed: int) -> tuple[Array, ...]:
     return query * case.head_size**-0.5, key, value, jnp.asarray(case.segment_ids(seed)), cotangent
 
 
-def seconds(program: jax.stages.Compiled, batches: list[tuple[Array, ...]]) -> float:
-    start = time.perf_counter()
-    for batch in batches:
-        jax.block_until_ready(program(*batch))
-    return time.perf_counter() - start
+def contestant(name: str, program: jax.stages.Compiled, batches: list[tuple[Array, ...]]) -> Contestant:
+    """One call is one pass forward and back, on the next batch."""
+
+    def call(number: int) -> float:
+        jax.block_until_ready(program(*batches[number % len(batches)]))
+        return 1.0
+
+    return Contestant(name=name, call=call)
 
 
-def measure(case: Case, dropout_rate: float) -> str:
+def measured(case: Case, dropout_rate: float) -> str:
     """One line of the table."""
     first = make_inputs(case, 0)
     num_batches = max(2, INPUT_BYTES // sum(array.nbytes for array in first))
@@ -78,20 +79,14 @@ def measure(case: Case, dropout_rate: float) -> str:
     dropout_key = jax.random.key(0, impl="unsafe_rbg")  # the generator of the training loop
     options = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
     plain, kernel = (compiled(partial(attention, **options), first) for attention in (plain_attention, segment_attention))
-    calls = max(1, ROUND_TOKENS // (case.rows * case.length))
-    times = np.empty((ROUNDS + 2, 3))
-    for number, row in enumerate(times):
-        chosen = [batches[(number * calls + call) % num_batches] for call in range(calls)]
-        row[:] = [seconds(program, chosen) / calls for program in (kernel, plain, kernel)]
-    times = times[2:]  # the first rounds warm up
-    low, ratio, high = np.percentile(times[:, 1] / times[:, 0], (10, 50, 90))
-    null = np.median(times[:, 2] / times[:, 0])
+    found = measure([contestant("kernel", kernel, batches), contestant("plain", plain, batches)], [("kernel", "plain")])
+    ratio, null = found.ratio("kernel", "plain"), found.nulls["kernel"]
     analyses = (program.memory_analysis() for program in (plain, kernel))
     megabytes = [math.nan if analysis is None else analysis.temp_size_in_bytes / 2**20 for analysis in analyses]
-    plain_ms, kernel_ms = np.median(times[:, 1]) * 1e3, np.median(times[:, 0]) * 1e3
+    plain_ms, kernel_ms = (1e3 / found.rates[name].median for name in ("plain", "kernel"))
     return (
-        f"{case.name:22} {dropout_rate:7.1f} {plain_ms:9.2f} {kernel_ms:9.2f} {ratio:7.2f} [{low:.2f}, {high:.2f}] {null:6.2f}"
-        f" {megabytes[0]:9.1f} {megabytes[1]:9.1f}"
+        f"{case.name:22} {dropout_rate:7.1f} {plain_ms:9.2f} {kernel_ms:9.2f} {ratio.median:7.2f} [{ratio.p10:.2f}, {ratio.p90:.2f}]"
+        f" {null:6.2f}{' ' if found.accepted else '!'} {megabytes[0]:8.1f} {megabytes[1]:9.1f}"
     )
 
 
@@ -101,7 +96,7 @@ def main() -> None:
     print(f"{'case':22} dropout  plain ms kernel ms   ratio [10%, 90%]     null  plain MB kernel MB")
     for case in WORKLOAD_CASES:
         for dropout_rate in (0.0, 0.5):
-            print(measure(case, dropout_rate), flush=True)
+            print(measured(case, dropout_rate), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
-from cda4rec_jax.kernels.linear_cross_entropy.cases import CONTRACT_CASES, Case
+from cda4rec_jax.kernels.linear_cross_entropy.api import default_chunk_size
+from cda4rec_jax.kernels.linear_cross_entropy.cases import CONTRACT_CASES, WORKLOAD_CASES, Case
 from tests.kernels.contract import assert_trees_close, assert_trees_equal, temporary_bytes
 
 IMPLEMENTATIONS = ("reference", "xla")
@@ -131,10 +132,18 @@ def test_two_runs_agree_bit_for_bit():
     assert_trees_equal(first, second)
 
 
-def test_temporary_memory_stays_far_below_the_logits():
-    case = Case(name="memory", tokens=4096, num_items=4001, width=16)
+@pytest.mark.parametrize("case", WORKLOAD_CASES, ids=lambda case: case.name)
+def test_temporary_memory_of_a_training_step_is_an_eighth_of_that_with_materialised_logits(case):
     inputs = make_inputs(case)
-    assert temporary_bytes(jax.grad(linear_cross_entropy, argnums=(0, 1)), *inputs) < case.tokens * case.num_items * 4 / 8
+    ours, materialised = (
+        temporary_bytes(jax.value_and_grad(partial(linear_cross_entropy, implementation=implementation), (0, 1)), *inputs)
+        for implementation in ("xla", "reference")
+    )
+    assert 8 * ours <= materialised
+
+
+def test_the_chunk_that_is_chosen_shrinks_with_the_catalogue_within_its_bounds():
+    assert [default_chunk_size(num_items) for num_items in (100, 3_417, 12_102, 1_000_000)] == [256, 256, 80, 64]
 
 
 def test_bad_arguments_raise_a_user_error():

@@ -1,0 +1,114 @@
+"""What every command ``cda4rec bench`` shares: threads, the words about a measurement, and the files of a result.
+
+The method of timing itself is ``cda4rec_jax.timing``, which kernels can import too.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.timing import Measurement, Spread
+
+
+def num_threads() -> int:
+    """Threads that JAX computes with on a CPU, which peers are given too: the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def times(spread: Spread) -> str:
+    """A ratio with its 10th to 90th percentile."""
+    return f"{spread.median:.2f} [{spread.p10:.2f}, {spread.p90:.2f}]"
+
+
+def megabytes(num_bytes: int) -> str:
+    """Of 2^20 bytes."""
+    return f"{num_bytes / 2**20:,.1f}"
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory that a compiled program needs besides inputs and outputs, by XLA's own plan. Raises UserError where the backend has none."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise UserError(f"JAX on {jax.default_backend()} does not tell the memory of its programs: measure on another backend")
+    return analysis.temp_size_in_bytes
+
+
+def method_lines(measurement: Measurement, threads: int) -> list[str]:
+    """How it was measured, and whether to believe it."""
+    low, high = measurement.null_bounds
+    nulls = ", ".join(f"{name} {null:.3f}" for name, null in measurement.nulls.items())
+    lines = [
+        f"{measurement.rounds} rounds in turns in one process, {threads} threads for each system; ratios are medians of the rounds' "
+        "ratios with their 10th to 90th percentile",
+        f"null (a system against itself; within {low}-{high}): {nulls}",
+    ]
+    if not measurement.accepted:
+        lines.append(
+            f"NOT QUIET: after {measurement.attempts} attempts a null is still outside of its bounds; read the ratios loosely, and repeat "
+            "this on a quiet machine"
+        )
+    elif measurement.attempts > 1:
+        lines.append(f"the first {measurement.attempts - 1} attempts were rejected: a null was outside of its bounds")
+    cold = [name for name, warm in measurement.warm.items() if not warm]
+    if cold:
+        lines.append(f"not steady after warming up: {', '.join(cold)}")
+    return lines
+
+
+def measurement_json(measurement: Measurement) -> dict[str, Any]:
+    """Everything of a measurement, ready for JSON."""
+    return {**asdict(measurement), "accepted": measurement.accepted}
+
+
+def check_folder(out: Path) -> Path:
+    """A folder that can be written to, before hours are spent. Raises UserError."""
+    out = out.expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}; name another --out") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"cannot write to {out}: permission denied; name another --out")
+    return out
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Written whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def bar_chart(path: Path, title: str, unit: str, rates: Mapping[str, Spread], ours: Sequence[str]) -> bool:
+    """One bar for each system, the 10th to 90th percentile on it; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(rates)
+    medians = [rates[name].median for name in names]
+    errors = [
+        [max(0.0, rates[name].median - rates[name].p10) for name in names],
+        [max(0.0, rates[name].p90 - rates[name].median) for name in names],
+    ]
+    figure, axes = pyplot.subplots(figsize=(9.0, 1.2 + 0.42 * len(names)), layout="constrained")
+    colours = ["tab:blue" if name in ours else "tab:grey" for name in names]
+    bars = axes.barh(names, medians, xerr=errors, color=colours, ecolor="black", capsize=3)
+    axes.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], padding=6)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(unit)
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,48 @@
+"""Systems of others, to be timed against: which there are, and which are installed here.
+
+Nothing in this package needs them; each module in this folder but this one imports a peer's package at once.
+"""
+
+import importlib.util
+
+from cda4rec_jax.errors import UserError
+
+# Packages of each peer.
+PEERS = {
+    "jax": ("jax",),
+    "torch": ("torch",),
+    "torch-compile": ("torch",),
+    "rectools": ("rectools", "pytorch_lightning", "torch"),
+}
+
+
+def installed(peer: str) -> bool:
+    """True where all packages of a peer are installed."""
+    return all(importlib.util.find_spec(package) is not None for package in PEERS[peer])
+
+
+def chosen_peers(names: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Peers to measure, and peers that are left out since they are not installed: all there are where none is asked for.
+
+    Raises:
+        UserError: a peer that is asked for by name is unknown or not installed.
+    """
+    if names is None:
+        return tuple(peer for peer in PEERS if installed(peer)), tuple(peer for peer in PEERS if not installed(peer))
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise UserError(f"unknown peer {', '.join(unknown)}: choose from {', '.join(PEERS)}")
+    missing = [name for name in names if not installed(name)]
+    if missing:
+        packages = sorted({package for name in missing for package in PEERS[name] if importlib.util.find_spec(package) is None})
+        raise UserError(
+            f"peer {', '.join(missing)} needs {', '.join(packages)}, which is not installed: pip install 'cda4rec_jax[bench]'"
+            + (RECTOOLS_HINT if "rectools" in packages else "")
+        )
+    return tuple(dict.fromkeys(names)), ()
+
+
+RECTOOLS_HINT = (
+    " (RecTools 0.19 asks for numpy<2 on Python below 3.13, where the extra leaves it out. It works with numpy 2 all the same:"
+    " pip install --no-deps rectools pm-implicit, then pip install 'pandas<3' 'pytorch-lightning<=2.5.2' pydantic typeguard)"
+)

@@ -1,0 +1,76 @@
+"""The command ``cda4rec bench``, with a sub-command for each benchmark, in the form of ``cli.commands``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.process import set_up_process
+from cda4rec_jax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain:
+    """Training SASRec: real tokens a second and memory, ours beside JAX with padding, PyTorch and RecTools, at equal loss."""
+
+    data: str | None = None
+    """What to train on, as in cda4rec train: synthetic (the default), or a folder (prepared, RecBole or MovieLens)."""
+    preset: str = "sasrec"
+    """sasrec (of the size that fits the data) or sasrec-PRESET; gpu-256 or gpu-1024 for accelerators, on synthetic tokens."""
+    peers: tuple[str, ...] | None = None
+    """Whom to measure beside ours: jax, torch, torch-compile, rectools. All that are installed if not given."""
+    rounds: int = 15
+    """Rounds in which all take turns."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file and the chart."""
+    lower_only: bool = False
+    """Only lower the step of a gpu preset for CUDA, which needs no accelerator, and count its operations."""
+
+    def run(self) -> None:
+        """See ``bench_train``, ``bench_accelerator`` and ``lower_step``."""
+        set_up_process()
+        from cda4rec_jax.bench import ACCELERATOR_PRESETS, bench_accelerator, bench_train, lower_step
+        from cda4rec_jax.timing import TimingConfig
+
+        timing, console = TimingConfig(rounds=self.rounds), Console()
+        if self.preset not in ACCELERATOR_PRESETS:
+            if self.lower_only:
+                raise UserError(f"--lower-only is for the presets {', '.join(ACCELERATOR_PRESETS)}; got --preset {self.preset}")
+            with StagesView(console) as view:
+                found = bench_train(
+                    self.data or "synthetic",
+                    preset_name=self.preset,
+                    peers=self.peers,
+                    timing=timing,
+                    out=self.out,
+                    progress=view.progress,
+                )
+            found.print(console)
+            return
+        if self.data is not None or self.peers is not None:
+            raise UserError(f"--preset {self.preset} makes its own tokens and has no peers: leave --data and --peers out")
+        if self.lower_only:
+            lower_step(self.preset, ACCELERATOR_PRESETS[self.preset]()).print(console)
+            return
+        with StagesView(console) as view:
+            measured = bench_accelerator(self.preset, timing=timing, out=self.out, progress=view.progress)
+        measured.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure this package beside others on this machine, by one method: in turns, with a null and the spread over rounds."""
+
+    # tyro makes sub-commands of a union, and a union of one would be none: its second member is never shown.
+    benchmark: Annotated[
+        Annotated[BenchTrain, tyro.conf.subcommand(name="train")] | Annotated[None, tyro.conf.Suppress],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self) -> None:
+        """Run the benchmark that was chosen."""
+        if self.benchmark is not None:
+            self.benchmark.run()
