@@ -38,11 +38,13 @@ class Contestant:
     """Something that is timed.
 
     ``call(number)`` does the work of that number, on the inputs of that number (so that inputs rotate), waits until every output is
-    there, and returns how much work it was, in a unit that all contestants share (tokens, rows, calls).
+    there, and returns how much work it was, in a unit that all contestants share (tokens, rows, calls). ``before`` is called before each
+    turn, and not timed.
     """
 
     name: str
     call: Callable[[int], float]
+    before: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,7 @@ class _Turns:
 
     def rate(self) -> float:
         """Work in a second, over one turn."""
+        self._contestant.before()
         start = self._clock()
         work = sum(self._contestant.call(self._number + call) for call in range(self._calls))
         seconds = self._clock() - start
@@ -145,6 +148,7 @@ class _Turns:
 
     def warm_up(self, config: TimingConfig) -> bool:
         """Take turns until two agree; True if they did."""
+        self._contestant.before()
         self._contestant.call(self._number)
         start = self._clock()
         self._contestant.call(self._number + 1)

@@ -1,5 +1,6 @@
 """The arithmetic of the one method of timing, on a clock that tests turn."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -68,6 +69,21 @@ def test_the_two_sides_of_a_pair_take_turns_and_inputs_rotate() -> None:
     for name in "abc":
         numbers = [number for one, number in order if one == name]
         assert numbers == list(range(len(numbers)))
+
+
+def test_what_is_done_before_a_turn_is_not_timed() -> None:
+    clock, turns = Clock(), []
+
+    def before() -> None:
+        turns.append(clock.now)
+        clock.now += 100.0
+
+    contestants = [
+        dataclasses.replace(clock.worker("a", lambda number: 1.0), before=before),
+        clock.worker("b", lambda number: 2.0),
+    ]
+    found = measure(contestants, [("a", "b")], ONE_CALL, clock=clock)
+    assert found.ratio("a", "b").median == 2.0 and len(turns) == 1 + 2 + 3 * 5
 
 
 def test_a_turn_repeats_calls_until_it_is_long_enough() -> None:

@@ -13,6 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from cda4rec_jax.allocator import keep_freed_memory, return_freed_memory
 from cda4rec_jax.bench.harness import (
     bar_chart,
     check_folder,
@@ -49,6 +50,7 @@ class TrainBenchmark:
     batches: Batches
     competitors: tuple[Competitor, ...]
     not_installed: tuple[str, ...]
+    same_allocator: bool
     measurement: Measurement
     loss_bytes: int  # temporary memory of our loss with its gradients
     softmax_bytes: int  # of the same with materialised logits
@@ -70,6 +72,7 @@ class TrainBenchmark:
             "threads": num_threads(),
             "systems": {one.name: _system_json(one) for one in self.competitors},
             "not_installed": list(self.not_installed),
+            "same_allocator": self.same_allocator,
             "loss_temporary_bytes": {"ours": self.loss_bytes, "materialised": self.softmax_bytes},
             "measurement": measurement_json(self.measurement),
             "remarks": list(self.remarks),
@@ -104,8 +107,8 @@ class TrainBenchmark:
             f"against {OURS!r}, or against {OURS_PADDED!r} where marked *",
             f"temporary memory of the loss with gradients (XLA's plan): ours {megabytes(self.loss_bytes)} MB, materialised softmax "
             f"{megabytes(self.softmax_bytes)} MB, {share:.1f} times as much",
-            "step MB: temporary memory of a training step, by XLA's plan for JAX and by torch's profiler for torch; compile s: for "
-            "torch the first step",
+            "step MB: temporary memory of a training step, by XLA's plan for JAX and by torch's profiler for torch; compile s: less "
+            "where the program was in the cache of compiled programs; for torch the first step",
             *(
                 [f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')"]
                 if self.not_installed
@@ -123,6 +126,7 @@ def bench_train(
     preset_name: str = "sasrec",
     peers: tuple[str, ...] | None = None,
     timing: TimingConfig,
+    same_allocator: bool = False,
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> TrainBenchmark:
@@ -133,6 +137,7 @@ def bench_train(
         preset_name: a trunk-only preset: ``sasrec`` or ``sasrec-NAME``.
         peers: names of ``bench.peers.PEERS``; None takes all that are installed.
         timing: how much to measure.
+        same_allocator: let the others keep freed memory too, as ours does (see ``cda4rec_jax.allocator``).
         out: folder of the results.
         progress: hears of the stage, and how much of it is done.
 
@@ -165,7 +170,7 @@ def bench_train(
             stack.callback(competitors[-1].close)
             _require_equal_loss(competitors[-1])
         progress("preparing and compiling", len(making), len(making))
-        measurement = _measured(competitors, timing, partial(progress, "measuring"))
+        measurement = _measured(competitors, timing, same_allocator, partial(progress, "measuring"))
         remarks = tuple(filter(None, (one.remark() for one in competitors)))
     found = TrainBenchmark(
         data=source_name(source),
@@ -174,6 +179,7 @@ def bench_train(
         batches=batches,
         competitors=tuple(competitors),
         not_installed=not_installed,
+        same_allocator=same_allocator,
         measurement=measurement,
         loss_bytes=memory[0],
         softmax_bytes=memory[1],
@@ -184,10 +190,26 @@ def bench_train(
     return found
 
 
-def _measured(competitors: Sequence[Competitor], timing: TimingConfig, progress: Callable[[int, int], None]) -> Measurement:
-    contestants = [Contestant(name=one.name, call=one.call) for one in competitors]
+def _measured(
+    competitors: Sequence[Competitor], timing: TimingConfig, same_allocator: bool, progress: Callable[[int, int], None]
+) -> Measurement:
+    contestants = [Contestant(name=one.name, call=one.call, before=_before(one, same_allocator)) for one in competitors]
     pairs = [(one.against, one.name) for one in competitors if one.against is not None]
     return measure(contestants, pairs, timing, progress=progress)
+
+
+def _before(one: Competitor, same_allocator: bool) -> Callable[[], object]:
+    """Ours trains under the allocator that ``cda4rec train`` sets up, others under the C library's defaults, as their users do."""
+    if not (same_allocator or one.name in (OURS, OURS_PADDED)):
+        return return_freed_memory
+    if same_allocator:
+        return keep_freed_memory
+
+    def before() -> None:
+        keep_freed_memory()
+        one.call(0)  # fills the heap, which the turn of another has emptied; in training that happens once
+
+    return before
 
 
 def _require_equal_loss(one: Competitor) -> None:

@@ -87,7 +87,9 @@ def makers(peers: Sequence[str], setting: Setting) -> list[Maker]:
             partial(_padded, setting, check, "JAX, padded, loss at every slot", loss_on_all_slots),
         ]
     if {"torch", "torch-compile", "rectools"} & set(peers):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler, which measures memory, is talkative
+        # torch's profiler, which measures memory, is talkative.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for peer, compiled in (("torch", False), ("torch-compile", True)):
         if peer in peers:
             name = "torch.compile" if compiled else "torch eager"

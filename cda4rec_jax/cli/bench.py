@@ -24,6 +24,8 @@ class BenchTrain:
     """Whom to measure beside ours: jax, torch, torch-compile, rectools. All that are installed if not given."""
     rounds: int = 15
     """Rounds in which all take turns."""
+    same_allocator: bool = False
+    """Let the others keep freed memory in the process, too, as cda4rec train does; by default they return it, as the C library does."""
     out: Path = Path("runs/bench")
     """Folder for the JSON file and the chart."""
     lower_only: bool = False
@@ -45,13 +47,16 @@ class BenchTrain:
                     preset_name=self.preset,
                     peers=self.peers,
                     timing=timing,
+                    same_allocator=self.same_allocator,
                     out=self.out,
                     progress=view.progress,
                 )
             found.print(console)
             return
-        if self.data is not None or self.peers is not None:
-            raise UserError(f"--preset {self.preset} makes its own tokens and has no peers: leave --data and --peers out")
+        if self.data is not None or self.peers is not None or self.same_allocator:
+            raise UserError(
+                f"--preset {self.preset} makes its own tokens and has no peers: leave --data, --peers and --same-allocator out"
+            )
         if self.lower_only:
             lower_step(self.preset, ACCELERATOR_PRESETS[self.preset]()).print(console)
             return

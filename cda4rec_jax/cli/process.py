@@ -1,17 +1,14 @@
 """What is set once for the whole process, before the first computation."""
 
-import ctypes
 import hashlib
 import logging
 import os
 import platform
-import sys
 import warnings
 from pathlib import Path
 
+from cda4rec_jax.allocator import keep_freed_memory
 from cda4rec_jax.errors import UserError
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def set_up_process() -> None:
@@ -44,19 +41,6 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
             f"this process cannot join the others ({error}): start all of them with the same --coordinator HOST:PORT and "
             "--num-processes, and --process-id 0, 1, ..., where the first runs on HOST; --distributed is for clusters that JAX knows"
         ) from error
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library (glibc) keep memory that is freed, instead of giving it back to the system; False where it cannot.
-
-    XLA asks for the temporary memory of a program anew at every call. The system hands out such blocks page by page and cleared, which
-    takes a fifth to a third of a training step on a CPU.
-    """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is None or not hasattr(library, "gnu_get_libc_version"):
-        return False
-    # Nothing is mapped apart from the heap, and the heap's end is never cut off.
-    return bool(library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def _cache_folder() -> Path:

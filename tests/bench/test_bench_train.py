@@ -131,7 +131,7 @@ def test_bad_input_gets_one_message_and_nothing_is_written(refused: Callable[...
     assert "unknown preset 'gpu-255'" in refused("--preset", "gpu-255", *flags)
     assert "does not exist" in refused("--data", tmp_path / "nowhere", *flags)
     assert "--lower-only is for the presets gpu-256, gpu-1024" in refused("--lower-only", *flags)
-    assert "leave --data and --peers out" in refused("--preset", "gpu-256", *flags)
+    assert "leave --data, --peers and --same-allocator out" in refused("--preset", "gpu-256", *flags)
     assert "is for accelerators" in refused("--preset", "gpu-256", "--out", out)
     assert not out.exists()
     (tmp_path / "file").write_text("")
