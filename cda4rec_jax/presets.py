@@ -55,16 +55,7 @@ def joint(
 
 def ml_1m() -> RunConfig:
     """MovieLens-1M: long histories, few items."""
-    train = TrainConfig(
-        epochs=24,
-        rows_per_batch=20,
-        learning_rate=4e-3,
-        ema_decay=0.998,
-        withheld_share=0.5,
-        patience=4,
-        final_steps=300,
-        final_withheld_per_step=64,
-    )
+    train = TrainConfig(epochs=24, rows_per_batch=20, learning_rate=4e-3, ema_decay=0.998, withheld_share=0.5, patience=4)
     return joint(
         history_length=200, row_tokens=201, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train
     )
@@ -72,7 +63,8 @@ def ml_1m() -> RunConfig:
 
 def amazon_beauty() -> RunConfig:
     """Amazon Beauty: short histories, many items, telling text."""
-    train = TrainConfig(epochs=12, rows_per_batch=16, learning_rate=3e-3)
+    # So many withheld users (6,700) want more planner-only steps before their linear end.
+    train = TrainConfig(epochs=12, rows_per_batch=16, learning_rate=3e-3, final_steps=500, final_withheld_per_step=96)
     return joint(width=128, dropout_rate=0.5, text_dimensions=256, train=train)
 
 

@@ -38,5 +38,5 @@ class TrainConfig:
     entropy_start: float = 0.1  # beta(t), in units of dQ, linear from here ...
     entropy_end: float = 0.005  # ... to here
     practice_share: float = 0.5  # final lambda of rho = (1 - lambda) uniform + lambda pi
-    final_steps: int = 500  # planner-only steps at the end, with frozen trunks
-    final_withheld_per_step: int = 96
+    final_steps: int = 300  # planner-only steps at the end, with frozen trunks
+    final_withheld_per_step: int = 64
