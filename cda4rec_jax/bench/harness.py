@@ -5,15 +5,19 @@ The method of timing itself is ``cda4rec_jax.timing``, which kernels can import 
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.timing import Measurement, Spread
+
+MOST_OTHER_CORES = 0.1  # that may be busy without disturbing
 
 
 def num_threads() -> int:
@@ -39,7 +43,41 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
-def method_lines(measurement: Measurement, threads: int) -> list[str]:
+class OtherLoad:
+    """A context manager: ``cores`` that all other processes of the machine kept busy inside of it; None where Linux does not tell.
+
+    A null does not see them all: XLA hands work to whatever core is free, while OpenMP (torch) waits for the slowest, up to tenfold.
+    """
+
+    cores: float | None = None
+
+    def __enter__(self) -> "OtherLoad":
+        self._start = _busy_seconds()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        end = _busy_seconds()
+        if self._start is not None and end is not None:
+            wall, machine, own = (after - before for before, after in zip(self._start, end, strict=True))
+            self.cores = max(0.0, machine - own) / wall
+
+    @property
+    def disturbs(self) -> bool:
+        """True where others took more than the cores that are not ours."""
+        return self.cores is not None and self.cores > MOST_OTHER_CORES + (os.cpu_count() or 1) - num_threads()
+
+
+def _busy_seconds() -> tuple[float, float, float] | None:
+    """Seconds on the clock, seconds of all cores (stolen ones too), and of this process."""
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return None
+    user, nice, system, _, _, *rest = map(int, file.read_text(encoding="ascii").splitlines()[0].split()[1:9])
+    times = os.times()
+    return time.monotonic(), (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK"), times.user + times.system
+
+
+def method_lines(measurement: Measurement, threads: int, others: OtherLoad) -> list[str]:
     """How it was measured, and whether to believe it."""
     low, high = measurement.null_bounds
     nulls = ", ".join(f"{name} {null:.3f}" for name, null in measurement.nulls.items())
@@ -55,15 +93,21 @@ def method_lines(measurement: Measurement, threads: int) -> list[str]:
         )
     elif measurement.attempts > 1:
         lines.append(f"the first {measurement.attempts - 1} attempts were rejected: a null was outside of its bounds")
+    if others.disturbs:
+        lines.append(
+            f"NOT QUIET: other processes kept {others.cores:.1f} cores busy; torch suffers from that several times as much as JAX, so its "
+            "figures are worth nothing: repeat this on a quiet machine"
+        )
     cold = [name for name, warm in measurement.warm.items() if not warm]
     if cold:
         lines.append(f"not steady after warming up: {', '.join(cold)}")
     return lines
 
 
-def measurement_json(measurement: Measurement) -> dict[str, Any]:
+def measurement_json(measurement: Measurement, others: OtherLoad) -> dict[str, Any]:
     """Everything of a measurement, ready for JSON."""
-    return {**asdict(measurement), "accepted": measurement.accepted}
+    quiet = measurement.accepted and not others.disturbs
+    return {**asdict(measurement), "accepted": measurement.accepted, "other_cores": others.cores, "quiet": quiet}
 
 
 def check_folder(out: Path) -> Path:

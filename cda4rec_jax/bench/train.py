@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cda4rec_jax.allocator import keep_freed_memory, return_freed_memory
 from cda4rec_jax.bench.harness import (
+    OtherLoad,
     bar_chart,
     check_folder,
     measurement_json,
@@ -52,6 +53,7 @@ class TrainBenchmark:
     not_installed: tuple[str, ...]
     same_allocator: bool
     measurement: Measurement
+    others: OtherLoad
     loss_bytes: int  # temporary memory of our loss with its gradients
     softmax_bytes: int  # of the same with materialised logits
     remarks: tuple[str, ...]
@@ -74,7 +76,7 @@ class TrainBenchmark:
             "not_installed": list(self.not_installed),
             "same_allocator": self.same_allocator,
             "loss_temporary_bytes": {"ours": self.loss_bytes, "materialised": self.softmax_bytes},
-            "measurement": measurement_json(self.measurement),
+            "measurement": measurement_json(self.measurement, self.others),
             "remarks": list(self.remarks),
             "provenance": self.provenance,
         }
@@ -114,7 +116,7 @@ class TrainBenchmark:
                 if self.not_installed
                 else []
             ),
-            *method_lines(self.measurement, num_threads()),
+            *method_lines(self.measurement, num_threads(), self.others),
             *self.remarks,
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -170,7 +172,8 @@ def bench_train(
             stack.callback(competitors[-1].close)
             _require_equal_loss(competitors[-1])
         progress("preparing and compiling", len(making), len(making))
-        measurement = _measured(competitors, timing, same_allocator, partial(progress, "measuring"))
+        with OtherLoad() as others:
+            measurement = _measured(competitors, timing, same_allocator, partial(progress, "measuring"))
         remarks = tuple(filter(None, (one.remark() for one in competitors)))
     found = TrainBenchmark(
         data=source_name(source),
@@ -181,6 +184,7 @@ def bench_train(
         not_installed=not_installed,
         same_allocator=same_allocator,
         measurement=measurement,
+        others=others,
         loss_bytes=memory[0],
         softmax_bytes=memory[1],
         remarks=remarks,

@@ -17,7 +17,7 @@ from flax import nnx
 from rich.console import Console
 
 from cda4rec_jax.agents.cloud import CloudConfig
-from cda4rec_jax.bench.harness import check_folder, measurement_json, method_lines, num_threads, write_json
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, num_threads, write_json
 from cda4rec_jax.bench.layouts import Segment, num_real_tokens, packed_rows
 from cda4rec_jax.bench.train_systems import (
     Model,
@@ -128,6 +128,7 @@ class AcceleratorBenchmark:
     tokens_per_step: float
     flops_per_step: float
     measurement: Measurement  # work is in floating-point operations
+    others: OtherLoad
     provenance: dict[str, Any]
 
     @property
@@ -154,7 +155,7 @@ class AcceleratorBenchmark:
             "flops_per_second": self.flops_per_second,
             "matmul_flops_per_second": self.measurement.rates[MATMUL].median,
             "share_of_matmul_rate": asdict(self.measurement.ratio(STEP, MATMUL)),
-            "measurement": measurement_json(self.measurement),
+            "measurement": measurement_json(self.measurement, self.others),
             "provenance": self.provenance,
         }
 
@@ -166,7 +167,7 @@ class AcceleratorBenchmark:
             f"model {self.flops_per_second / 1e12:.1f} TFLOP/s, products of {MATMUL_SIZE} x {MATMUL_SIZE} bfloat16 matrices "
             f"{self.measurement.rates[MATMUL].median / 1e12:.1f} TFLOP/s: a share of {share.median:.1%} [{share.p10:.1%}, {share.p90:.1%}]",
             f"compiled in {self.compile_seconds:.1f} s; temporary memory {self.temporary_bytes / 2**30:.2f} GB",
-            *method_lines(self.measurement, num_threads()),
+            *method_lines(self.measurement, num_threads(), self.others),
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
@@ -220,7 +221,8 @@ def measure_accelerator(
         return sum(flops[place] for place in places)
 
     contestants = [Contestant(name=STEP, call=train), _matmul(matmul_size)]
-    measurement = measure(contestants, [(STEP, MATMUL)], timing, progress=partial(progress, "measuring"))
+    with OtherLoad() as others:
+        measurement = measure(contestants, [(STEP, MATMUL)], timing, progress=partial(progress, "measuring"))
     return AcceleratorBenchmark(
         preset_name=preset_name,
         preset=preset,
@@ -229,6 +231,7 @@ def measure_accelerator(
         tokens_per_step=float(np.mean([num_real_tokens(batch) for batch in host])),
         flops_per_step=float(np.mean(flops)),
         measurement=measurement,
+        others=others,
         provenance=provenance(dataset_fingerprint=f"synthetic tokens of {preset_name}"),
     )
 
