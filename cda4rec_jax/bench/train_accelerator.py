@@ -70,7 +70,7 @@ def _preset(*, width: int, num_layers: int, num_heads: int, mlp_hidden: int, num
     config = RunConfig(
         system=SystemConfig(cloud=cloud, device=None),
         packing=PackingConfig(history_length=ROW_TOKENS - 1, row_tokens=ROW_TOKENS, recent_share=0.0, profile_targets=0.0),
-        train=TrainConfig(epochs=1, rows_per_batch=8, learning_rate=1e-3, loss_chunk=2048),
+        train=TrainConfig(epochs=1, rows_per_batch=8, learning_rate=1e-3, loss_chunk=2048, compute_dtype="bfloat16"),
         text_dimensions=0,
     )
     return AcceleratorPreset(config=config, num_items=num_items)
@@ -284,19 +284,12 @@ def lower_step(preset_name: str, preset: AcceleratorPreset, platform: str = "cud
     system = nnx.eval_shape(lambda text: System(config.system, text, prefix_size(0, 0), rngs=nnx.Rngs(0)), text)
     graph, trunk, deciders, frozen = split_system(system)
     model = Model(graph=graph, frozen=frozen, trunk=trunk, deciders=deciders, config=step_config, num_steps=NUM_STEPS)
-    structures = []
-
-    def start(trunk: Any) -> list[jax.Array]:
-        leaves, structure = jax.tree.flatten(initial_state(model, trunk))
-        structures.append(structure)
-        return leaves
-
-    state = jax.eval_shape(start, trunk)
+    state = jax.eval_shape(partial(initial_state, model), trunk)
     batch = synthetic_batch(preset, 0)
-    rest, structure = jax.tree.flatten((training_batch(batch), frozen, None, None))
-    arguments = jax.tree_util.treedef_tuple((structures[0], *structure.children()))
-    step, _ = jitted_steps(graph, step_config, NUM_STEPS, Layout(None, num_rows=text.shape[0]))
-    lowered = flat_step(step, arguments, len(state)).trace(*state, *rest).lower(lowering_platforms=(platform,))
+    leaves, structure = jax.tree.flatten((state, training_batch(batch), frozen, None, None))
+    step, _ = jitted_steps(graph, step_config, NUM_STEPS, Layout(None, num_rows=preset.num_items + 1), state)
+    flat = flat_step(step, structure, len(jax.tree.leaves(state)))
+    lowered = flat.trace(*leaves).lower(lowering_platforms=(platform,))
     return Lowering(
         preset_name=preset_name,
         platform=platform,
