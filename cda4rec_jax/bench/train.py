@@ -203,15 +203,16 @@ def _measured(
 
 
 def _before(one: Competitor, same_allocator: bool) -> Callable[[], object]:
-    """Ours trains under the allocator that ``cda4rec train`` sets up, others under the C library's defaults, as their users do."""
-    if not (same_allocator or one.name in (OURS, OURS_PADDED)):
-        return return_freed_memory
-    if same_allocator:
-        return keep_freed_memory
+    """Ours trains under the allocator that ``cda4rec train`` sets up, others under the C library's defaults, as their users do.
+
+    Everyone has an untimed step under its own setting first: the turn of another has left the heap in another state, and in training
+    that happens once.
+    """
+    prepare = keep_freed_memory if same_allocator or one.name in (OURS, OURS_PADDED) else return_freed_memory
 
     def before() -> None:
-        keep_freed_memory()
-        one.call(0)  # fills the heap, which the turn of another has emptied; in training that happens once
+        prepare()
+        one.call(0)
 
     return before
 
