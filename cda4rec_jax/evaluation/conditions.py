@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cda4rec_jax.agents.device.features import CLOUD_FEATURES, FEATURES
+from cda4rec_jax.agents.device.features import FEATURES, SEMANTIC_FEATURES
 from cda4rec_jax.array_typing import Array, PlanRanks
 from cda4rec_jax.messages import EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import target_rank
@@ -20,7 +20,7 @@ from cda4rec_jax.runs.artifacts import TrainedSystem
 
 Progress = Callable[[int, int], None]
 CLOUD_WEIGHTS = tuple(np.linspace(0.0, 1.0, 11).round(1).tolist())
-_FROM_THE_CLOUD = np.array([name in CLOUD_FEATURES and name != "popularity" for name in FEATURES])
+_FROM_THE_CLOUD = np.array([name in SEMANTIC_FEATURES for name in FEATURES])
 
 
 def can_be_stale(positions: Int[np.ndarray, "n"], age_events: int) -> Bool[np.ndarray, "n"]:

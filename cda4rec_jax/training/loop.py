@@ -192,10 +192,9 @@ class Trainer:
         started, saved = time.monotonic() - self.position.elapsed_s, time.monotonic()
         latest: dict[str, jax.Array] = {}  # deciders report on their own steps only
         for step in range(int(self.state.step), self.num_steps):
-            frozen, tables, world = self._constants
-            decide = world is not None and step % train.decider_interval == 0
-            given = (frozen, tables, world) if decide else (frozen, None, None)
-            self.state, values = self._joint(self.state, self.layout.place_batch(next(iterator)), *given)
+            batch, (frozen, tables, world) = next(iterator), self._constants
+            given = (frozen, None, None) if batch.withheld is None else (frozen, tables, world)
+            self.state, values = self._joint(self.state, self.layout.place_batch(batch), *given)
             latest |= values
             self._log("joint", step + 1, self.num_steps, latest)
             self.position.iterator = iterator.get_state()

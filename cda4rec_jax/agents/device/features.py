@@ -45,6 +45,7 @@ STRUCTURED_FEATURES = (
     "history_size",
 )
 FEATURES = CLOUD_FEATURES + STRUCTURED_FEATURES
+SEMANTIC_FEATURES = tuple(name for name in CLOUD_FEATURES if name != "popularity")  # absent without a semantic score
 SHORT_DECAY, LONG_DECAY = 0.6, 0.95
 _LOG_OF_MAX_RANK = 6.2  # log(500)
 _CATEGORY_CODES = 256  # categories travel as one byte

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from cda4rec_jax.agents.device.features import CLOUD_FEATURES, FEATURES, STRUCTURED_FEATURES
+from cda4rec_jax.agents.device.features import FEATURES, SEMANTIC_FEATURES, STRUCTURED_FEATURES
 from cda4rec_jax.array_typing import Array, CandidateFeatures, CandidateScores
 from cda4rec_jax.nn import Frozen
 
@@ -14,7 +14,7 @@ _LARGEST = 8.0  # standard deviations
 _SMALLEST_DEVIATION = 1e-3  # below it a feature is constant and stays as it is
 _CLOUD_PRESENT = FEATURES.index("cloud_present")
 _STRUCTURED_PRESENT = FEATURES.index("structured_present")
-_OF_CLOUD = np.asarray([name in CLOUD_FEATURES and name != "popularity" for name in FEATURES])[None, None]
+_OF_CLOUD = np.asarray([name in SEMANTIC_FEATURES for name in FEATURES])[None, None]
 _OF_STRUCTURED = np.asarray([name in STRUCTURED_FEATURES for name in FEATURES])[None, None]
 
 
