@@ -21,12 +21,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(reason: str) -> None:
-    """Return when every process is here; all must give the same reason."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(reason)
-
-
 def any_process(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether it is set in any process."""
     if jax.process_count() == 1:
