@@ -64,13 +64,13 @@ def ml_1m() -> RunConfig:
 def amazon_beauty() -> RunConfig:
     """Amazon Beauty: short histories, many items, telling text."""
     # So many withheld users (6,700) want more planner-only steps before their linear end.
-    train = TrainConfig(epochs=12, rows_per_batch=16, learning_rate=3e-3, final_steps=500, final_withheld_per_step=96)
+    train = TrainConfig(epochs=12, rows_per_batch=16, learning_rate=3e-3, final_steps=500, final_users_per_step=96)
     return joint(width=128, dropout_rate=0.5, text_dimensions=256, train=train)
 
 
 def synthetic() -> RunConfig:
     """The synthetic world, in about a minute on two cores."""
-    train = TrainConfig(epochs=7, rows_per_batch=32, learning_rate=4e-3, final_steps=100, final_withheld_per_step=32)
+    train = TrainConfig(epochs=7, rows_per_batch=32, learning_rate=4e-3, final_steps=100, final_users_per_step=32)
     return joint(width=32, device_width=16, dropout_rate=0.2, text_dimensions=32, train=train)
 
 
@@ -84,7 +84,7 @@ def tiny() -> RunConfig:
         decider_interval=1,
         context_draws=2,
         final_steps=6,
-        final_withheld_per_step=8,
+        final_users_per_step=8,
         validation_users=128,
     )
     return joint(width=16, device_width=8, history_length=15, row_tokens=16, text_dimensions=16, dropout_rate=0.1, train=train)

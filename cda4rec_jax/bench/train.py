@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,13 @@ class TrainBenchmark:
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
+def _as_published(config: RunConfig) -> RunConfig:
+    """SASRec drops attention weights too (Kang and McAuley, arXiv 1808.09781), which our presets do not."""
+    cloud = config.system.cloud
+    decoder = replace(cloud.decoder, attention_dropout_rate=cloud.decoder.dropout_rate)
+    return replace(config, system=replace(config.system, cloud=replace(cloud, decoder=decoder)))
+
+
 def bench_train(
     source: str,
     *,
@@ -155,6 +162,7 @@ def bench_train(
             f"torch is measured on the CPU, and JAX computes on {jax.default_backend()}: set JAX_PLATFORMS=cpu, or --peers jax"
         )
     folder = check_folder(out)
+    config = _as_published(config)
     interactions = read_interactions(source)
     text = np.zeros((interactions.num_items + 1, 1), np.float32)
     corpus = Corpus(interactions=interactions, text=text, ids_only=True)

@@ -65,6 +65,7 @@ def _preset(*, width: int, num_layers: int, num_heads: int, mlp_hidden: int, num
         num_kv_heads=num_heads,
         mlp_hidden=mlp_hidden,
         dropout_rate=0.1,
+        attention_dropout_rate=0.1,
     )
     cloud = CloudConfig(decoder=decoder, item_table=ItemTableConfig(text_dropout_rate=0.0), history_length=ROW_TOKENS - 1)
     config = RunConfig(

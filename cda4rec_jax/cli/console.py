@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from cda4rec_jax.training import Progress as Report
 
 PLAIN_LINE_SECONDS = 10.0
-_PHASES = {"joint": "training", "practice": "training fusion and planner", "planner": "training the planner"}
+_PHASES = {
+    "joint": "training",
+    "observing": "preparing fusion and planner",
+    "practice": "training fusion and planner",
+    "planner": "training fusion and planner",
+}
 
 
 class Stopped(Exception):

@@ -116,7 +116,7 @@ def _mixture_ranks(
     ages = jnp.broadcast_to(age_events, history.lengths.shape)
     views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config)
     view = views["local-reuse"]
-    features = view.features["done"]
+    features = view.features
     scored = view.allowed & (features[..., FEATURES.index("cloud_present")] > 0)
     cloud = features[..., FEATURES.index("cloud_score")]
     lowest = jnp.min(jnp.where(scored, cloud, jnp.inf), axis=1, keepdims=True)

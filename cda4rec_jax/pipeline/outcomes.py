@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.agents.cloud import CloudAgent
-from cda4rec_jax.agents.device import DeviceAgent, FusionHead
+from cda4rec_jax.agents.device import DeviceAgent, FusionHead, without_structure
 from cda4rec_jax.array_typing import (
     Array,
     CandidateFeatures,
@@ -41,6 +41,7 @@ from cda4rec_jax.pipeline.subtasks import (
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import PLANS
 
+DONE, SKIPPED = "done", "skipped"  # structured user modelling: the two kinds of features
 Scores = dict[tuple[str, str], CandidateScores]  # by view and kind of features
 
 
@@ -51,7 +52,7 @@ class View:
 
     items: CandidateItems
     allowed: CandidateMask  # real, and not seen by the user
-    features: dict[str, CandidateFeatures]  # by structured user modelling: "skip", "done"
+    features: CandidateFeatures  # with structured user modelling; a plan that skips it ranks with ``without_structure`` of them
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +102,8 @@ def compute_views(
     short, long = ("profile", "recent"), ("full", "reuse")
     of_short = semantics(short, released_items(EgressLevel.RECENT, config.history_length))
     semantic = jnp.concatenate([of_short, semantics(long, config.history_length)])
-    candidates = retrieve(catalogue.vectors, semantic, max_candidates(num_items))
+    # Without the barrier XLA on a CPU fuses the search into what reads its results, which then take seven times as long.
+    candidates = jax.lax.optimization_barrier(retrieve(catalogue.vectors, semantic, max_candidates(num_items)))
 
     full = release(history, catalogue.categories, fresh["full"], now, max_items=config.history_length, **sizes)
     structured = model_structure(device, full, abstract_evidence(catalogue, full))
@@ -146,10 +148,7 @@ def _views(
     stacked = View(
         items=candidates.items,
         allowed=unseen(candidates.items, seen, catalogue.num_items),
-        features={
-            "skip": score_features(candidates, evidence, None, **shared),
-            "done": score_features(candidates, evidence, own, **shared),
-        },
+        features=score_features(candidates, evidence, own, **shared),
     )
     size = history.seen.shape[0]
     rows = {name: slice(number * size, (number + 1) * size) for number, name in enumerate(names)}
@@ -158,12 +157,15 @@ def _views(
 
 def plan_group(plan: Plan) -> tuple[str, str]:
     """View and kind of features that a plan ranks with."""
-    return view_name(plan), "skip" if plan.structured is Placement.SKIP else "done"
+    return view_name(plan), SKIPPED if plan.structured is Placement.SKIP else DONE
 
 
 def score_views(head: FusionHead, views: dict[str, View]) -> Scores:
     """Scores of every pool, with and without structured user modelling; once each, whatever the number of plans."""
-    return {(name, kind): head(features) for name, view in views.items() for kind, features in view.features.items()}
+    scores = {}
+    for name, view in views.items():
+        scores[name, DONE], scores[name, SKIPPED] = head(view.features), head(without_structure(view.features))
+    return scores
 
 
 def plan_limits(views: dict[str, View]) -> dict[tuple[str, str], list[tuple[int, int]]]:

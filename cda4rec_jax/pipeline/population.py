@@ -201,7 +201,7 @@ def _feature_moments(
     views = compute_views(
         system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config
     ).values()
-    features = jnp.concatenate([view.features["done"] for view in views], axis=1)
+    features = jnp.concatenate([view.features for view in views], axis=1)
     allowed = jnp.concatenate([view.allowed for view in views], axis=1)[..., None]
     features = jnp.where(allowed, features, 0.0)
     return jnp.sum(allowed), jnp.sum(features, (0, 1)), jnp.sum(jnp.square(features), (0, 1))

@@ -27,6 +27,7 @@ from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.processes import any_process, from_first
 from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_users
 from cda4rec_jax.training.mesh import Layout, rows_multiple
+from cda4rec_jax.training.observations import KeptObservations
 from cda4rec_jax.training.step import StepConfig, TrainState, jitted_steps, optimizers, split_system
 
 LOG_EVERY_STEPS = 10
@@ -41,7 +42,7 @@ class Interrupted(Exception):
 class Progress:
     """One report of the loop to whoever watches."""
 
-    phase: str  # "joint", "practice" (deciders alone) or "planner"
+    phase: str  # "joint", "observing", "practice" (deciders alone) or "planner"
     step: int
     num_steps: int
     values: dict[str, float] = field(default_factory=dict)
@@ -161,7 +162,8 @@ class Trainer:
             if self.position.phase == "joint":
                 self._joint_phase()
             if self._world is not None:
-                self._planner_phase()
+                self._apply_scales()
+                self._planner_phase(self._keep_observations())
         return self.weights()
 
     def fit_deciders(self, practice_steps: int) -> Any:
@@ -172,15 +174,15 @@ class Trainer:
         """
         self._finish_joint()
         self._apply_scales()
-        train = self.config.train
+        train, kept = self.config.train, self._keep_observations()
         steps = range(0, practice_steps, train.decider_interval)
         for done, step in enumerate(steps, start=1):
-            history = self.layout.place_batch(self.source.withheld_batch(step, train.withheld_per_step))
+            observation = self.layout.place_batch(kept.batch(done - 1, train.withheld_per_step))
             when = self.layout.place((jnp.asarray(step, jnp.int32), jnp.asarray(step / practice_steps, jnp.float32)))
-            self.state, values = self._decide(self.state, history, *self._constants, *when)
+            self.state, values = self._decide(self.state, observation, *self._constants, *when)
             self._log("practice", done, len(steps), values)
         self.state = TrainState(**{**vars(self.state), "step": jnp.zeros((), jnp.int32)})
-        self._planner_phase()
+        self._planner_phase(kept)
         return self.weights()
 
     def _joint_phase(self) -> None:
@@ -246,15 +248,34 @@ class Trainer:
         self.position.phase = "planner"
         self._save(*any_process(self._stop.is_set()))
 
-    def _planner_phase(self) -> None:
+    def _keep_observations(self) -> KeptObservations:
+        """What the deciders see of withheld positions through the final trunks."""
+        assert self._world is not None and self._withheld is not None
         train = self.config.train
-        self._apply_scales()
-        saved = time.monotonic()
+        users = np.sort(np.random.default_rng([train.seed, 37]).permutation(self._withheld)[: train.final_users])
+
+        def tell(done: int, total: int) -> None:
+            self.watch(Progress(phase="observing", step=done, num_steps=total))
+
+        return KeptObservations(
+            self.population,
+            self.weights(),
+            users,
+            self._train_positions[users],
+            self.tables,
+            self._world,
+            self.num_steps,
+            seed=train.seed,
+            progress=tell,
+            **self.config.of_requests,
+        )
+
+    def _planner_phase(self, kept: KeptObservations) -> None:
+        train, saved = self.config.train, time.monotonic()
         for step in range(int(self.state.step), train.final_steps):
-            draw = self.num_steps + step
-            history = self.source.withheld_batch(draw, train.final_withheld_per_step)
-            placed = self.layout.place_batch(history), *self._constants, self.layout.place(jnp.asarray(draw, jnp.int32))
-            self.state, values = self._decide(self.state, *placed)
+            observation = self.layout.place_batch(kept.batch(step, train.final_users_per_step))
+            draw = self.layout.place(jnp.asarray(self.num_steps + step, jnp.int32))
+            self.state, values = self._decide(self.state, observation, *self._constants, draw)
             self._log("planner", step + 1, train.final_steps, values)
             due = time.monotonic() - saved > 60 * train.checkpoint_minutes
             stop, due = self._agreed(step + 1, self._stop.is_set(), due)

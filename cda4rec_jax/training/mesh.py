@@ -18,6 +18,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy.sharded import DATA_AXIS, ITEM_AXIS
 from cda4rec_jax.messages import HistoryBatch, SequenceBatch
 from cda4rec_jax.training.batches import TrainingBatch
+from cda4rec_jax.training.observations import Observation
 
 AXES = (DATA_AXIS, ITEM_AXIS)
 
@@ -95,16 +96,20 @@ class Layout:
         return jax.tree_util.tree_map_with_path(lambda path, leaf: self._put(self._padded(path, leaf), self._spec(path)), tree)
 
     def place_batch(self, batch: Any) -> Any:
-        """A ``TrainingBatch`` or ``HistoryBatch`` with its rows over ``data``; users that do not divide go to every device."""
+        """A ``TrainingBatch`` or an ``Observation`` with its rows over ``data``; users that do not divide go to every device."""
         if self.mesh is None or batch is None:
             return batch
         if isinstance(batch, TrainingBatch):
             parts = {name: self.place_batch(value) for name, value in vars(batch).items()}
             return TrainingBatch(**parts)
-        assert isinstance(batch, SequenceBatch | HistoryBatch)
-        whole = isinstance(batch, HistoryBatch) and batch.targets.shape[0] % self._data != 0
-        places = {name: PartitionSpec() if whole or name == "prefixes" else PartitionSpec(DATA_AXIS) for name in vars(batch)}
-        return type(batch)(**{name: self._put(np.asarray(value), places[name]) for name, value in vars(batch).items()})
+        if isinstance(batch, SequenceBatch):
+            places = {name: PartitionSpec() if name == "prefixes" else PartitionSpec(DATA_AXIS) for name in vars(batch)}
+            return SequenceBatch(**{name: self._put(np.asarray(value), places[name]) for name, value in vars(batch).items()})
+        assert isinstance(batch, HistoryBatch | Observation)
+        whole = jax.tree.leaves(batch)[0].shape[0] % self._data != 0
+        return jax.tree.map(
+            lambda leaf: self._put(np.asarray(leaf), PartitionSpec() if whole else PartitionSpec(DATA_AXIS)), batch
+        )
 
     def shardings(self, tree: Any) -> Any:
         """Sharding of every leaf of a state that ``place`` has placed."""

@@ -18,16 +18,17 @@ from jaxtyping import Float, PRNGKeyArray
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.links import LinkConfig
-from cda4rec_jax.messages import HistoryBatch, SequenceBatch
+from cda4rec_jax.messages import SequenceBatch
 from cda4rec_jax.pipeline.catalogue import ItemTables, build_catalogue
-from cda4rec_jax.pipeline.decisions import PlanningWorld, draw_requests, redraw_requests
-from cda4rec_jax.pipeline.outcomes import compute_views, fusion_cross_entropy, score_views, target_ranks
+from cda4rec_jax.pipeline.decisions import PlanningWorld, redraw_requests
+from cda4rec_jax.pipeline.outcomes import fusion_cross_entropy, score_views, target_ranks
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import ContextConfig, context_features, masked_softmax, plan_quality, realised_utility
 from cda4rec_jax.training.batches import TrainingBatch, micro_batch
 from cda4rec_jax.training.config import ComputeDtype, TrainConfig
 from cda4rec_jax.training.losses import catalogue_loss, fusion_loss, planner_loss, quality_loss
 from cda4rec_jax.training.mesh import Layout
+from cda4rec_jax.training.observations import Observation, observe
 
 REDRAW_STRIDE = 1_000_003  # keeps the further contexts of a step apart from the contexts of all other steps
 
@@ -54,6 +55,11 @@ class StepConfig:
     train: TrainConfig
     contexts: ContextConfig = ContextConfig()
     links: LinkConfig = LinkConfig()
+
+    @property
+    def of_requests(self) -> dict[str, Any]:
+        """What ``observe`` is told."""
+        return {"config": self.system, "contexts": self.contexts, "links": self.links}
 
 
 def is_decider(path: tuple, value: Any) -> bool:
@@ -140,36 +146,26 @@ def trunk_loss(
 
 def decider_loss(
     system: System,
-    given: System,
+    observation: Observation,
     tables: ItemTables,
     world: PlanningWorld,
-    history: HistoryBatch,
-    step: Array,
+    draw: Array,
     progress: Float[Array, ""],
     config: StepConfig,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Fusion head and policy on withheld positions.
 
     Args:
-        system: gradients flow to its head and policy.
-        given: the same weights behind ``stop_gradient``; computes all that the deciders see.
+        system: gradients flow to its head and policy alone.
+        observation: requests at the withheld positions, seen through trunks taken as given.
+        draw: number of the contexts; each draws ``config.train.context_draws`` of them.
         progress: share of the joint steps that are done; 1 in the final, planner-only phase.
     """
     train, policy = config.train, system.policy
-    assert given.device is not None and system.device is not None and policy is not None
+    assert system.device is not None and policy is not None
     options = {"max_cache_age": config.system.max_cache_age, "contexts": config.contexts, "links": config.links}
-    first = draw_requests(world, history, tables, step, **options)
-    catalogue = build_catalogue(given.cloud, given.device, tables)
-    views = compute_views(
-        given.cloud,
-        given.device,
-        catalogue,
-        history,
-        first.context.cache_level,
-        first.context.cache_age_events,
-        config.system,
-    )
-    views = jax.lax.stop_gradient(views)
+    observation = jax.lax.stop_gradient(observation.with_features_as(jnp.float32))
+    history, views = observation.history, observation.views
     scores = score_views(system.device.head, views)
     quality = jax.lax.stop_gradient(plan_quality(target_ranks(scores, views, history.targets)))
     losses, present = fusion_cross_entropy(scores, views, history.targets)
@@ -180,7 +176,7 @@ def decider_loss(
 
     def one_draw(draw: Array) -> tuple[dict[str, Array], Array]:
         # Outcomes depend on the cache alone, so that one pass over the models serves several contexts of one cache.
-        asked = redraw_requests(world, history, tables, draw, first.context, **options)
+        asked = redraw_requests(world, history, tables, draw, observation.context, **options)
         chosen = masked_softmax(policy.logits(asked.context, asked.predicted, asked.mask), asked.mask)
         utilities = realised_utility(quality, asked.realised, asked.context, failed=asked.failed, mask=asked.mask)
         estimate = policy.quality(context_features(asked.context))
@@ -191,7 +187,7 @@ def decider_loss(
         }
         return terms, chosen
 
-    terms, chosen = jax.vmap(one_draw)(step + jnp.arange(train.context_draws) * REDRAW_STRIDE)
+    terms, chosen = jax.vmap(one_draw)(draw + jnp.arange(train.context_draws) * REDRAW_STRIDE)
     mean = jax.tree.map(jnp.mean, terms)
     fusion = fusion_loss(losses, present, jnp.mean(chosen, axis=0), train.practice_share * progress)
     total = fusion + started * (mean["planner_loss"] + train.quality_regression * mean["quality_loss"])
@@ -255,7 +251,10 @@ def joint_step(
         trunk, constant = layout.whole((state.trunk, frozen))
         system = nnx.merge(graph, trunk, deciders, constant)
         given = nnx.merge(graph, *jax.lax.stop_gradient((trunk, deciders, constant)))
-        return decider_loss(system, given, tables, world, batch.withheld, state.step, progress, config)
+        assert given.device is not None
+        catalogue = build_catalogue(given.cloud, given.device, tables)
+        observation = observe(given, catalogue, batch.withheld, tables, world, state.step, **config.of_requests)
+        return decider_loss(system, observation, tables, world, state.step, progress, config)
 
     (decided, more), decider_gradients = jax.value_and_grad(loss, has_aux=True)(state.deciders)
     trunk_optimizer, decider_optimizer = optimizers(config.train, num_steps)
@@ -282,7 +281,7 @@ def joint_step(
 
 def decider_step(
     state: TrainState,
-    history: HistoryBatch,
+    observation: Observation,
     frozen: Any,
     tables: ItemTables,
     world: PlanningWorld,
@@ -292,20 +291,17 @@ def decider_step(
     graph: nnx.GraphDef,
     config: StepConfig,
     num_steps: int,
-    layout: Layout,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update of head and policy alone, against the final (averaged) trunks.
+    """One update of head and policy alone, on what they see through the final (averaged) trunks.
 
     ``practised`` is the share that is done of the steps that the deciders would have had beside the trunks, for those that learn all of
     them afterwards; None is the planner-only phase at the end of training.
     """
 
     def loss(deciders: Any) -> tuple[Array, dict[str, Array]]:
-        average, constant = layout.whole((state.average, frozen))
-        system = nnx.merge(graph, average, deciders, constant)
-        given = nnx.merge(graph, *jax.lax.stop_gradient((average, deciders, constant)))
+        system = nnx.merge(graph, state.average, deciders, frozen)  # whose trunks are not read
         progress = jnp.ones(()) if practised is None else practised
-        return decider_loss(system, given, tables, world, history, draw, progress, config)
+        return decider_loss(system, observation, tables, world, draw, progress, config)
 
     (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.deciders)
     optimizer = optimizers(config.train, num_steps)[1]
@@ -333,7 +329,8 @@ def jitted_steps(
 
     On one device the step takes any state, and ``state`` may be None.
     """
-    static = {"graph": graph, "config": config, "num_steps": num_steps, "layout": layout}
+    static = {"graph": graph, "config": config, "num_steps": num_steps}
     # Arguments are where they were placed. Results are told to stay there, so that no step is compiled a second time.
     places: Any = {} if layout.mesh is None else {"out_shardings": (layout.shardings(state), layout.everywhere())}
-    return tuple(jax.jit(partial(step, **static), donate_argnums=0, **places) for step in (joint_step, decider_step))  # pyright: ignore[reportReturnType]
+    steps = partial(joint_step, **static, layout=layout), partial(decider_step, **static)
+    return tuple(jax.jit(step, donate_argnums=0, **places) for step in steps)  # pyright: ignore[reportReturnType]

@@ -77,9 +77,9 @@ def deciders(tiny: Path, folder: Path) -> dict[str, float]:
     """The joint step until it is logged first."""
     trainer = make_trainer(tiny, folder, "data=4,items=2")
     rows = joint_steps(trainer, 10)
-    history = trainer.layout.place_batch(trainer.source.withheld_batch(0, 8))
+    observation = trainer.layout.place_batch(trainer._keep_observations().batch(0, 8))
     # The planner-only step has nothing that the joint one has not: it is lowered, not compiled, which would take as long again.
-    trainer._decide.lower(trainer.state, history, *trainer._constants, trainer.layout.place(np.int32(0)))
+    trainer._decide.lower(trainer.state, observation, *trainer._constants, trainer.layout.place(np.int32(0)))
     return rows[-1]
 
 

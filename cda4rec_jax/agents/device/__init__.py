@@ -1,7 +1,7 @@
 """The device agent: structured user modelling over the private history, and final ranking."""
 
-from cda4rec_jax.agents.device.features import FEATURES, candidate_features
+from cda4rec_jax.agents.device.features import FEATURES, candidate_features, without_structure
 from cda4rec_jax.agents.device.modeling import DeviceAgent, DeviceConfig
 from cda4rec_jax.agents.device.ranking import FusionHead
 
-__all__ = ["FEATURES", "DeviceAgent", "DeviceConfig", "FusionHead", "candidate_features"]
+__all__ = ["FEATURES", "DeviceAgent", "DeviceConfig", "FusionHead", "candidate_features", "without_structure"]

@@ -126,6 +126,11 @@ def candidate_features(cloud: Float[Array, "b c g"], structured: Float[Array, "b
     return jnp.concatenate([cloud, structured], axis=-1)
 
 
+def without_structure(features: CandidateFeatures) -> CandidateFeatures:
+    """The features as they are where structured user modelling was skipped."""
+    return features * jnp.asarray([name in CLOUD_FEATURES for name in FEATURES], features.dtype)[None, None, :]
+
+
 def _rarity(log_popularity: Array) -> Array:
     """About the inverse root of an item's number of events, in units of an item with a sixth of the largest logarithm."""
     return jnp.exp(0.5 - 3.0 * log_popularity)

@@ -101,7 +101,7 @@ class TorchSASRec(torch.nn.Module):
         heads = self.config.num_heads
         qkv = (x @ self.weights[f"{layer}_qkv"]).view(rows, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         query, key = (_rotate(part, *rotation) for part in qkv[:2])
-        dropout_rate = self.config.dropout_rate if self.training else 0.0
+        dropout_rate = self.config.attention_dropout_rate if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, qkv[2], mask, dropout_rate, is_causal=mask is None)
         return mixed.transpose(1, 2).reshape(rows, length, width) @ self.weights[f"{layer}_out"]
 
