@@ -37,7 +37,7 @@ def joint(
     dropout_rate: float = 0.4,
     text_dimensions: int = 128,
     id_scale: float = 0.16,
-    text_scale: float = 0.5,
+    text_scale: float = 1.0,
     train: TrainConfig,
 ) -> RunConfig:
     """Cloud agent, device agent and planner."""
@@ -55,7 +55,9 @@ def joint(
 
 def ml_1m() -> RunConfig:
     """MovieLens-1M: long histories, few items."""
-    train = TrainConfig(epochs=24, rows_per_batch=20, learning_rate=4e-3, ema_decay=0.998, withheld_share=0.5, patience=4)
+    train = TrainConfig(
+        epochs=24, rows_per_batch=20, learning_rate=4e-3, ema_decay=0.998, withheld_share=0.5, patience=4, final_steps=1000
+    )
     return joint(
         history_length=200, row_tokens=201, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train
     )
@@ -63,9 +65,8 @@ def ml_1m() -> RunConfig:
 
 def amazon_beauty() -> RunConfig:
     """Amazon Beauty: short histories, many items, telling text."""
-    # So many withheld users (6,700) want more planner-only steps before their linear end.
-    train = TrainConfig(epochs=12, rows_per_batch=16, learning_rate=3e-3, final_steps=500, final_users_per_step=96)
-    return joint(width=128, dropout_rate=0.5, text_dimensions=256, train=train)
+    train = TrainConfig(epochs=14, rows_per_batch=16, learning_rate=2e-3, ema_decay=0.99, final_steps=1500)
+    return joint(width=128, dropout_rate=0.5, text_dimensions=256, text_scale=1.5, train=train)
 
 
 def synthetic() -> RunConfig:
@@ -117,15 +118,18 @@ def default(interactions: Interactions) -> RunConfig:
     long_histories, well_known_items = events >= 80 * interactions.num_users, events >= 40 * interactions.num_items
     history_length = 100 if long_histories else 50
     row_tokens = 101 if long_histories else 64
+    share = 0.5 if interactions.num_users < 10_000 else 0.3
     train = TrainConfig(
         epochs=int(np.clip(6_000_000 // events, 6, 25)),
         rows_per_batch=(4096 if events >= 300_000 else 1024) // row_tokens,
         learning_rate=4e-3 if well_known_items else 2e-3,
-        withheld_share=0.5 if interactions.num_users < 10_000 else 0.3,
+        withheld_share=share,
+        # The deciders see each withheld user some 15 times, if there are many.
+        final_steps=int(np.clip(share * interactions.num_users * 15 / 64, 300, 1500)),
     )
     sizes = {"history_length": history_length, "row_tokens": row_tokens}
     if well_known_items:
-        return joint(**sizes, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=1.0, train=train)
+        return joint(**sizes, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, train=train)
     return joint(**sizes, train=train)
 
 

@@ -51,6 +51,7 @@ class Options:
         data: any source that ``cda4rec train --data`` takes; the system is trained where --work does not have it yet.
         run: a finished joint run to take as the system instead (one seed).
         preset_name: of the system, and of the sizes of what it is compared with.
+        text: vectors that `cda4rec encode` wrote, instead of TF-IDF; results are named after data and file.
         seeds: seeds 0 to seeds - 1, each for the weights and the order of the data.
         users: evaluate a sample of so many users; all without it.
         work: where trained runs and ranks are kept; experiments and the main table share what they train there.
@@ -60,6 +61,7 @@ class Options:
     data: str | None = None
     run: Path | None = None
     preset_name: str = "auto"
+    text: Path | None = None
     seeds: int = 1
     users: int | None = None
     work: Path = WORK
@@ -86,9 +88,9 @@ class Study:
         else:
             assert options.data is not None
             self._given = None
-            self.config = preset(options.preset_name, options.data)
+            self.config = configured(options.preset_name, options.data, options.text)
             self.folder, self.prepared = prepared_folder(options.work, options.data, self.config, self.console)
-            self.name = self.interactions.name
+            self.name = named(self.interactions.name, self.config)
         self._loaded: dict[Path, TrainedSystem] = {}
 
     @cached_property
@@ -231,13 +233,26 @@ def _check(options: Options) -> None:
         raise UserError("name either --data SOURCE, to train what is missing, or --run DIR, a finished run")
     if options.seeds < 1 or (options.users is not None and options.users < 2):
         raise UserError(f"got {options.seeds} seeds and {options.users} users: expected at least 1 seed, and at least 2 users")
+    if options.run is not None and options.text is not None:
+        raise UserError(f"--run names a run, which has its text, and got --text {options.text}: leave --text out, or name --data")
     if options.run is not None and options.seeds != 1:
         raise UserError(f"--run names one run, with one seed, and got --seeds {options.seeds}: leave --seeds out, or name --data")
 
 
+def configured(preset_name: str, data: str, text: Path | None) -> RunConfig:
+    """The configuration of the system on these data, with this text."""
+    config = preset(preset_name, data)
+    return config if text is None else replace(config, text_file=str(text.expanduser().resolve()))
+
+
+def named(dataset: str, config: RunConfig) -> str:
+    """What results on a dataset are called: its name, and that of the text file if there is one."""
+    return dataset if config.text_file is None else f"{dataset}-{Path(config.text_file).stem}"
+
+
 def prepared_folder(work: Path, data: str, config: RunConfig, console: Console) -> tuple[Path, Path]:
     """The folder of a dataset under ``work``, and the prepared data in it; a folder that was made with other settings is refused."""
-    folder = work / source_name(data)
+    folder = work / named(source_name(data), config)
     prepared = folder / "data"
     folder.mkdir(parents=True, exist_ok=True)
     console.print(prepare(data, prepared, k_core=config.k_core).lines()[-1])

@@ -24,6 +24,8 @@ from harness import (
     SASREC_CE,
     SELECTION_USERS,
     WORK,
+    configured,
+    named,
     prepared_folder,
     run_script,
     sampled,
@@ -41,7 +43,7 @@ from cda4rec_jax.evaluation.accuracy import METRICS
 from cda4rec_jax.metrics import ndcg, paired_intervals
 from cda4rec_jax.pipeline.corpus import Corpus, build_corpus
 from cda4rec_jax.planner import PLANS, plan_index
-from cda4rec_jax.presets import preset, sasrec
+from cda4rec_jax.presets import sasrec
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
 from cda4rec_jax.training import Progress, RunConfig, train_run
@@ -83,6 +85,7 @@ def main(
     seeds: int = 3,
     systems: tuple[str, ...] = SYSTEMS,
     preset_name: str = "auto",
+    text: Path | None = None,
     work: Path = WORK,
     out: Path = RESULTS,
 ) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def main(
         seeds: seeds 0 to seeds - 1, each for the weights and the order of the data.
         systems: which of the systems to have in the table.
         preset_name: of ours, and of the sizes of the baselines.
+        text: vectors that `cda4rec encode` wrote, for ours instead of TF-IDF; results are named after data and file.
         work: where runs and ranks are kept.
         out: folder of the results.
     """
@@ -100,7 +104,7 @@ def main(
     if unknown or seeds < 1:
         raise UserError(f"got systems {sorted(unknown)} and {seeds} seeds: choose from {', '.join(SYSTEMS)}, and at least 1 seed")
     console = Console(stderr=True)
-    config = preset(preset_name, data)
+    config = configured(preset_name, data, text)
     folder, prepared = prepared_folder(work, data, config, console)
     interactions = load_prepared(prepared)
     corpus = build_corpus(interactions, TfidfSvd(dimensions=config.text_dimensions or 64))
@@ -109,7 +113,7 @@ def main(
         choose = _tuned(system, config, corpus, prepared, folder, console)
         cells[system] = [_cell(folder / f"{system}-{seed}.npz", partial(choose, seed), console) for seed in range(seeds)]
     table = _table(cells, corpus, seeds)
-    write_results(out, f"table-{interactions.name}", table, markdown(table), partial(_plot, table), console)
+    write_results(out, f"table-{named(interactions.name, config)}", table, markdown(table), partial(_plot, table), console)
     return table
 
 
