@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "synthetic:users=300,items=150"  # that of `tiny_run`, whose programs are compiled already
 SYSTEMS = ["cda4rec", "sasrec-ce", "ease"]
@@ -25,6 +27,15 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, tm
     again = subprocess.run([*command[:2], *flags, "--systems", "ease", "sasrec-ce"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert len(stored) >= 5 and all(path.stat().st_mtime_ns == time for path, time in stored.items() if "data" not in path.parts)
+    pooled = [sys.executable, str(ROOT / "experiments" / "pooled.py"), "--studies", "synthetic", *flags[4:]]
+    assert subprocess.run(pooled, capture_output=True, text=True).returncode == 0
+    of_table = rows["cda4rec"]["minus_sasrec_ce"]["ndcg@10"]
+    of_pool = json.loads((tmp_path / "pooled.json").read_text())["minus_sasrec_ce"]["pooled"]["ndcg@10"]["cda4rec"]
+    assert [of_pool[name] for name in ("mean", "low", "high")] == pytest.approx(
+        [of_table[name] for name in ("mean_difference", "low", "high")]
+    )
+    more = subprocess.run([*pooled, "--seeds", "2"], capture_output=True, text=True)
+    assert more.returncode == 2 and "run main_table.py" in more.stderr and "Traceback" not in more.stderr
     other = [*command[:2], "--data", "synthetic:users=120,items=100", *flags[2:], "--systems", "ease"]
     refused = subprocess.run(other, capture_output=True, text=True)
     assert refused.returncode == 2 and "other settings or data" in refused.stderr and "Traceback" not in refused.stderr
