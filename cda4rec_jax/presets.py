@@ -56,16 +56,15 @@ def joint(
 def ml_1m() -> RunConfig:
     """MovieLens-1M: long histories, few items."""
     train = TrainConfig(
-        epochs=24, rows_per_batch=20, learning_rate=4e-3, ema_decay=0.998, withheld_share=0.5, patience=4, final_steps=1000
+        epochs=16, rows_per_batch=20, learning_rate=3e-3, ema_decay=0.998, withheld_share=0.5, patience=4, final_steps=1000
     )
-    return joint(
-        history_length=200, row_tokens=201, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train
-    )
+    sizes = {"width": 128, "history_length": 200, "row_tokens": 201}
+    return joint(**sizes, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train)
 
 
 def amazon_beauty() -> RunConfig:
     """Amazon Beauty: short histories, many items, telling text."""
-    train = TrainConfig(epochs=14, rows_per_batch=16, learning_rate=2e-3, ema_decay=0.99, final_steps=1500)
+    train = TrainConfig(epochs=14, rows_per_batch=16, learning_rate=2e-3, ema_decay=0.99, final_steps=1500, refit_trunks=True)
     return joint(width=128, dropout_rate=0.5, text_dimensions=256, text_scale=1.5, train=train)
 
 
@@ -119,15 +118,17 @@ def default(interactions: Interactions) -> RunConfig:
     history_length = 100 if long_histories else 50
     row_tokens = 101 if long_histories else 64
     share = 0.5 if interactions.num_users < 10_000 else 0.3
+    withheld = share * interactions.num_users
     train = TrainConfig(
         epochs=int(np.clip(6_000_000 // events, 6, 25)),
         rows_per_batch=(4096 if events >= 300_000 else 1024) // row_tokens,
         learning_rate=4e-3 if well_known_items else 2e-3,
         withheld_share=share,
         # The deciders see each withheld user some 15 times, if there are many.
-        final_steps=int(np.clip(share * interactions.num_users * 15 / 64, 300, 1500)),
+        final_steps=int(np.clip(withheld * 15 / 64, 300, 1500)),
+        refit_trunks=withheld > 0.02 * events,
     )
-    sizes = {"history_length": history_length, "row_tokens": row_tokens}
+    sizes = {"width": 128, "history_length": history_length, "row_tokens": row_tokens}
     if well_known_items:
         return joint(**sizes, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, train=train)
     return joint(**sizes, train=train)

@@ -25,6 +25,7 @@ _PHASES = {
     "observing": "preparing fusion and planner",
     "practice": "training fusion and planner",
     "planner": "training fusion and planner",
+    "refit": "training again on all events",
 }
 
 
@@ -44,7 +45,7 @@ class TrainingView:
         self._task = self._bar.add_task("preparing and compiling", total=None, figures="")
         self._phase = ""
         self._first: tuple[int, float] = (0, 0.0)
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> "TrainingView":
         self._bar.start()
@@ -84,8 +85,8 @@ class TrainingView:
         if step <= first_step:
             return None
         left = (now - first_time) / (step - first_step) * (num_steps - step)
-        if self._max_seconds and self._phase == "joint":
-            left = min(left, max(0.0, self._started + self._max_seconds - now))
+        if self._max_seconds and self._phase in ("joint", "refit"):
+            left = min(left, max(0.0, first_time + self._max_seconds - now))
         return left
 
 

@@ -99,7 +99,7 @@ class TrainingSource:
     def __getitem__(self, index: int) -> TrainingBatch:
         epoch, place = divmod(int(index), self.steps_per_epoch)
         cloud, device = self._packed(epoch)
-        decides = self._withheld is not None and int(index) % self._decider_interval == 0
+        decides = self._withheld is not None and len(self._withheld) > 0 and int(index) % self._decider_interval == 0
         return TrainingBatch(
             cloud=cloud.batch(place * self._rows, self._rows),
             device=None if device is None else self._device_batch(device, place),

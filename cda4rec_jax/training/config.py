@@ -22,7 +22,7 @@ class TrainConfig:
     clip_norm: float = 5.0
     ema_decay: float = 0.0  # of the trunk weights that are evaluated and saved; 0 takes the weights themselves
     loss_chunk: int | None = None  # tokens whose logits exist at a time; None leaves it to the kernel
-    max_seconds: float = 0.0  # stop training the trunks after so much wall time; 0 has no limit
+    max_seconds: float = 0.0  # stop training the trunks after so much wall time, each time that they are trained; 0 has no limit
     patience: int = 3  # evaluations without a better validation ndcg@10
     evaluations_per_epoch: float = 1.0
     validation_users: int = 4096  # for early stopping; the final evaluation takes all
@@ -30,6 +30,7 @@ class TrainConfig:
 
     decider_learning_rate: float = 4e-3
     withheld_share: float = 0.3  # of the users
+    refit_trunks: bool = False  # train the trunks again in the end, on withheld events too, under the deciders that were trained
     withheld_per_step: int = 16
     decider_interval: int = 4  # joint steps from one that moves the deciders to the next; their part costs as much as the trunks'
     context_draws: int = 4  # contexts per withheld user

@@ -100,9 +100,34 @@ def train_run(
         f"{corpus.interactions.num_users:,} users, {corpus.interactions.num_items:,} items, "
         f"{trainer.source.targets_per_epoch:,} targets an epoch, {trainer.num_steps:,} steps; compiling the first takes a while"
     )
-    weights = trainer.fit(resume=resume)
-    _conclude(run, trainer, corpus, weights, trainer.position.elapsed_s, tell)
+    weights, seconds = trainer.fit(resume=resume), trainer.position.elapsed_s
+    if config.kind == JOINT and config.train.refit_trunks:
+        again = _refit(corpus, step, config.packing, run, watch, mesh)
+        weights, seconds = trainer.weights_with(again), seconds + again.position.elapsed_s
+    _conclude(run, trainer, corpus, weights, seconds, tell)
     return run
+
+
+def _refit(
+    corpus: Corpus,
+    step: StepConfig,
+    packing: PackingConfig,
+    run: RunDirectory,
+    watch: Callable[[Progress], None],
+    mesh: Mesh | None,
+) -> Trainer:
+    """Trunks that are trained again from their start, on all training events, in a folder of their own.
+
+    The deciders have learned from trunks that had not seen the withheld events, as trunks at test time have not seen the targets. So
+    deciders stay and trunks are replaced, as in stacking (Wolpert, 1992).
+    """
+    folder = run.path / "refit"
+    resume = (folder / "config.json").exists()
+    if not resume:
+        first_does(lambda: RunDirectory.create(folder, {}, run.kind))
+    trainer = Trainer(corpus, step, packing, None, RunDirectory.open(folder), watch, mesh, withhold=False)
+    trainer.fit(resume=resume)
+    return trainer
 
 
 def refit_deciders(
@@ -136,15 +161,18 @@ def refit_deciders(
     config = replace(config, system=system or config.system)
     configs = {"run": config, "system": config.system, "source": given.path, "text": given.read_config("text", dict)}
     run = RunDirectory.create(out, configs, JOINT, overwrite)
-    for name in ("data", "weights/trunk"):
+    for name in ("data", "weights/trunk", *(["refit"] if config.train.refit_trunks else [])):
         shutil.copytree(given.path / name, run.path / name)
     for name in ("text.npz", "statistics.npz", "exposure.json"):
         shutil.copy(given.path / name, run.path / name)
     corpus = load_corpus(run)
     exposure = tuple(run.read_json("exposure")["exposure"])
-    trainer = Trainer(corpus, StepConfig(system=config.system, train=config.train), config.packing, exposure, run, watch)
+    step = StepConfig(system=config.system, train=config.train)
+    trainer = Trainer(corpus, step, config.packing, exposure, run, watch)
     started = time.monotonic()
     weights = trainer.fit_deciders(practice_steps)
+    if config.train.refit_trunks:
+        weights = trainer.weights_with(_refit(corpus, step, config.packing, run, watch, None))
     _conclude(run, trainer, corpus, weights, time.monotonic() - started, tell)
     return run
 

@@ -42,7 +42,7 @@ class Interrupted(Exception):
 class Progress:
     """One report of the loop to whoever watches."""
 
-    phase: str  # "joint", "observing", "practice" (deciders alone) or "planner"
+    phase: str  # "joint", "observing", "practice" (deciders alone), "planner" or "refit"
     step: int
     num_steps: int
     values: dict[str, float] = field(default_factory=dict)
@@ -66,6 +66,8 @@ class _Position:
 class Trainer:
     """Trains one system on one corpus inside one run directory, on one device or over a mesh.
 
+    With ``withhold=False`` it trains the trunks alone, on all training events.
+
     In a job of several processes each makes the whole batches itself, which are a pure function of (seed, step), and evaluates on its
     own first device; the first process's numbers decide.
     """
@@ -79,11 +81,14 @@ class Trainer:
         run: RunDirectory,
         watch: Callable[[Progress], None] = lambda progress: None,
         mesh: Mesh | None = None,
+        *,
+        withhold: bool = True,
     ):
         self.config, self.run, self.watch = config, run, watch
+        self._trunk_phase = "joint" if withhold else "refit"
         train, joint = config.train, config.system.device is not None
         self.layout = Layout(mesh, num_rows=corpus.text.shape[0])
-        withheld = withheld_users(corpus, train.withheld_share, train.seed) if joint else None
+        withheld = withheld_users(corpus, train.withheld_share if withhold else 0.0, train.seed) if joint else None
         self.source = TrainingSource(
             corpus,
             packing,
@@ -146,6 +151,11 @@ class Trainer:
         average, deciders = self.layout.local((self.state.average, self.state.deciders))
         return nnx.state(nnx.merge(self.graph, average, deciders, self.frozen))
 
+    def weights_with(self, trunks: "Trainer") -> Any:
+        """``weights`` with the trunks of another trainer of this system."""
+        average, deciders = trunks.layout.local(trunks.state.average), self.layout.local(self.state.deciders)
+        return nnx.state(nnx.merge(self.graph, average, deciders, self.frozen))
+
     def _place_constants(self) -> None:
         """Bring what the steps read and never change to where they want it."""
         self._constants = self.layout.place((self.frozen, self.tables, self._world))
@@ -163,7 +173,8 @@ class Trainer:
                 self._joint_phase()
             if self._world is not None:
                 self._apply_scales()
-                self._planner_phase(self._keep_observations())
+                if int(self.state.step) < self.config.train.final_steps:
+                    self._planner_phase(self._keep_observations())
         return self.weights()
 
     def fit_deciders(self, practice_steps: int) -> Any:
@@ -198,7 +209,7 @@ class Trainer:
             given = (frozen, None, None) if batch.withheld is None else (frozen, tables, world)
             self.state, values = self._joint(self.state, self.layout.place_batch(batch), *given)
             latest |= values
-            self._log("joint", step + 1, self.num_steps, latest)
+            self._log(self._trunk_phase, step + 1, self.num_steps, latest)
             self.position.iterator = iterator.get_state()
             self.position.elapsed_s = time.monotonic() - started
             late, stop, due = self._agreed(
@@ -228,7 +239,7 @@ class Trainer:
         quality, hits = from_first([float(np.mean(ndcg(ranks, 10))), float(np.mean(hit_rate(ranks, 10)))])
         validation = {"ndcg@10": quality, "hit_rate@10": hits}
         self.run.append_metric({"step": step, "phase": "validation", **validation, "elapsed_s": self.position.elapsed_s})
-        self.watch(Progress(phase="joint", step=step, num_steps=self.num_steps, validation=validation))
+        self.watch(Progress(phase=self._trunk_phase, step=step, num_steps=self.num_steps, validation=validation))
         if quality > self.position.best_ndcg:
             self.position.best_ndcg, self.position.best_step, self.position.worse = quality, step, 0
             self.run.save_weights("trunk", self.layout.local(self.state.average))
@@ -272,14 +283,16 @@ class Trainer:
 
     def _planner_phase(self, kept: KeptObservations) -> None:
         train, saved = self.config.train, time.monotonic()
+        started = saved - self.position.elapsed_s
         for step in range(int(self.state.step), train.final_steps):
             observation = self.layout.place_batch(kept.batch(step, train.final_users_per_step))
             draw = self.layout.place(jnp.asarray(self.num_steps + step, jnp.int32))
             self.state, values = self._decide(self.state, observation, *self._constants, draw)
             self._log("planner", step + 1, train.final_steps, values)
+            self.position.elapsed_s = time.monotonic() - started
             due = time.monotonic() - saved > 60 * train.checkpoint_minutes
             stop, due = self._agreed(step + 1, self._stop.is_set(), due)
-            if stop or due:
+            if stop or due or step + 1 == train.final_steps:
                 self._save(stop)
                 saved = time.monotonic()
 

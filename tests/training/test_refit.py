@@ -38,6 +38,46 @@ def test_refitted_deciders_are_new_and_their_trunks_those_of_the_run(tiny_run: P
     assert phases == ["practice", "planner"] and runs[1].has("training.json") and runs[1].has("cost_profile.json")
 
 
+STOPPED_AND_RESUMED = """
+import signal, sys
+from dataclasses import replace
+from cda4rec_jax.cli.process import set_up_process
+from cda4rec_jax.presets import preset
+from cda4rec_jax.training import Interrupted, refit_deciders, train_run
+
+set_up_process()
+config = preset("tiny")
+config = replace(config, train=replace(config.train, refit_trunks=True))
+
+def watch(progress):
+    if progress.phase == "refit" and progress.values and progress.step == 30:
+        signal.raise_signal(signal.SIGINT)
+
+data, out, again = sys.argv[1:]
+try:
+    train_run(data, config, out, watch=watch)
+    sys.exit("was not stopped")
+except Interrupted:
+    train_run(data, config, out, resume=True)
+refit_deciders(out, again)
+"""
+
+
+def test_trunks_are_trained_again_on_all_events_under_the_same_deciders(tiny_run: Path, tmp_path: Path):
+    paths = tiny_run / "data", tmp_path / "run", tmp_path / "again"
+    done = subprocess.run([sys.executable, "-c", STOPPED_AND_RESUMED, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    once, run, again = (RunDirectory.open(path).load_weights("final") for path in (tiny_run, *paths[1:]))
+    deciders = {path for path in run if "head" in path or "policy" in path}
+    assert all(np.array_equal(once[path], run[path]) for path in deciders)
+    trunks = {path for path in run if path not in deciders and not np.array_equal(once[path], run[path])}
+    assert {"cloud/items/ids/value", "device/projection/value"} <= trunks
+    assert all(np.array_equal(run[path], again[path]) for path in trunks)  # new deciders leave them as they are
+    rows = RunDirectory.open(paths[1] / "refit").metrics()
+    assert {row["phase"] for row in rows} == {"refit", "validation"} and [row["step"] for row in rows].count(30) == 1
+    assert all("fusion_loss" not in row for row in rows)
+
+
 def test_a_run_without_deciders_cannot_be_refitted(tiny_baseline: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no deciders"):
         refit_deciders(tiny_baseline, tmp_path / "again")
