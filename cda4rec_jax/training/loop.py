@@ -174,7 +174,7 @@ class Trainer:
             if self._world is not None:
                 self._apply_scales()
                 if int(self.state.step) < self.config.train.final_steps:
-                    self._planner_phase(self._keep_observations())
+                    self._planner_phase()
         return self.weights()
 
     def fit_deciders(self, practice_steps: int) -> Any:
@@ -281,9 +281,10 @@ class Trainer:
             **self.config.of_requests,
         )
 
-    def _planner_phase(self, kept: KeptObservations) -> None:
+    def _planner_phase(self, kept: KeptObservations | None = None) -> None:
         train, saved = self.config.train, time.monotonic()
         started = saved - self.position.elapsed_s
+        kept = self._keep_observations() if kept is None else kept
         for step in range(int(self.state.step), train.final_steps):
             observation = self.layout.place_batch(kept.batch(step, train.final_users_per_step))
             draw = self.layout.place(jnp.asarray(self.num_steps + step, jnp.int32))
