@@ -66,6 +66,7 @@ class KeptObservations:
         users, positions: the requests; each takes some .12 MB at 500 candidates.
         draw: of the contexts whose caches the pools follow.
         seed: of the order in which ``batch`` gives them.
+        of_requests: what else ``observe`` is told.
     """
 
     def __init__(
@@ -78,14 +79,12 @@ class KeptObservations:
         world: PlanningWorld,
         draw: int,
         *,
-        config: SystemConfig,
-        contexts: ContextConfig,
-        links: LinkConfig,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        **of_requests: Any,
     ):
         self._seed, self._size = seed, len(users)
-        make = partial(_kept, config=config, contexts=contexts, links=links)
+        make = partial(_kept, **of_requests)
         asked = (tables, world, jnp.asarray(draw, jnp.int32))
         self._all = population.over_users(make, weights, users, positions, *asked, progress=progress)
 
