@@ -139,7 +139,7 @@ class Train:
     learning_rate: float | None = None
     """Peak of the schedule; the preset's if not given."""
     max_minutes: float | None = None
-    """Stop the agents' training after so many minutes; the planner's last steps come on top."""
+    """Stop the agents' training after so many minutes, each time that they are trained; the planner's last steps come on top."""
     checkpoint_minutes: float | None = None
     """Minutes between checkpoints; 0 saves after every step. The preset's (2) if not given."""
     seed: int | None = None

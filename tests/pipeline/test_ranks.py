@@ -12,7 +12,7 @@ from cda4rec_jax.planner import PLANS, plan_index
 
 def views_and_scores(items, allowed, scores) -> tuple[dict[str, View], Scores]:
     names = {view_name(plan) for plan in PLANS}
-    view = View(items=jnp.asarray(items), allowed=jnp.asarray(allowed), features=jnp.zeros((1, len(items[0]), 1)))
+    view = View(items=jnp.asarray(items), allowed=jnp.asarray(allowed), features=jnp.zeros((*np.shape(items), 1)))
     groups = {plan_group(plan) for plan in PLANS}
     return {name: view for name in names}, {group: jnp.asarray(scores) for group in groups}
 
