@@ -12,12 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import OURS, PROTOCOL, RESULTS, SASREC_CE, WORK, Values, error_bars, run_script, values, with_interval, write_results
+from harness import (
+    OURS,
+    PROTOCOL,
+    RESULTS,
+    SASREC_CE,
+    WORK,
+    Values,
+    error_bars,
+    estimates,
+    markdown_table,
+    run_script,
+    values,
+    with_interval,
+    write_results,
+)
 from main_table import CLOUD, PLAN, Cell
 from rich.console import Console
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.metrics import paired_intervals
 from cda4rec_jax.runs import provenance
 
 ROWS = (OURS, PLAN, CLOUD)
@@ -43,7 +56,9 @@ def main(studies: tuple[str, ...], seeds: int = 3, work: Path = WORK, out: Path 
         "studies": list(studies),
         "seeds": seeds,
         "protocol": PROTOCOL,
-        "minus_sasrec_ce": {study: _intervals(of) for study, of in (*found.items(), ("pooled", every))},
+        "minus_sasrec_ce": {
+            study: {name: estimates(rows) for name, rows in of.items()} for study, of in (*found.items(), ("pooled", every))
+        },
         "provenance": provenance(dataset_fingerprint=" ".join(fingerprints)),
     }
     write_results(out, "pooled", result, page(result), partial(_draw, result), Console(stderr=True))
@@ -66,40 +81,25 @@ def _cell(path: Path) -> Cell:
     return Cell.load(path)
 
 
-def _intervals(differences: dict[str, dict[str, Values]]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, rows in differences.items():
-        stacked = np.stack([rows[row] for row in ROWS])
-        intervals = paired_intervals(stacked, np.zeros((1, *stacked.shape[1:])))
-        found[name] = {
-            row: {"mean": one.mean_difference, "low": one.low, "high": one.high, "users": one.num_users}
-            for row, one in zip(ROWS, intervals, strict=True)
-        }
-    return found
-
-
 def page(result: dict[str, Any]) -> str:
     """The result for people."""
+    rows = [
+        [
+            study,
+            f"{found['ndcg@10'][row]['users']:,}",
+            row,
+            *(with_interval(found[name][row], signed=True) for name in METRIC_NAMES),
+        ]
+        for study, found in result["minus_sasrec_ce"].items()
+        for row in ROWS
+    ]
     lines = [
         f"# Minus SASRec-CE, {result['seeds']} seeds, 95%",
         "",
-        "| data | users | system | hit_rate@10 | ndcg@10 |",
-        "|---|---|---|---|---|",
+        *markdown_table(["data", "users", "system", *METRIC_NAMES], rows),
     ]
-    for study, found in result["minus_sasrec_ce"].items():
-        for row in ROWS:
-            one = found["ndcg@10"][row]
-            cells = [
-                study,
-                f"{one['users']:,}",
-                row,
-                with_interval(found["hit_rate@10"][row], signed=True),
-                with_interval(one, signed=True),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
     source = result["provenance"]
     lines += [
-        "",
         f"Protocol: {result['protocol']}. *pooled* has every user of every dataset once, so large datasets weigh more.",
         "",
     ]

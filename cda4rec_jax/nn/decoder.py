@@ -24,7 +24,7 @@ class DecoderConfig:
     num_kv_heads: int
     mlp_hidden: int
     dropout_rate: float
-    attention_dropout_rate: float = 0.0  # of attention weights: it costs accuracy on every dataset tried (LOG)
+    attention_dropout_rate: float = 0.0  # of attention weights; no dataset tried is clearly better with it (LOG)
 
     def __post_init__(self):
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads or (self.width // self.num_heads) % 2:

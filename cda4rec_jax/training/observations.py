@@ -58,7 +58,7 @@ def observe(
 
 
 class KeptObservations:
-    """Observations of many users under frozen trunks, in memory: a step that reads them costs a tenth of one that makes them.
+    """Observations of many users under frozen trunks, in memory, so that a step reads them where it would retrieve and look up anew.
 
     Args:
         population: the users, and the compiled functions over them.
