@@ -62,6 +62,7 @@ class Cell:
     seconds: float
     parameters: int
     curve: list[tuple[float, float]]  # (seconds of training, validation ndcg@10)
+    chosen_plan: str | None = None  # of the system: the fresh plan that validation chose
 
     def save(self, path: Path) -> None:
         """Write the whole file or none of it."""
@@ -164,6 +165,7 @@ def _ours(config: RunConfig, prepared: Path, run_path: Path, seed: int) -> Cell:
         seconds=run.read_json("training")["seconds"],
         parameters=_num_parameters(trained),
         curve=_curve(run.path),
+        chosen_plan=PLANS[best].name,
     )
 
 
@@ -267,6 +269,7 @@ def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int) -> dict[str
                 "parameters": row["cells"][0].parameters,
                 "validation_ndcg@10": float(np.mean([cell.validation_ndcg for cell in row["cells"]])),
                 "curve": row["cells"][0].curve if row["row"] in (OURS, SASREC_CE) else [],
+                "chosen_plans": [cell.chosen_plan for cell in row["cells"]] if row["row"] == OURS else [],
             }
         )
     return {
@@ -299,6 +302,9 @@ def markdown(table: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([*cells, f"{row['training_seconds']:.0f}", f"{row['parameters']:,}"]) + " |")
     source = table["provenance"]
     origin = f"Data {source['dataset_fingerprint'][:12]}, commit {str(source['commit'])[:12]}"
+    chosen = [plan for row in table["rows"] for plan in row["chosen_plans"]]
+    if chosen:
+        lines += ["", f"Plan of `{OURS}`, chosen on validation, by seed: {', '.join(chosen)}."]
     lines += ["", f"Protocol: {table['protocol']}.", "", f"{origin}, {source['cores']} cores of {source['cpu_model']}.", ""]
     return "\n".join(lines)
 
