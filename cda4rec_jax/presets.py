@@ -123,6 +123,7 @@ def default(interactions: Interactions) -> RunConfig:
         epochs=int(np.clip(6_000_000 // events, 6, 25)),
         rows_per_batch=(4096 if events >= 300_000 else 1024) // row_tokens,
         learning_rate=4e-3 if well_known_items else 2e-3,
+        patience=8,  # with few validation users, three evaluations without a better one come by chance (LOG)
         withheld_share=share,
         # The deciders see each withheld user some 15 times, if there are many.
         final_steps=int(np.clip(withheld * 15 / 64, 300, 1500)),
