@@ -11,7 +11,7 @@ from cda4rec_jax.array_typing import Array, PlanMask, PlanRanks, PlanValues
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context
 from cda4rec_jax.planner.costs import PlanCosts
-from cda4rec_jax.planner.plan_space import LAST_RESORT, PLAN_TABLE, local_repair
+from cda4rec_jax.planner.plan_space import PLAN_TABLE, local_repair
 
 MAX_QUALITY_RANK = 100
 FAILURE_TIMEOUT_MS = 500.0  # wait for an answer that never comes, before the local plan takes over
@@ -21,6 +21,9 @@ MIN_QUALITY_GAP = 1e-3
 MIN_LATENCY_GAP_MS = 1.0
 MIN_ENERGY_GAP_MJ = 1.0
 MIN_EXPOSURE_GAP = 0.01
+
+HALVINGS = 16  # of the requests, over which dQ is the mean
+COST_QUANTILES = (0.1, 0.9)  # without the few plans that are far dearer than all others
 
 
 def plan_quality(ranks: PlanRanks) -> PlanValues:
@@ -108,31 +111,56 @@ class WeightScales:
         return cls(**{name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
 
     @classmethod
-    def from_quality_and_costs(cls, quality: PlanValues, costs: PlanCosts, mask: PlanMask) -> "WeightScales":
-        """Scales of a validation set, on the host.
+    def from_quality_and_costs(
+        cls, quality: PlanValues, possible: PlanMask, costs: PlanCosts, mask: PlanMask
+    ) -> "WeightScales":
+        """Scales of some validation requests, on the host. No single plan decides: of several equal plans, noise picks another each time.
 
-        The best plan has the highest mean quality over the requests that allow it, and the best local plan likewise among the
-        plans that use no link. Over the requests that allow both, dQ is their mean quality gap: what asking the cloud is worth.
-        dC_j is the median cost of the best plan above ``local-skip-skip``, which costs next to nothing (a good local plan can
-        take as long as the best one, and a price drawn from that gap would explode). A gap below its floor (MIN_* of this
-        module), also a negative one, becomes the floor.
+        dQ is what asking the cloud is worth: the mean quality of the best plan that uses the link above that of the best plan that
+        uses none. Both are chosen on one half of the requests and measured on the other, and dQ is the mean over ``HALVINGS`` random
+        halvings, so no plan is measured on the requests that chose it.
+
+        dC_j is what there is to choose: the range between the quantiles ``COST_QUANTILES`` of cost j over the allowed plans of a
+        request, median over the requests that may use the link (the others have only local plans). It does not depend on quality.
+
+        A gap below its floor (MIN_* of this module), also a negative one, becomes the floor.
+
+        Args:
+          quality: of every plan.
+          possible: plans whose quality counts in each request, such as those that it could serve were all of them permitted.
+          costs: predicted.
+          mask: ``allowed(context)``.
         """
-        allowed, values = np.asarray(mask), np.asarray(quality)
-        counts = allowed.sum(axis=0)
-        means = np.where(counts > 0, (values * allowed).sum(axis=0) / np.maximum(counts, 1), -np.inf)
-        best = int(means.argmax())
-        local = int(np.where(PLAN_TABLE.uses_link, -np.inf, means).argmax())
-        rows = allowed[:, best] & allowed[:, local]
-        if not rows.any():
-            rows = np.ones_like(rows)
-
-        def gap(table: PlanValues, reference: int) -> np.ndarray:
-            columns = np.asarray(table)[rows]
-            return columns[:, best] - columns[:, reference]
-
+        spreads = (_spread(np.asarray(table), np.asarray(mask)) for table in (costs.latency_ms, costs.energy_mj, costs.exposure))
+        latency, energy, exposure = spreads
         return cls.of(
-            quality_gap=max(float(gap(quality, local).mean()), MIN_QUALITY_GAP),
-            latency_gap_ms=max(float(np.median(gap(costs.latency_ms, LAST_RESORT))), MIN_LATENCY_GAP_MS),
-            energy_gap_mj=max(float(np.median(gap(costs.energy_mj, LAST_RESORT))), MIN_ENERGY_GAP_MJ),
-            exposure_gap=max(float(np.median(gap(costs.exposure, LAST_RESORT))), MIN_EXPOSURE_GAP),
+            quality_gap=max(_cloud_gain(np.asarray(quality, np.float64), np.asarray(possible)), MIN_QUALITY_GAP),
+            latency_gap_ms=max(latency, MIN_LATENCY_GAP_MS),
+            energy_gap_mj=max(energy, MIN_ENERGY_GAP_MJ),
+            exposure_gap=max(exposure, MIN_EXPOSURE_GAP),
         )
+
+
+def _cloud_gain(quality: Float[np.ndarray, "b p"], possible: Bool[np.ndarray, "b p"]) -> float:
+    """Cross-fitted mean quality of the best plan that uses the link above that of the best that uses none; 0 if none can tell."""
+    random, gains = np.random.default_rng(0), []
+    for _ in range(HALVINGS):
+        half = random.permutation(len(quality)) % 2 == 0
+        for choosing, measured in ((half, ~half), (~half, half)):
+            counts = possible[choosing].sum(axis=0)
+            sums = np.where(possible, quality, 0.0)[choosing].sum(axis=0)
+            means = np.where(counts > 0, sums / np.maximum(counts, 1), -np.inf)
+            cloud, local = (int(np.where(kind, means, -np.inf).argmax()) for kind in (PLAN_TABLE.uses_link, ~PLAN_TABLE.uses_link))
+            rows = measured & possible[:, cloud] & possible[:, local]
+            if rows.any():
+                gains.append((quality[rows, cloud] - quality[rows, local]).mean())
+    return float(np.mean(gains)) if gains else 0.0
+
+
+def _spread(cost: Float[np.ndarray, "b p"], mask: Bool[np.ndarray, "b p"]) -> float:
+    """Median over requests that may use the link of the range between ``COST_QUANTILES`` over their plans; 0 if none may."""
+    online = (mask & PLAN_TABLE.uses_link[None]).any(axis=1)
+    if not online.any():
+        return 0.0
+    low, high = np.nanquantile(np.where(mask, cost, np.nan)[online], COST_QUANTILES, axis=1)
+    return float(np.median(high - low))

@@ -20,6 +20,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.metrics import hit_rate, ndcg
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
+from cda4rec_jax.pipeline.planners import mean_quality, possible_plans
 from cda4rec_jax.pipeline.population import Population
 from cda4rec_jax.pipeline.system import System
 from cda4rec_jax.planner import WeightScales, deployment_profile
@@ -305,9 +306,9 @@ class Trainer:
         self._standardise(*self.population.feature_moments(self.weights(), *asked))
         records = self.population.records(self.weights(), *asked, draws=1)
         requests = jax.tree.map(lambda leaf: leaf[0], records.requests)
-        scales = WeightScales.from_quality_and_costs(records.quality, requests.predicted, requests.mask)
-        mask = np.asarray(requests.mask)
-        means = (records.quality * mask).sum(0) / np.maximum(mask.sum(0), 1)
+        possible = possible_plans(requests.context)
+        scales = WeightScales.from_quality_and_costs(records.quality, possible, requests.predicted, requests.mask)
+        means = mean_quality(records.quality, possible)
         measured = {name: float(value) for name, value in vars(scales).items()}
         measured |= {f"mean_quality/{index}": float(value) for index, value in enumerate(means)}
         self.position.scales = dict(zip(measured, from_first(list(measured.values())), strict=True))
