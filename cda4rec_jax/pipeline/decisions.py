@@ -1,6 +1,6 @@
 """From a private history to everything that a planner is asked, and to what then really happens."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -119,20 +119,19 @@ def draw_requests(
 
 def redraw_requests(
     world: PlanningWorld,
-    history: HistoryBatch,
-    tables: ItemTables,
+    drawn: Context,
+    event_ids: Int[Array, "b"],
     draw: Array | int,
-    cached: Context,
     *,
-    max_cache_age: int,
     contexts: ContextConfig,
     links: LinkConfig,
 ) -> Requests:
-    """Another draw of the same events with the cache and the consent of ``cached``.
+    """Another draw of the same events, with the user, the cache and the consent of the context that was ``drawn`` before.
 
     Outcomes depend on the cache alone, so that one pass over the models serves several contexts.
     """
-    facts = facts_of(history, tables, max_cache_age)
-    drawn = sample_contexts(facts, history.event_ids, world.scales, draw, contexts)
-    context = replace(drawn, cache_level=cached.cache_level, cache_age_events=cached.cache_age_events, consent=cached.consent)
-    return requests_of(world, context, history.event_ids, draw, links)
+    kept = {field.name: getattr(drawn, field.name) for field in fields(UserFacts) if field.name != "max_cache_age"}
+    facts = UserFacts(**kept, max_cache_age=jnp.zeros_like(drawn.history_length))  # the cache is kept anyway
+    again = sample_contexts(facts, event_ids, world.scales, draw, contexts)
+    context = replace(again, cache_level=drawn.cache_level, cache_age_events=drawn.cache_age_events, consent=drawn.consent)
+    return requests_of(world, context, event_ids, draw, links)

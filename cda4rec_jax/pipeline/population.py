@@ -28,7 +28,7 @@ BATCH_USERS = 128
 class PlanRecords:
     """What every plan would have answered to ``n`` requests, in ``draws`` contexts each. NumPy arrays.
 
-    The contexts of one event share its cache and its consent (of draw 0), on which outcomes depend; everything else is drawn anew.
+    The contexts of one event share its cache and its consent (of the first draw), on which outcomes depend; everything else is drawn anew.
     """
 
     users: np.ndarray  # [n]
@@ -62,7 +62,7 @@ class Population:
         self._catalogue = partial(_catalogue, graph)
         self._first = partial(_first_requests, **static)
         self._moments = partial(_feature_moments, **static)
-        self._redraw = partial(_redrawn, **options)
+        self._redraw = partial(_redrawn, contexts=options["contexts"], links=options["links"])
         self._full = partial(_full_ranks, graph=graph, config=config)
 
     def catalogue(self, weights: Any) -> Catalogue:
@@ -77,14 +77,20 @@ class Population:
         positions: np.ndarray,
         *,
         draws: int = CONTEXTS_PER_EVENT,
+        first_draw: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> PlanRecords:
-        """Outcomes and contexts of ``users`` before the events at ``positions``."""
+        """Outcomes and contexts of ``users`` before the events at ``positions``.
+
+        The contexts are ``draws`` draws from ``first_draw`` on, whose cache and consent all of them share. Evaluation takes draws
+        from 0 on; another first draw has other caches.
+        """
         catalogue = self.catalogue(weights)
         ranks, requests = [], []
         for done, history, size in self._batches(users, positions):
-            found, first = self._first(weights, catalogue, self.tables, world, history)
-            drawn = [first] + [self._redraw(world, history, self.tables, draw, first.context) for draw in range(1, draws)]
+            found, first = self._first(weights, catalogue, self.tables, world, history, first_draw)
+            further = range(first_draw + 1, first_draw + draws)
+            drawn = [first] + [self._redraw(world, first.context, history.event_ids, draw) for draw in further]
             stacked = jax.tree.map(lambda *leaves, size=size: np.stack([np.asarray(leaf)[:size] for leaf in leaves]), *drawn)
             ranks.append(np.asarray(found)[:size])
             requests.append(stacked)
@@ -147,7 +153,7 @@ class Population:
             yield int(index[-1]) + 1, history, size
 
 
-_redrawn = jax.jit(redraw_requests, static_argnames=("max_cache_age", "contexts", "links"))
+_redrawn = jax.jit(redraw_requests, static_argnames=("contexts", "links"))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -171,13 +177,14 @@ def _first_requests(
     tables: ItemTables,
     world: PlanningWorld,
     history: HistoryBatch,
+    draw: jax.Array | int,
     *,
     graph: nnx.GraphDef,
     config: SystemConfig,
     options: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, Requests]:
     system = nnx.merge(graph, weights)
-    requests = draw_requests(world, history, tables, 0, **dict(options))
+    requests = draw_requests(world, history, tables, draw, **dict(options))
     context = requests.context
     found = outcomes(system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config)
     return found.ranks, requests

@@ -31,7 +31,7 @@ from cda4rec_jax.planner.costs import (
 from cda4rec_jax.planner.explain import Decision, PlanTerms, explain_decision
 from cda4rec_jax.planner.plan_space import NUM_PLANS, PLANS, allowed, local_repair, plan_features, plan_index, repair
 from cda4rec_jax.planner.policy import DirectPolicy, Planner, Policy, PolicyConfig
-from cda4rec_jax.planner.relaxation import Relaxation, choice_weights, entropy, expected_utility, masked_softmax
+from cda4rec_jax.planner.relaxation import Objective, choice_weights, entropy, expected_utility, masked_softmax
 from cda4rec_jax.planner.simple import FixedPlan, RandomPlanner, RulesPlanner, fixed_planners
 from cda4rec_jax.planner.utility import WeightScales, plan_quality, realised_utility, utility
 
@@ -44,6 +44,7 @@ __all__ = [
     "DirectPolicy",
     "FixedPlan",
     "MeasuredTimes",
+    "Objective",
     "PayloadSizes",
     "PlanCosts",
     "PlanTerms",
@@ -51,7 +52,6 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "RandomPlanner",
-    "Relaxation",
     "RulesPlanner",
     "TransferTimes",
     "UserFacts",

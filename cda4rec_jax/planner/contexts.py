@@ -5,13 +5,16 @@ device, consent, cache, prices) is simulated: a function of the event, the draw 
 user and the same for every system that is compared.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from cda4rec_jax.array_typing import Array, ContextFeatures, Histories, Lengths
+from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.utility import WeightScales
 
@@ -30,6 +33,11 @@ class ContextConfig:
     connectivity profiles; WiFi set to a modest home line. Offline has no estimate: 0.
 
     Free memory is log-uniform between the tier's bounds: a third of the low-tier requests have no room for structured modelling.
+
+    Shares count relative to their sum, and what has a share of 0 never occurs: a planner can be trained without a link or a tier.
+
+    Raises:
+      UserError: shares that are negative or not finite, all 0, or of another number than there are kinds.
     """
 
     seed: int = 0
@@ -44,6 +52,15 @@ class ContextConfig:
     mean_cache_age_events: float = 3.0  # Geometric on 1, 2, ...
     max_log2_lambda: float = 3.0  # lambda_j is log-uniform on [1/8, 8]
     zero_weight_share: float = 0.1
+
+    def __post_init__(self):
+        for name, kinds in (("link_shares", Link), ("consent_shares", EgressLevel), ("tier_shares", DeviceTier)):
+            shares = getattr(self, name)
+            if len(shares) != len(kinds) or not all(0 <= share < math.inf for share in shares) or not any(shares):
+                raise UserError(
+                    f"{name} is {shares}: expected {len(kinds)} shares of at least 0, not all 0, in the order "
+                    f"{', '.join(kind.name.lower() for kind in kinds)}"
+                )
 
 
 @jax.tree_util.register_dataclass
@@ -95,8 +112,10 @@ def user_facts(
 
 
 def _choice(uniform: Array, shares: tuple[float, ...]) -> Array:
-    bounds = jnp.cumsum(jnp.asarray(shares[:-1]))
-    return jnp.sum((uniform >= bounds).astype(jnp.int32))
+    """An index drawn with these shares of their sum; one of share 0 never comes."""
+    reached = np.cumsum(shares)
+    bounds = np.where(reached >= reached[-1], np.inf, reached / reached[-1])[:-1]
+    return jnp.sum((uniform >= jnp.asarray(bounds, jnp.float32)).astype(jnp.int32))
 
 
 def _situation(event_id: Array, draw: Array | int, config: ContextConfig) -> dict[str, Array]:

@@ -9,11 +9,12 @@ from jaxtyping import Float, PRNGKeyArray
 from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask, PlanValues
 
 
-class Relaxation(enum.StrEnum):
-    """How training differentiates the choice of a plan."""
+class Objective(enum.StrEnum):
+    """What training a planner improves, and how it differentiates the choice of a plan."""
 
-    EXACT = "exact"  # the expectation over all plans
-    GUMBEL = "gumbel"  # one sampled plan, straight-through Gumbel-softmax (Jang et al. 2017, arXiv 1611.01144)
+    EXACT = "exact"  # expected utility over all plans
+    GUMBEL = "gumbel"  # utility of one sampled plan, straight-through Gumbel-softmax (Jang et al. 2017, arXiv 1611.01144)
+    REGRESSION = "regression"  # the predicted quality of all plans alone; choices follow, without a gradient of their own
 
 
 def masked_softmax(logits: PlanLogits, mask: PlanMask) -> PlanValues:
@@ -38,7 +39,7 @@ def entropy(probabilities: PlanValues) -> Float[Array, "b"]:
 def choice_weights(
     logits: PlanLogits,
     mask: PlanMask,
-    relaxation: Relaxation = Relaxation.EXACT,
+    objective: Objective = Objective.EXACT,
     *,
     key: PRNGKeyArray | None = None,
     temperature: float = 1.0,
@@ -46,25 +47,26 @@ def choice_weights(
     """Weights [b, p] that sum to 1, are exactly 0 at forbidden plans, and carry the gradient of the choice.
 
     EXACT: the probabilities; ``key`` and ``temperature`` play no part. GUMBEL: one-hot of argmax(logits + Gumbel noise), with the
-    gradient of softmax((logits + noise) / temperature).
+    gradient of softmax((logits + noise) / temperature). REGRESSION: the probabilities, without a gradient.
 
     Raises:
       ValueError: GUMBEL without a ``key``.
     """
-    if relaxation is Relaxation.EXACT:
-        return masked_softmax(logits, mask)
+    if objective is not Objective.GUMBEL:
+        probabilities = masked_softmax(logits, mask)
+        return probabilities if objective is Objective.EXACT else jax.lax.stop_gradient(probabilities)
     if key is None:
-        raise ValueError("Relaxation.GUMBEL samples: pass key=jax.random.key(...)")
+        raise ValueError("Objective.GUMBEL samples: pass key=jax.random.key(...)")
     noisy = logits + jax.random.gumbel(key, logits.shape)
     soft = masked_softmax(noisy / temperature, mask)
     hard = jax.nn.one_hot(jnp.argmax(soft, axis=1), logits.shape[1])
     return hard - jax.lax.stop_gradient(soft) + soft
 
 
-def expected_utility(weights: PlanValues, utilities: PlanValues) -> Float[Array, "b"]:
-    """E_pi[U] = sum_p weights U: differentiable in the weights, while U is taken as given (stop_gradient).
+def expected_utility(weights: PlanValues, utilities: PlanValues, mask: PlanMask) -> Float[Array, "b"]:
+    """E_pi[U] = sum_p weights U over allowed plans: differentiable in the weights, while U is taken as given (stop_gradient).
 
-    Utilities of plans of weight 0 play no part, even if they are not finite.
+    Utilities of forbidden plans play no part, even if they are not finite. Those of allowed plans of weight 0 do: the gradient of a
+    straight-through choice compares them with the one that was sampled.
     """
-    given = jnp.where(weights > 0, jax.lax.stop_gradient(utilities), 0.0)
-    return jnp.sum(weights * given, axis=1)
+    return jnp.sum(weights * jnp.where(mask, jax.lax.stop_gradient(utilities), 0.0), axis=1)

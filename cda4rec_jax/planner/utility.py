@@ -111,9 +111,7 @@ class WeightScales:
         return cls(**{name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
 
     @classmethod
-    def from_quality_and_costs(
-        cls, quality: PlanValues, possible: PlanMask, costs: PlanCosts, mask: PlanMask
-    ) -> "WeightScales":
+    def from_quality_and_costs(cls, quality: PlanValues, possible: PlanMask, costs: PlanCosts, mask: PlanMask) -> "WeightScales":
         """Scales of some validation requests, on the host. No single plan decides: of several equal plans, noise picks another each time.
 
         dQ is what asking the cloud is worth: the mean quality of the best plan that uses the link above that of the best plan that
@@ -150,7 +148,9 @@ def _cloud_gain(quality: Float[np.ndarray, "b p"], possible: Bool[np.ndarray, "b
             counts = possible[choosing].sum(axis=0)
             sums = np.where(possible, quality, 0.0)[choosing].sum(axis=0)
             means = np.where(counts > 0, sums / np.maximum(counts, 1), -np.inf)
-            cloud, local = (int(np.where(kind, means, -np.inf).argmax()) for kind in (PLAN_TABLE.uses_link, ~PLAN_TABLE.uses_link))
+            cloud, local = (
+                int(np.where(kind, means, -np.inf).argmax()) for kind in (PLAN_TABLE.uses_link, ~PLAN_TABLE.uses_link)
+            )
             rows = measured & possible[:, cloud] & possible[:, local]
             if rows.any():
                 gains.append((quality[rows, cloud] - quality[rows, local]).mean())

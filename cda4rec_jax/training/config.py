@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cda4rec_jax.planner import Objective
+
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -34,6 +36,7 @@ class TrainConfig:
     withheld_per_step: int = 16
     decider_interval: int = 4  # joint steps from one that moves the deciders to the next; their part costs as much as the trunks'
     context_draws: int = 4  # contexts per withheld user
+    objective: Objective = Objective.EXACT  # of the planner
     planner_start_share: float = 0.3  # m(t) = 0 before this share of the steps
     quality_regression: float = 0.05  # weight of the squared error of q_theta, which keeps its terms in units of quality
     entropy_start: float = 0.1  # beta(t), in units of dQ, linear from here ...

@@ -191,7 +191,8 @@ class Trainer:
         for done, step in enumerate(steps, start=1):
             observation = self.layout.place_batch(kept.batch(done - 1, train.withheld_per_step))
             when = self.layout.place((jnp.asarray(step, jnp.int32), jnp.asarray(step / practice_steps, jnp.float32)))
-            self.state, values = self._decide(self.state, observation, *self._constants, *when)
+            frozen, _, world = self._constants
+            self.state, values = self._decide(self.state, observation, frozen, world, *when)
             self._log("practice", done, len(steps), values)
         self.state = TrainState(**{**vars(self.state), "step": jnp.zeros((), jnp.int32)})
         self._planner_phase(kept)
@@ -289,7 +290,8 @@ class Trainer:
         for step in range(int(self.state.step), train.final_steps):
             observation = self.layout.place_batch(kept.batch(step, train.final_users_per_step))
             draw = self.layout.place(jnp.asarray(self.num_steps + step, jnp.int32))
-            self.state, values = self._decide(self.state, observation, *self._constants, draw)
+            frozen, _, world = self._constants
+            self.state, values = self._decide(self.state, observation, frozen, world, draw)
             self._log("planner", step + 1, train.final_steps, values)
             self.position.elapsed_s = time.monotonic() - started
             due = time.monotonic() - saved > 60 * train.checkpoint_minutes

@@ -3,15 +3,26 @@
 Item 0 is padding: it is no class, no negative, and a token that has it as target counts nothing.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from cda4rec_jax.array_typing import Array, ItemVectors, PackedInts, PlanMask, PlanValues
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
-from cda4rec_jax.planner import entropy, expected_utility
+from cda4rec_jax.pipeline.decisions import Requests
+from cda4rec_jax.planner import (
+    Objective,
+    choice_weights,
+    context_features,
+    entropy,
+    expected_utility,
+    masked_softmax,
+    realised_utility,
+)
 
 
 def catalogue_loss(
@@ -190,16 +201,57 @@ def fusion_loss(
 
 
 def planner_loss(
-    probabilities: PlanValues,
+    weights: PlanValues,
     utilities: PlanValues,
+    mask: PlanMask,
     quality_gap: Float[Array, ""],
-    entropy_weight: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """``- E_pi[U] / dQ - beta H(pi)``, mean over requests; dividing by dQ makes learning rates mean the same on every dataset."""
-    return -jnp.mean(expected_utility(probabilities, utilities) / quality_gap + entropy_weight * entropy(probabilities))
+    """``- E_pi[U] / dQ``, mean over requests; dividing by dQ makes learning rates mean the same on every dataset."""
+    return -jnp.mean(expected_utility(weights, utilities, mask) / quality_gap)
 
 
 def quality_loss(predicted: PlanValues, quality: PlanValues, mask: PlanMask, quality_gap: Float[Array, ""]) -> Float[Array, ""]:
     """Mean squared error of the predicted plan quality over allowed plans, in units of dQ."""
     error = jnp.where(mask, (predicted - jax.lax.stop_gradient(quality)) / quality_gap, 0.0)
     return jnp.sum(jnp.square(error)) / jnp.sum(mask)
+
+
+def decision_loss(
+    planner: Any,
+    requests: Requests,
+    quality: PlanValues,
+    quality_gap: Float[Array, ""],
+    objective: Objective,
+    *,
+    quality_regression: float,
+    entropy_weight: Float[Array, ""] | float,
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, ""], dict[str, Array], PlanValues]:
+    """What training a planner minimises on ``b`` requests, the same wherever it is trained.
+
+    EXACT and GUMBEL: ``- E_pi[U] / dQ - beta H(pi) + quality_regression * error``, where E_pi is exact or a straight-through sample,
+    and the error is that of ``quality_loss``. REGRESSION: the error alone, so that the planner is the argmax of predicted utility.
+
+    Args:
+        planner: has ``logits``, and ``quality`` where the error counts.
+        requests: their realised costs and failures make U, with the ``quality`` of every plan.
+        key: of the sample.
+
+    Returns:
+        The loss; its terms with the expected utility; the probabilities of the plans.
+    """
+    context, mask = requests.context, requests.mask
+    logits = planner.logits(context, requests.predicted, mask)
+    probabilities = masked_softmax(logits, mask)
+    utilities = realised_utility(quality, requests.realised, context, failed=requests.failed, mask=mask)
+    terms = {"utility": jnp.mean(expected_utility(probabilities, utilities, mask))}
+    total, error_weight = jnp.zeros(()), 1.0
+    if objective is not Objective.REGRESSION:
+        weights = choice_weights(logits, mask, objective, key=key)
+        terms["planner_loss"] = planner_loss(weights, utilities, mask, quality_gap)
+        total = terms["planner_loss"] - entropy_weight * jnp.mean(entropy(probabilities))
+        error_weight = quality_regression
+    if error_weight > 0:
+        terms["quality_loss"] = quality_loss(planner.quality(context_features(context)), quality, mask, quality_gap)
+        total = total + error_weight * terms["quality_loss"]
+    return total, terms, probabilities

@@ -23,10 +23,10 @@ from cda4rec_jax.pipeline.catalogue import ItemTables, build_catalogue
 from cda4rec_jax.pipeline.decisions import PlanningWorld, redraw_requests
 from cda4rec_jax.pipeline.outcomes import fusion_cross_entropy, score_views, target_ranks
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import ContextConfig, context_features, masked_softmax, plan_quality, realised_utility
+from cda4rec_jax.planner import ContextConfig, plan_quality
 from cda4rec_jax.training.batches import TrainingBatch, micro_batch
 from cda4rec_jax.training.config import ComputeDtype, TrainConfig
-from cda4rec_jax.training.losses import catalogue_loss, fusion_loss, planner_loss, quality_loss
+from cda4rec_jax.training.losses import catalogue_loss, decision_loss, fusion_loss
 from cda4rec_jax.training.mesh import Layout
 from cda4rec_jax.training.observations import Observation, observe
 
@@ -147,7 +147,6 @@ def trunk_loss(
 def decider_loss(
     system: System,
     observation: Observation,
-    tables: ItemTables,
     world: PlanningWorld,
     draw: Array,
     progress: Float[Array, ""],
@@ -163,7 +162,7 @@ def decider_loss(
     """
     train, policy = config.train, system.policy
     assert system.device is not None and policy is not None
-    options = {"max_cache_age": config.system.max_cache_age, "contexts": config.contexts, "links": config.links}
+    options = {"contexts": config.contexts, "links": config.links}
     observation = jax.lax.stop_gradient(observation.with_features_as(jnp.float32))
     history, views = observation.history, observation.views
     scores = score_views(system.device.head, views)
@@ -173,25 +172,19 @@ def decider_loss(
     gap = world.scales.quality_gap
     started = (progress >= train.planner_start_share).astype(jnp.float32)
     beta = train.entropy_start + (train.entropy_end - train.entropy_start) * progress
+    weights = {"quality_regression": train.quality_regression, "entropy_weight": beta}
 
     def one_draw(draw: Array) -> tuple[dict[str, Array], Array]:
         # Outcomes depend on the cache alone, so that one pass over the models serves several contexts of one cache.
-        asked = redraw_requests(world, history, tables, draw, observation.context, **options)
-        chosen = masked_softmax(policy.logits(asked.context, asked.predicted, asked.mask), asked.mask)
-        utilities = realised_utility(quality, asked.realised, asked.context, failed=asked.failed, mask=asked.mask)
-        estimate = policy.quality(context_features(asked.context))
-        terms = {
-            "planner_loss": planner_loss(chosen, utilities, gap, beta),
-            "quality_loss": quality_loss(estimate, quality, asked.mask, gap),
-            "utility": jnp.mean(jnp.sum(jnp.where(asked.mask, chosen * utilities, 0.0), axis=1)),
-        }
-        return terms, chosen
+        asked = redraw_requests(world, observation.context, history.event_ids, draw, **options)
+        key = jax.random.fold_in(jax.random.key(train.seed), draw)
+        loss, terms, chosen = decision_loss(policy, asked, quality, gap, train.objective, key=key, **weights)
+        return {"decision_loss": loss, **terms}, chosen
 
     terms, chosen = jax.vmap(one_draw)(draw + jnp.arange(train.context_draws) * REDRAW_STRIDE)
     mean = jax.tree.map(jnp.mean, terms)
     fusion = fusion_loss(losses, present, jnp.mean(chosen, axis=0), train.practice_share * progress)
-    total = fusion + started * (mean["planner_loss"] + train.quality_regression * mean["quality_loss"])
-    return total, {"fusion_loss": fusion, **mean}
+    return fusion + started * mean["decision_loss"], {"fusion_loss": fusion, **mean}
 
 
 def trunk_gradient(
@@ -254,7 +247,7 @@ def joint_step(
         assert given.device is not None
         catalogue = build_catalogue(given.cloud, given.device, tables)
         observation = observe(given, catalogue, batch.withheld, tables, world, state.step, **config.of_requests)
-        return decider_loss(system, observation, tables, world, state.step, progress, config)
+        return decider_loss(system, observation, world, state.step, progress, config)
 
     (decided, more), decider_gradients = jax.value_and_grad(loss, has_aux=True)(state.deciders)
     trunk_optimizer, decider_optimizer = optimizers(config.train, num_steps)
@@ -283,7 +276,6 @@ def decider_step(
     state: TrainState,
     observation: Observation,
     frozen: Any,
-    tables: ItemTables,
     world: PlanningWorld,
     draw: Array,
     practised: Array | None = None,
@@ -301,7 +293,7 @@ def decider_step(
     def loss(deciders: Any) -> tuple[Array, dict[str, Array]]:
         system = nnx.merge(graph, state.average, deciders, frozen)  # whose trunks are not read
         progress = jnp.ones(()) if practised is None else practised
-        return decider_loss(system, observation, tables, world, draw, progress, config)
+        return decider_loss(system, observation, world, draw, progress, config)
 
     (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.deciders)
     optimizer = optimizers(config.train, num_steps)[1]

@@ -12,11 +12,11 @@ from cda4rec_jax.planner import (
     ContextConfig,
     DirectPolicy,
     FixedPlan,
+    Objective,
     PayloadSizes,
     Policy,
     PolicyConfig,
     RandomPlanner,
-    Relaxation,
     RulesPlanner,
     allowed,
     choice_weights,
@@ -68,7 +68,7 @@ def decide(context, key):
     for name, planner in PLANNERS.items():
         logits = planner.logits(context, costs, mask)
         weights[f"{name} softmax"] = masked_softmax(logits, mask)
-        weights[f"{name} gumbel"] = choice_weights(logits, mask, Relaxation.GUMBEL, key=key)
+        weights[f"{name} gumbel"] = choice_weights(logits, mask, Objective.GUMBEL, key=key)
         chosen[name] = jnp.argmax(logits, axis=1)
     return mask, weights, chosen
 

@@ -71,7 +71,9 @@ def test_scales_by_hand():
     """Quality against the best local plan; costs between the first and the last decile of what each request may choose from."""
     best, local = plan_index("fresh-full-100-device"), plan_index("local-skip-device")
     quality = jnp.zeros((4, NUM_PLANS)).at[:, best].set(jnp.asarray([0.5, 0.7, 0.6, 0.6])).at[:, local].set(0.2)
-    tenths = jnp.full((4, NUM_PLANS), 1e6).at[:, :10].set(jnp.arange(10.0)[None, :] * jnp.asarray([[10.0], [20.0], [30.0], [1e6]]))
+    tenths = (
+        jnp.full((4, NUM_PLANS), 1e6).at[:, :10].set(jnp.arange(10.0)[None, :] * jnp.asarray([[10.0], [20.0], [30.0], [1e6]]))
+    )
     mask = jnp.zeros((4, NUM_PLANS), bool).at[:, :10].set(True)
     mask = mask.at[3].set(~jnp.asarray(PLAN_TABLE.uses_link))  # offline: nothing to choose between device and cloud
     everything = jnp.ones((4, NUM_PLANS), bool)

@@ -112,7 +112,7 @@ def test_gradients_reach_the_towers_and_nothing_else(policy, contexts, mask):
     @jax.jit
     def loss(params, scale, utilities):
         logits = nnx.merge(graph, params, scale).logits(contexts, costs, mask)
-        return -expected_utility(choice_weights(logits, mask), utilities).mean()
+        return -expected_utility(choice_weights(logits, mask), utilities, mask).mean()
 
     utilities = jax.random.uniform(jax.random.key(0), mask.shape)
     by_params, by_utilities = jax.grad(loss, (0, 2))(params, scale, utilities)
@@ -132,7 +132,7 @@ def test_a_policy_learns_which_plan_is_best_for_whom(contexts):
 
     def loss(params):
         pi = masked_softmax(nnx.merge(graph, params, rest).logits(contexts, free, everything), everything)
-        return -jnp.mean(expected_utility(pi, utilities) + 0.1 * entropy(pi))
+        return -jnp.mean(expected_utility(pi, utilities, everything) + 0.1 * entropy(pi))
 
     @jax.jit
     def train(params):
