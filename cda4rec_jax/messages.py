@@ -145,7 +145,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Who does which sub-task of one request. ``planner.plan_space`` lists the 32 plans that there are."""
+    """Who does which sub-task of one request. ``planner.plan_space`` lists the 32 standard plans, and says which others can be run."""
 
     semantic: Placement  # CLOUD, REUSE or SKIP
     retrieval: Placement  # CLOUD or DEVICE_CACHE
@@ -166,9 +166,13 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Short unique name: ``fresh-full-100-device``, ``reuse-20-skip``, ``local-reuse-skip``, ``cloud-full-cloud``."""
+        """Short unique name: ``fresh-full-100-device``, ``reuse-20-skip``, ``local-reuse-skip``, ``cloud-full-cloud``.
+
+        Where the cloud ranks, a number of candidates other than 100 is named: ``cloud-full-50-skip``.
+        """
         if self.ranking is Placement.CLOUD:
-            return f"cloud-{self.level.name.lower()}-{self.structured}"
+            count = "" if self.num_candidates == 100 else f"{self.num_candidates}-"
+            return f"cloud-{self.level.name.lower()}-{count}{self.structured}"
         if self.retrieval is Placement.DEVICE_CACHE:
             return f"local-{self.semantic}-{self.structured}"
         if self.semantic is Placement.REUSE:

@@ -150,8 +150,8 @@ def _request_times(recommender: Recommender, devices: Sequence[Device], wanted: 
         planned = recommender.planner.decide(device.history, Situation())
         choice = choose(planned, wanted)
         request = Request(
-            plan=PLANS[choice.plan_index],
-            fallback=PLANS[int(planned.fallback[0, choice.plan_index])],
+            plan=planned.costs.space.plans[choice.plan_index],
+            fallback=planned.costs.space.plans[int(planned.fallback[0, choice.plan_index])],
             link=NO_DELAY,
             planning_ms=1e3 * (time.perf_counter() - started_s),
             prediction=prediction_of(planned, choice.plan_index),

@@ -128,6 +128,8 @@ class Train:
     """What to train on: synthetic[:users=500,items=200,seed=1], or a folder (prepared, RecBole or MovieLens)."""
     text: Path | None = None
     """Item vectors that cda4rec encode wrote, instead of TF-IDF; the run keeps a copy."""
+    planner: str | None = None
+    """A planner of your own to learn, package.module:Class, from an installed package or this folder; the run remembers it."""
     out: Path | None = None
     """Run directory; runs/DATA-PRESET if not given."""
     resume: bool = False
@@ -218,18 +220,20 @@ class Train:
         return {name: value for name, value in changes.items() if value is not None}
 
     def _configured(self, changes: dict[str, int | float | str]) -> "RunConfig":
+        from cda4rec_jax.pipeline.system import with_planner
         from cda4rec_jax.presets import preset
 
         config = preset(self.preset, self.data)
         trained = dataclasses.replace(config.train, **changes)
         text_file = None if self.text is None else str(self.text)
-        return dataclasses.replace(config, train=trained, k_core=self.k_core or config.k_core, text_file=text_file)
+        system = config.system if self.planner is None else with_planner(config.system, self.planner)
+        return dataclasses.replace(config, system=system, train=trained, k_core=self.k_core or config.k_core, text_file=text_file)
 
     def _resumed(self, out: Path) -> "RunConfig":
         from cda4rec_jax.runs import RunDirectory
         from cda4rec_jax.training import RunConfig
 
-        if self.overwrite or self.k_core or self.text or self._changes():
+        if self.overwrite or self.k_core or self.text or self.planner or self._changes():
             raise UserError("--resume goes on as the run began: leave --overwrite and the settings of training out")
         return RunDirectory.open(out).read_config("run", RunConfig)
 
@@ -241,7 +245,7 @@ class Evaluate:
     run_directory: Annotated[Path, tyro.conf.arg(name="run")]
     """Run directory of a finished training."""
     plan: tuple[str, ...] = ("all",)
-    """Plans to report, by name; all reports all 32."""
+    """Plans to report, by name; all reports all that there are."""
     json: Path | None = None
     """File for the report, in addition to results.json of the run."""
     baseline: Path | None = None

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,8 +13,13 @@ from cda4rec_jax.errors import UserError
 
 
 def set_up_process() -> None:
-    """JAX for small models on a CPU, compiled programs kept between commands, and no chatter of libraries."""
+    """JAX for small models on a CPU, compiled programs kept between commands, no chatter of libraries, and a user's own modules."""
     import jax
+
+    # A planner of a user's own may stand in the folder where the command is given; the script that started it stands elsewhere.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
     keep_freed_memory()
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # small programs are faster, and repeat bit for bit

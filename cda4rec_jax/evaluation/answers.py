@@ -16,8 +16,7 @@ from cda4rec_jax.pipeline.decisions import Requests
 from cda4rec_jax.pipeline.full_ranking import in_batches
 from cda4rec_jax.pipeline.planners import PlugIn, context_cells, cross_fitted_quality, possible_plans
 from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.planner import NUM_PLANS, PLANS, PlanCosts, local_repair, realised_utility, repair
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
+from cda4rec_jax.planner import STANDARD, PlanCosts, PlanSpace, local_repair, realised_utility, repair
 from cda4rec_jax.planner.utility import FAILURE_TIMEOUT_MS
 
 BLOCK_USERS = 256  # whose contexts are planned at once, so that memory is bounded
@@ -33,6 +32,12 @@ class Answers:
     choices: UInt8[np.ndarray, "q draws n"]  # wanted plan, after repair
     latency_ms: Float[np.ndarray, "q draws n"]
     per_user: dict[str, Float[np.ndarray, "q n"]]  # means over a user's contexts, by name of the quantity
+    space: PlanSpace = STANDARD  # that was chosen from
+
+    @property
+    def fixed_names(self) -> tuple[str, ...]:
+        """Names of the fixed plans, which come first."""
+        return fixed_names(self.space)
 
     def of(self, name: str, quantity: str) -> Float[np.ndarray, "n"]:
         """One quantity of one planner for every user."""
@@ -44,7 +49,9 @@ def fixed_name(plan_name: str) -> str:
     return f"fixed {plan_name}"
 
 
-FIXED_NAMES = tuple(fixed_name(plan.name) for plan in PLANS)
+def fixed_names(space: PlanSpace = STANDARD) -> tuple[str, ...]:
+    """Names of the planners that always want one plan of the space."""
+    return tuple(fixed_name(name) for name in space.names)
 
 
 def answer(
@@ -57,10 +64,10 @@ def answer(
     plan; the cross-fitted context oracle estimates it on one half of these users and is scored on the other; ``seed`` draws the
     halves. The hindsight optimum knows what will be realised, so nothing can exceed it.
     """
-    num_users = len(records.users)
+    num_users, space = len(records.users), records.requests.predicted.space
     first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
     folds = np.random.default_rng(seed).permutation(num_users) % 2
-    oracle = cross_fitted_quality(records.quality, possible_plans(first), context_cells(first), folds)
+    oracle = cross_fitted_quality(records.quality, possible_plans(first, space), context_cells(first), folds)
     means, logits = jnp.asarray(plug_in_means, jnp.float32)[None], tuple(planners.values())
     blocks = []
     for index in in_batches(num_users, min(BLOCK_USERS, num_users)):
@@ -69,8 +76,8 @@ def answer(
         size = len(np.unique(index))
         blocks.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[..., :size], found))
     choices, latency_ms, per_user = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *blocks)
-    names = (*FIXED_NAMES, *planners, PLUG_IN, ORACLE, HINDSIGHT)
-    return Answers(names=names, choices=choices, latency_ms=latency_ms, per_user=per_user)
+    names = (*fixed_names(space), *planners, PLUG_IN, ORACLE, HINDSIGHT)
+    return Answers(names=names, choices=choices, latency_ms=latency_ms, per_user=per_user, space=space)
 
 
 @partial(jax.jit, static_argnames="planners")
@@ -83,14 +90,16 @@ def _play(
     planners: tuple[Logits, ...],
 ) -> tuple[Array, Array, dict[str, Array]]:
     """Choices and latency [q, draws, n], and means over contexts [q, n]; one planner more for each of the quality ``estimates``."""
-    draws, num_users = requests.failed.shape
+    (draws, num_users), space = requests.failed.shape, requests.predicted.space
     flat = jax.tree.map(lambda leaf: leaf.reshape(draws * num_users, *leaf.shape[2:]), requests)
     quality, ranks = (jnp.tile(values, (draws, 1)) for values in (quality, ranks))
-    plug_ins = [PlugIn(quality=jnp.tile(jnp.broadcast_to(values, (num_users, NUM_PLANS)), (draws, 1))) for values in estimates]
+    plug_ins = [
+        PlugIn(quality=jnp.tile(jnp.broadcast_to(values, (num_users, space.num_plans)), (draws, 1))) for values in estimates
+    ]
     context, mask = flat.context, flat.mask
     gained = realised_utility(quality, flat.realised, context, failed=flat.failed, mask=mask)
 
-    fixed = jax.vmap(lambda plan: repair(jnp.broadcast_to(plan, flat.failed.shape), mask))(jnp.arange(NUM_PLANS))
+    fixed = jax.vmap(lambda plan: repair(jnp.broadcast_to(plan, flat.failed.shape), mask, space))(jnp.arange(space.num_plans))
     scores = [logits(context, flat.predicted, mask) for logits in (*planners, *(plug_in.logits for plug_in in plug_ins))]
     scores.append(jnp.where(mask, gained, -jnp.inf))
     choices = jnp.concatenate([fixed, jnp.stack([jnp.argmax(score, axis=1) for score in scores])])
@@ -98,7 +107,7 @@ def _play(
     def chosen(values: PlanValues | PlanRanks) -> Array:
         return jnp.take_along_axis(values, choices.T, axis=1).T
 
-    answering = jnp.where(_link_fails(flat), local_repair(mask), jnp.arange(NUM_PLANS)[None, :])
+    answering = jnp.where(_link_fails(flat), local_repair(mask, space), jnp.arange(space.num_plans)[None, :])
     answered_ranks = chosen(jnp.take_along_axis(ranks, answering, axis=1))
     latency_ms = chosen(happened_latency_ms(flat))
     quantities = {
@@ -119,11 +128,11 @@ def _play(
 
 def _link_fails(requests: Requests) -> Array:
     """True at [b, p] where the plan's link fails in this request."""
-    return requests.failed[:, None] & jnp.asarray(PLAN_TABLE.uses_link)[None, :]
+    return requests.failed[:, None] & jnp.asarray(requests.realised.space.table.uses_link)[None, :]
 
 
 def happened_latency_ms(requests: Requests) -> PlanValues:
     """Latency of every plan [b, p] as ``realised_utility`` counts it: a failed link costs a timeout and then a local answer."""
     latency_ms = jnp.asarray(requests.realised.latency_ms)
-    local_ms = jnp.take_along_axis(latency_ms, local_repair(requests.mask), axis=1)
+    local_ms = jnp.take_along_axis(latency_ms, local_repair(requests.mask, requests.realised.space), axis=1)
     return jnp.where(_link_fails(requests), FAILURE_TIMEOUT_MS + local_ms, latency_ms)

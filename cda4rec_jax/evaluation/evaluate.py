@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from cda4rec_jax.array_typing import PlanLogits, PlanMask
 from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.accuracy import popularity_ranks
@@ -28,9 +29,10 @@ from cda4rec_jax.evaluation.rows import (
     plug_in_means,
     system_row,
 )
+from cda4rec_jax.messages import Context
 from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
-from cda4rec_jax.planner import PLANS, RandomPlanner, RulesPlanner, plan_index
+from cda4rec_jax.planner import PlanCosts, RandomPlanner, RulesPlanner, permitted
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import SASREC, TrainedSystem, load_trained
 
@@ -101,6 +103,8 @@ def evaluate_run(
     if json_file is not None:
         _check_writable(Path(json_file))
     trained = load_trained(run_path)
+    for name in () if plans == "all" else plans:
+        trained.config.space.index(name)
     job = _Job(
         trained=trained,
         baseline=_baseline(trained, baseline),
@@ -127,8 +131,6 @@ def _check_options(split: str, plans: str | Sequence[str], profile: str, draws: 
             raise UserError(f"unknown {name} {value!r}: expected one of {', '.join(choices)}")
     if isinstance(plans, str) and plans != "all":
         raise UserError(f"plans is {plans!r}: expected 'all' or a list of plan names")
-    for name in () if plans == "all" else plans:
-        plan_index(name)
     if draws < 1:
         raise UserError(f"draws is {draws}: expected at least 1 context for each event")
     if users is not None and users < 2:
@@ -180,7 +182,7 @@ def _evaluate(job: _Job, plans: str | Sequence[str], profile: str) -> Report:
         best, gate = best_fixed(answers), check_gate(answers, scales["quality_gap"])
         records = _records(job, world, job.split, job.users)
         answers = answer(records, planners, means, seed=job.seed)
-        wanted = [plan.name for plan in PLANS] if plans == "all" else list(plans)
+        wanted = trained.config.space.names if plans == "all" else list(plans)
         of_plans = plan_rows(records, wanted, reference)
         of_planners = planner_rows(answers, best, wanted)
     return Report(
@@ -234,7 +236,11 @@ def _records(job: _Job, world: PlanningWorld, split: Split, users: np.ndarray) -
 def _planners(job: _Job) -> dict[str, Logits]:
     policy = job.trained.system.policy
     assert policy is not None
-    return {POLICY: policy.logits, RULES: RulesPlanner().logits, RANDOM: RandomPlanner(seed=job.seed).logits}
+
+    def learned(context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
+        return permitted(policy.logits(context, costs, mask), mask)
+
+    return {POLICY: learned, RULES: RulesPlanner().logits, RANDOM: RandomPlanner(seed=job.seed).logits}
 
 
 def _protocol(job: _Job) -> str:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cda4rec_jax.evaluation.answers import FIXED_NAMES, ORACLE, PLUG_IN, Answers
+from cda4rec_jax.evaluation.answers import ORACLE, PLUG_IN, Answers
 from cda4rec_jax.metrics import Interval, paired_interval
-from cda4rec_jax.planner import NUM_PLANS
 
 MAX_TOP_SHARE = 0.5
 MIN_PLANS, COUNTED_SHARE = 5, 0.05
@@ -41,14 +40,14 @@ class Gate:
 
 def best_fixed(answers: Answers) -> str:
     """Name of the fixed plan with the highest mean utility; call it on validation requests."""
-    means = [answers.of(name, "utility").mean(dtype=np.float64) for name in FIXED_NAMES]
-    return FIXED_NAMES[int(np.argmax(means))]
+    means = [answers.of(name, "utility").mean(dtype=np.float64) for name in answers.fixed_names]
+    return answers.fixed_names[int(np.argmax(means))]
 
 
 def plan_shares(answers: Answers, name: str) -> np.ndarray:
     """Share of requests that get each plan, [p]."""
     choices = answers.choices[answers.names.index(name)]
-    return np.bincount(choices.ravel(), minlength=NUM_PLANS) / choices.size
+    return np.bincount(choices.ravel(), minlength=answers.space.num_plans) / choices.size
 
 
 def check_gate(validation: Answers, quality_gap: float) -> Gate:

@@ -7,13 +7,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.evaluation.accuracy import METRICS, mean_metrics, per_user
-from cda4rec_jax.evaluation.answers import FIXED_NAMES, HINDSIGHT, ORACLE, PLUG_IN, Answers, fixed_name
+from cda4rec_jax.evaluation.answers import HINDSIGHT, ORACLE, PLUG_IN, Answers, fixed_name
 from cda4rec_jax.evaluation.gate import plan_shares
 from cda4rec_jax.evaluation.report import FAMILIES, PlannerRow, SystemRow
 from cda4rec_jax.metrics import Interval, paired_interval, paired_intervals, summarise_latency
 from cda4rec_jax.pipeline.planners import mean_quality, possible_plans
 from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.planner import PLANS, plan_index
 
 POPULARITY, SASREC_ROW, CLOUD_ROW = "popularity", "SASRec (full CE)", "cloud agent, full catalogue"
 POLICY, RULES, RANDOM = "policy", "rules", "random"
@@ -27,7 +26,8 @@ def plug_in_means(records: PlanRecords) -> Float[np.ndarray, "p"]:
 
 
 def _possible(records: PlanRecords) -> Bool[np.ndarray, "n p"]:
-    return np.asarray(possible_plans(jax.tree.map(lambda leaf: leaf[0], records.requests.context)))
+    first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
+    return np.asarray(possible_plans(first, records.requests.predicted.space))
 
 
 def system_row(name: str, ranks: Int[np.ndarray, "n"], reference: Int[np.ndarray, "n"] | None) -> SystemRow:
@@ -42,7 +42,7 @@ def plan_rows(records: PlanRecords, wanted: Sequence[str], reference: Int[np.nda
     """Accuracy of each wanted plan on the users whom it could serve."""
     possible, rows = _possible(records), []
     for name in wanted:
-        index = plan_index(name)
+        index = records.requests.predicted.space.index(name)
         served = possible[:, index]
         if served.any():
             rows.append(system_row(name, records.ranks[served, index], None if reference is None else reference[served]))
@@ -52,7 +52,7 @@ def plan_rows(records: PlanRecords, wanted: Sequence[str], reference: Int[np.nda
 def planner_rows(answers: Answers, best: str, wanted: Sequence[str]) -> list[PlannerRow]:
     """A row for each planner; of the fixed plans those that are wanted, and the ``best`` one."""
     kept = {fixed_name(name) for name in wanted} | {best}
-    names = [name for name in answers.names if name not in FIXED_NAMES or name in kept]
+    names = [name for name in answers.names if name not in answers.fixed_names or name in kept]
     others = [name for name in names if name != POLICY]
     policy, *utilities = (np.asarray(answers.of(name, "utility"), np.float64)[None, :, None] for name in (POLICY, *others))
     gains = dict(zip(others, paired_intervals(policy - np.concatenate(utilities), np.zeros_like(policy)), strict=True))
@@ -65,7 +65,7 @@ def _planner_row(answers: Answers, name: str, kind: str, policy_minus: Interval 
     def mean(quantity: str) -> float:
         return float(answers.of(name, quantity).mean(dtype=np.float64))
 
-    shares = {plan.name: float(share) for plan, share in zip(PLANS, plan_shares(answers, name), strict=True)}
+    shares = {plan: float(share) for plan, share in zip(answers.space.names, plan_shares(answers, name), strict=True)}
     latency = summarise_latency(answers.latency_ms[answers.names.index(name)].ravel())
     return PlannerRow(
         name=name,

@@ -14,7 +14,7 @@ from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.request import RequestFunctions
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import MeasuredTimes
+from cda4rec_jax.planner import MeasuredTimes, blank_requests
 from cda4rec_jax.retrieval import Index
 
 ROUNDS = 30
@@ -48,7 +48,8 @@ def measure_times(system: System, catalogue: Catalogue, corpus: Corpus, config: 
             times["ranking_cloud_ms"] = times["ranking_ms"]["100"]
     cached = Candidates(items=found.items[:, :100], scores=found.scores[:, :100])
     times["cache_retrieval_ms"] = _median_ms(lambda: functions.cached(cached, True))
-    times["planning_ms"] = _median_ms(lambda: functions.plan_quality(np.zeros((1, functions.num_context_features), np.float32)))
+    asked = jax.tree.map(np.asarray, blank_requests(1, config.space))
+    times["planning_ms"] = _median_ms(lambda: functions.plan_logits(*asked))
     return MeasuredTimes(**times)
 
 

@@ -1,6 +1,6 @@
 """From a private history to everything that a planner is asked, and to what then really happens."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,12 @@ from cda4rec_jax.links import LinkConfig, Realisation, downlink_ms, realise, upl
 from cda4rec_jax.messages import Context, HistoryBatch
 from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables
 from cda4rec_jax.planner import (
+    STANDARD,
     ContextConfig,
     CostProfile,
     PayloadSizes,
     PlanCosts,
+    PlanSpace,
     TransferTimes,
     UserFacts,
     WeightScales,
@@ -29,12 +31,17 @@ from cda4rec_jax.planner import (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PlanningWorld:
-    """What planning costs and exposes, measured or modelled before the planner learns."""
+    """What there is to choose from, and what it costs and exposes, measured or modelled before the planner learns."""
 
     profile: CostProfile
     exposure_by_level: Float[Array, "level"]
     sizes: PayloadSizes
     scales: WeightScales
+    space: PlanSpace = field(default=STANDARD, metadata={"static": True})
+
+    def costs(self, context: Context, transfer: TransferTimes | None = None) -> PlanCosts:
+        """Costs of every plan; None predicts the time on the link from the context's estimates."""
+        return plan_costs(self.profile, context, self.exposure_by_level, self.sizes, transfer, self.space)
 
 
 @jax.tree_util.register_dataclass
@@ -78,13 +85,13 @@ def payload_sizes(catalogue: Catalogue) -> PayloadSizes:
 
 def realised_costs(world: PlanningWorld, context: Context, realisation: Realisation) -> PlanCosts:
     """Costs of every plan over the link as it turned out."""
-    up_bytes, down_bytes = plan_bytes(context, world.sizes)
+    up_bytes, down_bytes = plan_bytes(context, world.sizes, world.space)
     transfer = TransferTimes(
         uplink_ms=uplink_ms(up_bytes, realisation),
         downlink_ms=downlink_ms(down_bytes, realisation),
         queue_ms=realisation.queue_ms,
     )
-    return plan_costs(world.profile, context, world.exposure_by_level, world.sizes, transfer)
+    return world.costs(context, transfer)
 
 
 def requests_of(
@@ -94,8 +101,8 @@ def requests_of(
     realisation = realise(context, event_ids, draw, world.profile.queue_ms, links)
     return Requests(
         context=context,
-        mask=allowed(context),
-        predicted=plan_costs(world.profile, context, world.exposure_by_level, world.sizes),
+        mask=allowed(context, world.space),
+        predicted=world.costs(context),
         realised=realised_costs(world, context, realisation),
         failed=realisation.failed,
     )

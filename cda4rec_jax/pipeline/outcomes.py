@@ -1,4 +1,4 @@
-"""What every plan would answer: the target's rank, and the slate, under each of the 32 plans, for a batch of users."""
+"""What every plan would answer: the target's rank, and the slate, under each plan, for a batch of users."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ from cda4rec_jax.pipeline.subtasks import (
     unseen,
 )
 from cda4rec_jax.pipeline.system import SystemConfig
-from cda4rec_jax.planner import PLANS
+from cda4rec_jax.planner import STANDARD, PlanSpace
 
 DONE, SKIPPED = "done", "skipped"  # structured user modelling: the two kinds of features
 Scores = dict[tuple[str, str], CandidateScores]  # by view and kind of features
@@ -58,15 +58,10 @@ class View:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """Result of every plan, in the order of ``PLANS``."""
+    """Result of every plan, in the order of the configuration's plan space."""
 
     ranks: PlanRanks  # 1 is best; MISS_RANK where the target is no candidate
     slates: Int[Array, "b p k"] | None  # None where none were asked for
-
-
-def max_candidates(num_items: int) -> int:
-    """Largest number of candidates that any plan asks for, cut to the catalogue."""
-    return min(max(plan.num_candidates for plan in PLANS), num_items)
 
 
 def view_name(plan: Plan) -> str:
@@ -86,7 +81,7 @@ def compute_views(
     config: SystemConfig,
 ) -> dict[str, View]:
     """All pools of a batch. Retrieval runs once for each semantic view, at the largest K; smaller K are prefixes."""
-    num_users, num_items = history.items.shape[0], catalogue.num_items
+    num_users, pool_size = history.items.shape[0], min(config.space.max_candidates, catalogue.num_items)
     sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
     now = jnp.zeros((num_users,), jnp.int32)
     age = jnp.minimum(cache_age_events.astype(jnp.int32), config.max_cache_age)
@@ -103,7 +98,7 @@ def compute_views(
     of_short = semantics(short, released_items(EgressLevel.RECENT, config.history_length))
     semantic = jnp.concatenate([of_short, semantics(long, config.history_length)])
     # Without the barrier XLA on a CPU fuses the search into what reads its results, which then take seven times as long.
-    candidates = jax.lax.optimization_barrier(retrieve(catalogue.vectors, semantic, max_candidates(num_items)))
+    candidates = jax.lax.optimization_barrier(retrieve(catalogue.vectors, semantic, pool_size))
 
     full = release(history, catalogue.categories, fresh["full"], now, max_items=config.history_length, **sizes)
     structured = model_structure(device, full, abstract_evidence(catalogue, full))
@@ -168,10 +163,10 @@ def score_views(head: FusionHead, views: dict[str, View]) -> Scores:
     return scores
 
 
-def plan_limits(views: dict[str, View]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+def plan_limits(views: dict[str, View], space: PlanSpace = STANDARD) -> dict[tuple[str, str], list[tuple[int, int]]]:
     """For each pool with its kind of features: the plans that rank it, as (plan index, candidates that it may use)."""
     limits: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for index, plan in enumerate(PLANS):
+    for index, plan in enumerate(space.plans):
         available = views[view_name(plan)].items.shape[1]
         local = plan.retrieval is Placement.DEVICE_CACHE
         limits.setdefault(plan_group(plan), []).append((index, available if local else min(plan.num_candidates, available)))
@@ -179,13 +174,13 @@ def plan_limits(views: dict[str, View]) -> dict[tuple[str, str], list[tuple[int,
 
 
 def _in_plan_order(columns: dict[int, Array]) -> Array:
-    return jnp.stack([columns[index] for index in range(len(PLANS))], axis=1)
+    return jnp.stack([columns[index] for index in range(len(columns))], axis=1)
 
 
-def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths) -> PlanRanks:
+def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD) -> PlanRanks:
     """``1 + #{j != target: s_j >= s_target}`` among each plan's allowed candidates; ``MISS_RANK`` where the target is none."""
     columns = {}
-    for group, plans in plan_limits(views).items():
+    for group, plans in plan_limits(views, space).items():
         view, score = views[group[0]], scores[group]
         is_target = (view.items == targets[:, None]) & view.allowed
         target_score = jnp.sum(jnp.where(is_target, score, 0.0), axis=1, keepdims=True)
@@ -197,10 +192,10 @@ def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths) -> Pl
     return _in_plan_order(columns)
 
 
-def plan_slates(scores: Scores, views: dict[str, View], k: int) -> Int[Array, "b p k"]:
+def plan_slates(scores: Scores, views: dict[str, View], k: int, space: PlanSpace = STANDARD) -> Int[Array, "b p k"]:
     """The slate of length ``k`` under every plan; 0 where fewer candidates remain."""
     columns = {}
-    for group, plans in plan_limits(views).items():
+    for group, plans in plan_limits(views, space).items():
         view, score = views[group[0]], scores[group]
         for index, limit in plans:
             columns[index] = rank_slate(view.items[:, :limit], score[:, :limit], view.allowed[:, :limit], k).items
@@ -222,16 +217,17 @@ def outcomes(
     A plan that the context forbids has an outcome too; masking is the planner's work.
     """
     views = compute_views(cloud, device, catalogue, history, cache_level, cache_age_events, config)
-    scores = score_views(device.head, views)
-    return Outcomes(ranks=target_ranks(scores, views, history.targets), slates=plan_slates(scores, views, k) if k else None)
+    scores, space = score_views(device.head, views), config.space
+    slates = plan_slates(scores, views, k, space) if k else None
+    return Outcomes(ranks=target_ranks(scores, views, history.targets, space), slates=slates)
 
 
 def fusion_cross_entropy(
-    scores: Scores, views: dict[str, View], targets: Lengths
+    scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD
 ) -> tuple[Float[Array, "b p"], Bool[Array, "b p"]]:
     """Cross-entropy of the target among each plan's allowed candidates, and where there is one (a retrieval miss has none)."""
     losses, present = {}, {}
-    for group, plans in plan_limits(views).items():
+    for group, plans in plan_limits(views, space).items():
         view, logits = views[group[0]], scores[group]
         is_target = (view.items == targets[:, None]) & view.allowed
         found = jnp.cumsum(is_target, axis=1) > 0

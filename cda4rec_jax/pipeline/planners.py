@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask
 from cda4rec_jax.messages import Context, EgressLevel
-from cda4rec_jax.planner import PlanCosts
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
+from cda4rec_jax.planner import STANDARD, PlanCosts, PlanSpace
 from cda4rec_jax.planner.utility import cost_in_utility
 
 # Upper edges of the cells of the context oracle; the last cell of each is open.
@@ -36,14 +35,14 @@ class PlugIn:
         return jnp.where(mask, self.quality - cost_in_utility(costs, context), -jnp.inf)
 
 
-def possible_plans(context: Context) -> PlanMask:
+def possible_plans(context: Context, space: PlanSpace = STANDARD) -> PlanMask:
     """Plans whose outcome means something in this context, [b, p]: those that reuse a cached embedding need one.
 
     Consent, link and memory are left out: they forbid a plan, and its outcome is the same without them. So means over these
     requests are means over what a mask would leave, with less noise.
     """
     has_cache = np.asarray(context.cache_level) > EgressLevel.NOTHING
-    return ~PLAN_TABLE.semantic_reuse[None, :] | has_cache[:, None]
+    return ~space.table.semantic_reuse[None, :] | has_cache[:, None]
 
 
 def mean_quality(quality: Float[Array, "n p"], counted: Bool[Array, "n p"]) -> Float[np.ndarray, "p"]:

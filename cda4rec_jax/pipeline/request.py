@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from cda4rec_jax.array_typing import Array
-from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, Slate, UserAbstract
+from cda4rec_jax.messages import Candidates, Context, EgressLevel, Evidence, HistoryBatch, Slate, UserAbstract
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.subtasks import (
     StructuredState,
@@ -24,7 +24,7 @@ from cda4rec_jax.pipeline.subtasks import (
     unseen,
 )
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner.contexts import NUM_CONTEXT_FEATURES
+from cda4rec_jax.planner import PlanCosts
 from cda4rec_jax.retrieval import Index
 
 
@@ -39,8 +39,6 @@ class RequestFunctions:
         config: of ``system``.
         index: candidate search of the cloud, over the vectors of ``catalogue``.
     """
-
-    num_context_features = NUM_CONTEXT_FEATURES
 
     def __init__(self, system: System, catalogue: Catalogue, config: SystemConfig, index: Index):
         assert system.device is not None and system.policy is not None
@@ -58,7 +56,7 @@ class RequestFunctions:
         self._rank = _flat(system.device.head, partial(_rank, **shared), static_argnames="k")
         self._finish = jax.jit(partial(_finish, num_items=self.num_items), static_argnames="k")
         self._cached = jax.jit(cached_candidates)
-        self._quality = _flat(system.policy, lambda policy, features: policy.quality(features))
+        self._logits = _flat(system.policy, lambda policy, context, costs, mask: policy.logits(context, costs, mask))
 
     def abstract(self, history: HistoryBatch, level: EgressLevel, age_events: int) -> UserAbstract:
         """User abstract at ``level`` of the history as it was ``age_events`` ago."""
@@ -121,9 +119,9 @@ class RequestFunctions:
         """The slate, [1, k], of candidates that the cloud has ranked."""
         return self._finish(items, scores, seen, k=k)
 
-    def plan_quality(self, features: np.ndarray) -> jax.Array:
-        """Learned quality of every plan, [1, p]."""
-        return self._quality(features)
+    def plan_logits(self, context: Context, costs: PlanCosts, mask: np.ndarray) -> jax.Array:
+        """The learned planner's scores of every plan, [1, p]."""
+        return self._logits(context, costs, mask)
 
 
 def _flat(module: nnx.Module, function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:

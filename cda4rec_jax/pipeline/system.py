@@ -1,13 +1,14 @@
 """Cloud agent, device agent and planner policy as one module, and the sizes that tie them together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flax import nnx
 
 from cda4rec_jax.agents.cloud import CloudAgent, CloudConfig
 from cda4rec_jax.agents.device import FEATURES, DeviceAgent, DeviceConfig
 from cda4rec_jax.array_typing import ItemText
-from cda4rec_jax.planner import Policy, PolicyConfig
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.planner import STANDARD, LearnedPlanner, OwnPlanner, PlanSpace, Policy, PolicyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class SystemConfig:
     cloud: CloudConfig
     device: DeviceConfig | None  # None: a cloud model alone, such as SASRec
     policy: PolicyConfig = PolicyConfig()
+    planner: OwnPlanner | None = None  # a class to learn in the place of ``Policy``
     profile_events: int = 100  # newest events before the released ids that a profile summarises
     max_cache_age: int = 20  # events after which a device drops its cached embedding
     without_features: tuple[str, ...] = ()  # of ``agents.device.FEATURES``, that the fusion head sees as 0: an ablation
@@ -33,6 +35,11 @@ class SystemConfig:
             raise ValueError(f"without_features names {sorted(unknown)}: expected some of {', '.join(FEATURES)}")
 
     @property
+    def space(self) -> PlanSpace:
+        """The plans that there are. Raises UserError where those of the planner cannot be found."""
+        return STANDARD if self.planner is None else self.planner.space
+
+    @property
     def history_length(self) -> int:
         return self.cloud.history_length
 
@@ -42,6 +49,17 @@ class SystemConfig:
         return self.history_length + self.profile_events + self.max_cache_age
 
 
+def with_planner(config: SystemConfig, target: str) -> SystemConfig:
+    """The same system with a planner of a user's own, ``package.module:Class``.
+
+    Raises:
+        UserError: it has no device agent, and so nothing to plan; there is no such class, or it lacks something that a planner has.
+    """
+    if config.device is None:
+        raise UserError(f"a baseline has one agent and plans nothing: leave the planner {target} out, or take another preset")
+    return replace(config, planner=OwnPlanner.find(target, config.policy))
+
+
 class System(nnx.Module):
     """Everything that is trained."""
 
@@ -49,4 +67,7 @@ class System(nnx.Module):
         self.cloud = CloudAgent(config.cloud, text, prefix_size, rngs=rngs)
         width = config.cloud.decoder.width
         self.device = None if config.device is None else DeviceAgent(config.device, width, prefix_size, rngs=rngs)
-        self.policy = None if config.device is None else Policy(config.policy, rngs=rngs)
+        planner = Policy if config.planner is None else config.planner.load()
+        self.policy: LearnedPlanner | None = (
+            None if config.device is None else planner(config.policy, space=config.space, rngs=rngs)  # pyright: ignore[reportCallIssue]
+        )

@@ -1,11 +1,11 @@
 """The planner: which agent does which sub-task of a request.
 
-- ``plan_space``: the 32 plans, their features, what a context allows, repair.
+- ``plan_space``: the 32 standard plans and those of a user's own, their features, what a context allows, repair.
 - ``contexts``: what is known before a request, its distribution, its features.
 - ``cost_profiles``: what sub-tasks cost, in a modelled deployment or as measured.
 - ``costs``: time, energy, exposure and bytes of every plan.
 - ``utility``: quality minus the price of costs; the scales of the prices.
-- ``policy``: the learned planners. ``simple``: fixed, rules, random.
+- ``policy``: the learned planners. ``simple``: fixed, rules, random. ``extension``: a planner from elsewhere.
 - ``relaxation``: masked probabilities and how training differentiates a choice.
 - ``explain``: the terms of a decision.
 """
@@ -29,24 +29,43 @@ from cda4rec_jax.planner.costs import (
     subtask_ms,
 )
 from cda4rec_jax.planner.explain import Decision, PlanTerms, explain_decision
-from cda4rec_jax.planner.plan_space import NUM_PLANS, PLANS, allowed, local_repair, plan_features, plan_index, repair
-from cda4rec_jax.planner.policy import DirectPolicy, Planner, Policy, PolicyConfig
+from cda4rec_jax.planner.extension import OwnPlanner, blank_requests
+from cda4rec_jax.planner.plan_space import (
+    NUM_PLANS,
+    PLANS,
+    STANDARD,
+    CostTerm,
+    PlanSpace,
+    allowed,
+    cloud_plan,
+    fresh_plan,
+    local_repair,
+    plan_index,
+    repair,
+    reuse_plan,
+)
+from cda4rec_jax.planner.policy import DirectPolicy, LearnedPlanner, Planner, Policy, PolicyConfig, permitted
 from cda4rec_jax.planner.relaxation import Objective, choice_weights, entropy, expected_utility, masked_softmax
 from cda4rec_jax.planner.simple import FixedPlan, RandomPlanner, RulesPlanner, fixed_planners
-from cda4rec_jax.planner.utility import WeightScales, plan_quality, realised_utility, utility
+from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, plan_quality, realised_utility, utility
 
 __all__ = [
     "NUM_PLANS",
     "PLANS",
+    "STANDARD",
     "ContextConfig",
     "CostProfile",
+    "CostTerm",
     "Decision",
     "DirectPolicy",
     "FixedPlan",
+    "LearnedPlanner",
     "MeasuredTimes",
     "Objective",
+    "OwnPlanner",
     "PayloadSizes",
     "PlanCosts",
+    "PlanSpace",
     "PlanTerms",
     "Planner",
     "Policy",
@@ -58,24 +77,29 @@ __all__ = [
     "WeightScales",
     "Workload",
     "allowed",
+    "blank_requests",
     "choice_weights",
+    "cloud_plan",
     "context_features",
+    "cost_in_utility",
     "deployment_profile",
     "entropy",
     "expected_utility",
     "explain_decision",
     "fixed_planners",
+    "fresh_plan",
     "local_repair",
     "masked_softmax",
     "measured_profile",
+    "permitted",
     "plan_bytes",
     "plan_costs",
-    "plan_features",
     "plan_index",
     "plan_quality",
     "predicted_transfer",
     "realised_utility",
     "repair",
+    "reuse_plan",
     "sample_contexts",
     "subtask_ms",
     "typical_contexts",

@@ -3,19 +3,22 @@
     latency = planning + max(abstract + uplink + queue + cloud + downlink, structured on the device) + ranking on the device
     cloud   = max(semantic + retrieval, structured in the cloud) + ranking in the cloud
 
-A local plan has the retrieval from its cache in place of everything from uplink to downlink.
+A local plan has the retrieval from its cache in place of everything from uplink to downlink. A plan whose number of candidates lies between
+two of CANDIDATE_COUNTS has times of retrieval and of ranking on the device that lie on the line between theirs; ranking in the cloud takes
+the same time whatever their number.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array, PlanValues
 from cda4rec_jax.messages import Context, EgressLevel
 from cda4rec_jax.planner.cost_profiles import CostProfile
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
+from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, STANDARD, PlanSpace, PlanTable
 
 MAX_RELEASED_EVENTS = (0.0, 0.0, 10.0, 200.0)  # by EgressLevel
 MAX_DEVICE_EVENTS = 200.0  # events that structured modelling reads
@@ -40,13 +43,14 @@ class PayloadSizes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PlanCosts:
-    """Costs of every plan; each field has shape [b, p]. Energy is the device's: battery, not the cloud's electricity."""
+    """Costs of every plan of ``space``; each field has shape [b, p]. Energy is the device's: battery, not the cloud's electricity."""
 
     latency_ms: Float[Array, "*b p"]
     energy_mj: Float[Array, "*b p"]
     exposure: Float[Array, "*b p"]  # share of the private history that leaks, 0 (nothing leaves) to about 1
     uplink_bytes: Float[Array, "*b p"]
     downlink_bytes: Float[Array, "*b p"]
+    space: PlanSpace = field(default=STANDARD, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -63,22 +67,22 @@ def _plan(column) -> Array:
     return jnp.asarray(column)[None, :]
 
 
-def _released_events(context: Context) -> PlanValues:
-    limits = _plan(jnp.asarray(MAX_RELEASED_EVENTS)[jnp.asarray(PLAN_TABLE.level)])
+def _released_events(context: Context, table: PlanTable) -> PlanValues:
+    limits = _plan(jnp.asarray(MAX_RELEASED_EVENTS)[jnp.asarray(table.level)])
     return jnp.minimum(context.history_length[:, None], limits)
 
 
-def plan_bytes(context: Context, sizes: PayloadSizes) -> tuple[PlanValues, PlanValues]:
+def plan_bytes(context: Context, sizes: PayloadSizes, space: PlanSpace = STANDARD) -> tuple[PlanValues, PlanValues]:
     """(uplink, downlink) bytes of every plan, [b, p] each; 0 for plans that use no link.
 
     Up: the header and either the abstract (profile, released ids, attributes at FULL) or the reused embedding. Down: the header,
     then the candidates with their evidence (scored items alone, where no structured modelling on the device reads it), and the
     embedding where it is fresh.
     """
-    table = PLAN_TABLE
+    table = space.table
     fresh, link = _plan(table.semantic_cloud).astype(jnp.float32), _plan(table.uses_link).astype(jnp.float32)
     is_full = _plan(table.level == int(EgressLevel.FULL)).astype(jnp.float32)
-    abstract = sizes.profile_bytes + sizes.item_id_bytes * _released_events(context) + sizes.attributes_bytes * is_full
+    abstract = sizes.profile_bytes + sizes.item_id_bytes * _released_events(context, table) + sizes.attributes_bytes * is_full
     up = link * (sizes.header_bytes + fresh * abstract + (1.0 - fresh) * sizes.embedding_bytes)
     item_bytes = jnp.where(_plan(table.structured_device), sizes.evidence_bytes, sizes.scored_item_bytes)
     down = link * (sizes.header_bytes + _plan(table.candidates) * item_bytes + fresh * sizes.embedding_bytes)
@@ -88,12 +92,11 @@ def plan_bytes(context: Context, sizes: PayloadSizes) -> tuple[PlanValues, PlanV
 def predicted_transfer(
     context: Context, uplink_bytes: PlanValues, downlink_bytes: PlanValues, queue_ms: Float[Array, ""]
 ) -> TransferTimes:
-    """Time on the link from the context's estimates alone: half a round trip + 8 * bytes / kbps each way, without losses."""
+    """Time on the link from the context's estimates alone: half a round trip + 8 * bytes / kbps each way, without losses; 0 for 0 bytes."""
     half_ms = 0.5 * context.round_trip_ms[:, None]
-    uses_link = _plan(PLAN_TABLE.uses_link)
 
     def one_way_ms(payload_bytes: PlanValues, kbps: Float[Array, "b"]) -> PlanValues:
-        return jnp.where(uses_link, half_ms + 8.0 * payload_bytes / jnp.maximum(kbps, MIN_KBPS)[:, None], 0.0)
+        return jnp.where(payload_bytes > 0, half_ms + 8.0 * payload_bytes / jnp.maximum(kbps, MIN_KBPS)[:, None], 0.0)
 
     return TransferTimes(
         uplink_ms=one_way_ms(uplink_bytes, context.uplink_kbps),
@@ -102,10 +105,19 @@ def predicted_transfer(
     )
 
 
-def subtask_ms(profile: CostProfile, context: Context) -> Float[Array, "b p subtask"]:
+def _at_counts(values: Float[Array, "*tier count"], table: PlanTable) -> Float[Array, "*tier p"]:
+    """Values at the plans' numbers of candidates: linear between two of ``CANDIDATE_COUNTS``."""
+    below = values[..., jnp.asarray(table.candidates_index)]
+    if not table.candidates_fraction.any():
+        return below
+    above = values[..., jnp.asarray(np.minimum(table.candidates_index + 1, len(CANDIDATE_COUNTS) - 1))]
+    return below + jnp.broadcast_to(table.candidates_fraction, below.shape) * (above - below)
+
+
+def subtask_ms(profile: CostProfile, context: Context, space: PlanSpace = STANDARD) -> Float[Array, "b p subtask"]:
     """Compute time of the six sub-tasks of every plan, in the order of ``messages.Subtask``; 0 where a plan skips one."""
-    table, tier = PLAN_TABLE, context.tier
-    level, count = jnp.asarray(table.level), jnp.asarray(table.candidates_index)
+    table, tier = space.table, context.tier
+    level = jnp.asarray(table.level)
     events = context.history_length[:, None]
     structured_events = jnp.minimum(events, MAX_DEVICE_EVENTS)
 
@@ -113,14 +125,16 @@ def subtask_ms(profile: CostProfile, context: Context) -> Float[Array, "b p subt
         return by_tier[tier][:, None]
 
     abstract = jnp.where(_plan(table.semantic_cloud), device(profile.abstract_ms), 0.0)
-    semantic_cloud = _plan(profile.semantic_ms[level]) + profile.semantic_ms_per_event * _released_events(context)
+    semantic_cloud = _plan(profile.semantic_ms[level]) + profile.semantic_ms_per_event * _released_events(context, table)
     semantic = jnp.where(_plan(table.semantic_cloud), semantic_cloud, 0.0)
-    retrieval = jnp.where(_plan(table.uses_link), _plan(profile.retrieval_ms[count]), device(profile.cache_retrieval_ms))
+    retrieval = jnp.where(
+        _plan(table.uses_link), _plan(_at_counts(profile.retrieval_ms, table)), device(profile.cache_retrieval_ms)
+    )
     structured_device = device(profile.structured_ms) + device(profile.structured_ms_per_event) * structured_events
     structured_cloud = profile.structured_cloud_ms + profile.structured_cloud_ms_per_event * structured_events
     structured = jnp.where(_plan(table.structured_device), structured_device, 0.0)
     structured = structured + jnp.where(_plan(table.structured_cloud), structured_cloud, 0.0)
-    ranking = jnp.where(_plan(table.ranking_cloud), profile.ranking_cloud_ms, profile.ranking_ms[tier][:, count])
+    ranking = jnp.where(_plan(table.ranking_cloud), profile.ranking_cloud_ms, _at_counts(profile.ranking_ms[tier], table))
     planning = jnp.broadcast_to(device(profile.planning_ms), ranking.shape)
     return jnp.stack([abstract, planning, semantic, retrieval, structured, ranking], axis=-1)
 
@@ -131,6 +145,7 @@ def plan_costs(
     exposure_by_level: Float[Array, "level"],
     sizes: PayloadSizes,
     transfer: TransferTimes | None = None,
+    space: PlanSpace = STANDARD,
 ) -> PlanCosts:
     """Costs of every plan.
 
@@ -140,16 +155,17 @@ def plan_costs(
       exposure_by_level: exposure of each EgressLevel; entry NOTHING is 0.
       sizes: bytes of what travels.
       transfer: realised time on the link; None predicts it from the context's estimates.
+      space: the plans.
 
     Returns:
       ``PlanCosts``; finite everywhere, also for plans that the context forbids.
 
     Energy: device power * compute time on the device + radio energy per KB (1000 bytes) + radio power * time on the link.
     """
-    table = PLAN_TABLE
-    up_bytes, down_bytes = plan_bytes(context, sizes)
+    table = space.table
+    up_bytes, down_bytes = plan_bytes(context, sizes, space)
     times = transfer or predicted_transfer(context, up_bytes, down_bytes, profile.queue_ms)
-    abstract, planning, semantic, retrieval, structured, ranking = jnp.moveaxis(subtask_ms(profile, context), -1, 0)
+    abstract, planning, semantic, retrieval, structured, ranking = jnp.moveaxis(subtask_ms(profile, context, space), -1, 0)
     link, in_cloud = _plan(table.uses_link), _plan(table.ranking_cloud)
     structured_device = jnp.where(_plan(table.structured_device), structured, 0.0)
     structured_cloud = structured - structured_device
@@ -176,4 +192,5 @@ def plan_costs(
         exposure=exposure_by_level[egress],
         uplink_bytes=up_bytes,
         downlink_bytes=down_bytes,
+        space=space,
     )

@@ -1,5 +1,6 @@
 """Why a plan was chosen: the terms of its logit against those of the runner-up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,19 +8,25 @@ import numpy as np
 from cda4rec_jax.array_typing import PlanLogits, PlanValues
 from cda4rec_jax.messages import Context
 from cda4rec_jax.planner.costs import PlanCosts
-from cda4rec_jax.planner.plan_space import PLANS
+from cda4rec_jax.planner.utility import own_costs
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTerms:
-    """One plan's logit, taken apart. The four terms are in units of utility and sum to ``utility``; costs are predicted."""
+    """One plan's logit, taken apart. The terms are in units of utility and sum to ``utility``; costs are predicted.
+
+    A planner that tells no quality cannot be taken apart: its ``quality`` and ``utility`` are None, and the other terms are what the plan
+    costs, whatever the planner makes of that.
+    """
 
     plan_index: int
     name: str
-    quality: float
+    logit: float
+    quality: float | None
     time: float  # - w_t latency
     energy: float  # - w_e energy
     exposure: float  # - w_p exposure
+    own: Mapping[str, float]  # - each cost term of a user's own, by name
     latency_ms: float
     energy_mj: float
     exposure_share: float
@@ -27,8 +34,10 @@ class PlanTerms:
     downlink_bytes: float
 
     @property
-    def utility(self) -> float:
-        return self.quality + self.time + self.energy + self.exposure
+    def utility(self) -> float | None:
+        if self.quality is None:
+            return None
+        return self.quality + self.time + self.energy + self.exposure + sum(self.own.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +46,37 @@ class Decision:
 
     chosen: PlanTerms
     runner_up: PlanTerms | None
-    tau: float  # logit = utility / tau, for a policy
+    tau: float | None  # logit = utility / tau; None where the logit is something else
 
     @property
     def margin(self) -> float | None:
-        """Utility by which the chosen plan is ahead."""
-        return None if self.runner_up is None else self.chosen.utility - self.runner_up.utility
+        """Utility by which the chosen plan is ahead; None without a runner-up, or where the planner tells no quality."""
+        if self.runner_up is None or self.chosen.utility is None or self.runner_up.utility is None:
+            return None
+        return self.chosen.utility - self.runner_up.utility
 
 
 def explain_decision(
-    logits: PlanLogits, quality: PlanValues, costs: PlanCosts, context: Context, *, tau: float, row: int = 0
+    logits: PlanLogits,
+    quality: PlanValues | None,
+    costs: PlanCosts,
+    context: Context,
+    *,
+    tau: float | None,
+    row: int = 0,
+    chosen: int | None = None,
 ) -> Decision:
     """The decision of one request, as plain numbers.
 
     Args:
       logits: a planner's scores, -inf at forbidden plans.
-      quality: the quality that the planner believes in ([b, p]; ``Policy.quality``, or mean qualities for plug-in).
+      quality: the quality that the planner believes in ([b, p]; ``Policy.quality``, or mean qualities for plug-in); None
+        where it tells none.
       costs: predicted costs.
       context: the requests.
-      tau: the planner's temperature.
+      tau: the planner's temperature; None where its logit is not utility / tau.
       row: which request of the batch.
+      chosen: index of the plan that runs, where it is not the planner's own choice.
 
     Raises:
       ValueError: no plan of the row has a logit above -inf.
@@ -65,6 +85,9 @@ def explain_decision(
     order = np.argsort(-scores, kind="stable")
     if not scores[order[0]] > -np.inf:
         raise ValueError(f"row {row} forbids every plan: pass the logits of a planner, masked by plan_space.allowed")
+    first = int(order[0]) if chosen is None else chosen
+    second = int(next(index for index in order if index != first))
+    own = {name: np.asarray(values[row]) for name, values in own_costs(costs, context).items()}
 
     def terms(index: int) -> PlanTerms:
         latency_ms = float(costs.latency_ms[row, index])
@@ -72,11 +95,13 @@ def explain_decision(
         exposure = float(costs.exposure[row, index])
         return PlanTerms(
             plan_index=index,
-            name=PLANS[index].name,
-            quality=float(quality[row, index]),
+            name=costs.space.names[index],
+            logit=float(scores[index]),
+            quality=None if quality is None else float(quality[row, index]),
             time=-float(context.utility_per_ms[row]) * latency_ms,
             energy=-float(context.utility_per_mj[row]) * energy_mj,
             exposure=-float(context.utility_per_exposure[row]) * exposure,
+            own={name: -float(values[index]) for name, values in own.items()},
             latency_ms=latency_ms,
             energy_mj=energy_mj,
             exposure_share=exposure,
@@ -84,5 +109,8 @@ def explain_decision(
             downlink_bytes=float(costs.downlink_bytes[row, index]),
         )
 
-    second = int(order[1])
-    return Decision(chosen=terms(int(order[0])), runner_up=terms(second) if scores[second] > -np.inf else None, tau=float(tau))
+    return Decision(
+        chosen=terms(first),
+        runner_up=terms(second) if scores[second] > -np.inf else None,
+        tau=None if tau is None else float(tau),
+    )

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array, ContextFeatures, PlanLogits, PlanMask, PlanValues
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.messages import Context
+from cda4rec_jax.messages import Context, Plan
 from cda4rec_jax.planner.contexts import NUM_CONTEXT_FEATURES, context_features, weight_features
 from cda4rec_jax.planner.costs import PlanCosts
-from cda4rec_jax.planner.plan_space import NUM_PLANS, plan_features
+from cda4rec_jax.planner.plan_space import NUM_PLANS, STANDARD, CostTerm, PlanSpace
 from cda4rec_jax.planner.utility import cost_in_utility
 
 MAX_MULTIPLY_ADDS = 15_000
@@ -26,6 +26,46 @@ class Planner(Protocol):
     def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
         """Scores [b, p]; -inf where ``mask`` is False."""
         ...
+
+
+class LearnedPlanner(nnx.Module):
+    """What training, evaluation and recommending need of a planner that learns. Subclass it for one of your own.
+
+    A subclass is made as ``Class(config, space=space, rngs=rngs)``, with the ``PolicyConfig`` of the system and the plans that there are.
+    It must write ``logits``, which training differentiates in the module's ``nnx.Param``; all else may stay.
+
+    Attributes:
+        plans: plans of its own, beside the standard ones.
+        cost_terms: costs of its own, see ``plan_space.CostTerm``.
+    """
+
+    plans: ClassVar[tuple[Plan, ...]] = ()
+    cost_terms: ClassVar[tuple[CostTerm, ...]] = ()
+
+    def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
+        """Scores [b, p] from the predicted ``costs``; higher is better. Where ``mask`` is False nothing that it says counts."""
+        raise NotImplementedError(f"{type(self).__name__} must write logits(context, costs, mask)")
+
+    def quality(self, features: ContextFeatures) -> PlanValues | None:
+        """Quality [b, p] that it expects of every plan, from ``context_features``; None: it cannot say, and explains no decision.
+
+        Training also regresses it on the quality that plans turn out to have.
+        """
+        del features
+        return None
+
+    def tau(self) -> Float[Array, ""] | None:
+        """Temperature, where logit = (quality - costs in utility) / tau; None: the logit is something else."""
+        return None
+
+    def standardise(self, quality_gap: Float[Array, ""], mean_quality: Float[Array, "p"]) -> None:
+        """Hears dQ and the mean quality of each plan whenever training has measured them, in units of quality."""
+
+
+def permitted(logits: PlanLogits, mask: PlanMask) -> PlanLogits:
+    """Logits to take the argmax of: -inf exactly where ``mask`` is False, and finite elsewhere, whatever a planner said."""
+    lowest = jnp.finfo(logits.dtype).min
+    return _forbid(jnp.nan_to_num(logits, nan=lowest, neginf=lowest), mask)
 
 
 class PolicyScale(nnx.Variable):
@@ -64,7 +104,7 @@ class _Mlp(nnx.Module):
         return self.layers[-1](hidden)
 
 
-class Policy(nnx.Module):
+class Policy(LearnedPlanner):
     """logits_p = (q_theta(context, phi(plan))_p - w . c_p(context)) / tau.
 
     q_theta = mean_quality_p + quality_scale * <context tower, plan tower> / sqrt(rank). ``mean_quality`` is measured, never
@@ -74,24 +114,25 @@ class Policy(nnx.Module):
       UserError: the config asks for more than ``MAX_MULTIPLY_ADDS`` a decision.
     """
 
-    def __init__(self, config: PolicyConfig, *, rngs: nnx.Rngs):
-        if config.multiply_adds() > MAX_MULTIPLY_ADDS:
+    def __init__(self, config: PolicyConfig, *, space: PlanSpace = STANDARD, rngs: nnx.Rngs):
+        needed = config.multiply_adds(space.num_plans)
+        if needed > MAX_MULTIPLY_ADDS:
             raise UserError(
-                f"policy of hidden={config.hidden}, rank={config.rank} needs {config.multiply_adds()} multiply-adds a decision, "
+                f"policy of hidden={config.hidden}, rank={config.rank} needs {needed} multiply-adds a decision, "
                 f"more than {MAX_MULTIPLY_ADDS}: choose smaller sizes"
             )
-        self.config = config
+        self.config, self.space = config, space
         self.context_tower = _Mlp((NUM_CONTEXT_FEATURES, config.hidden, config.hidden, config.rank), rngs=rngs)
         # A policy starts as plug-in: the same mean quality in every context, until it has learned where that is wrong.
         last = self.context_tower.layers[-1]
         last.kernel[...] = jnp.zeros_like(last.kernel[...])
-        self.plan_tower = _Mlp((plan_features().shape[1], config.hidden, config.rank), rngs=rngs)
+        self.plan_tower = _Mlp((space.features.shape[1], config.hidden, config.rank), rngs=rngs)
         self.quality_scale = PolicyScale(jnp.asarray(config.quality_scale, jnp.float32))
-        self.mean_quality = PolicyScale(jnp.zeros((NUM_PLANS,)))
+        self.mean_quality = PolicyScale(jnp.zeros((space.num_plans,)))
 
     def plan_vectors(self) -> Float[Array, "p r"]:
         """The plan tower's output: depends on weights only, so serving computes it once."""
-        return self.plan_tower(plan_features())
+        return self.plan_tower(jnp.asarray(self.space.features))
 
     def quality(self, features: ContextFeatures) -> PlanValues:
         """Learned quality [b, p] of every plan, in units of 1 / log2(1 + rank)."""
@@ -102,18 +143,28 @@ class Policy(nnx.Module):
         """Temperature in units of quality."""
         return jnp.asarray(self.config.temperature * self.quality_scale[...])
 
+    def standardise(self, quality_gap: Float[Array, ""], mean_quality: Float[Array, "p"]) -> None:
+        """Take dQ for the unit of the network's output, and start from the mean quality of each plan."""
+        self.quality_scale[...] = quality_gap
+        self.mean_quality[...] = mean_quality
+
     def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
         """Scores [b, p] from the predicted ``costs``; -inf where ``mask`` is False."""
         worth = self.quality(context_features(context)) - cost_in_utility(costs, context)
         return _forbid(worth / self.tau(), mask)
 
 
-class DirectPolicy(nnx.Module):
+class DirectPolicy(LearnedPlanner):
     """The ablation: an MLP from the context and its weights straight to logits. It sees no costs, and explains nothing."""
 
-    def __init__(self, config: PolicyConfig, *, rngs: nnx.Rngs):
-        self.net = _Mlp((NUM_CONTEXT_FEATURES + 3, config.hidden, config.hidden, NUM_PLANS), rngs=rngs)
+    def __init__(self, config: PolicyConfig, *, space: PlanSpace = STANDARD, rngs: nnx.Rngs):
+        self.net = _Mlp((NUM_CONTEXT_FEATURES + 3, config.hidden, config.hidden, space.num_plans), rngs=rngs)
         self.quality_scale = PolicyScale(jnp.asarray(config.quality_scale, jnp.float32))
+
+    def standardise(self, quality_gap: Float[Array, ""], mean_quality: Float[Array, "p"]) -> None:
+        """Take dQ for the unit of the prices; mean quality plays no part."""
+        del mean_quality
+        self.quality_scale[...] = quality_gap
 
     def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
         """Scores [b, p]; ``costs`` is there for the protocol alone."""

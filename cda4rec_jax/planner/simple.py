@@ -9,11 +9,11 @@ from jaxtyping import Int
 from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.costs import PlanCosts
-from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, NUM_PLANS, PLANS, plan_index, repair
+from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, STANDARD, PlanSpace, plan_index, repair
 
 
-def _choose(indices: Int[Array, "b"]) -> PlanLogits:
-    return jnp.where(jnp.arange(NUM_PLANS)[None, :] == indices[:, None], 0.0, -jnp.inf)
+def _choose(indices: Int[Array, "b"], mask: PlanMask) -> PlanLogits:
+    return jnp.where(jnp.arange(mask.shape[1])[None, :] == indices[:, None], 0.0, -jnp.inf)
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,12 @@ class FixedPlan:
 
     def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
         """0 at the one plan that is chosen, -inf elsewhere; [b, p]."""
-        del costs
-        return _choose(repair(jnp.full(context.link.shape, self.plan_index), mask))
+        return _choose(repair(jnp.full(context.link.shape, self.plan_index), mask, costs.space), mask)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RulesPlanner:
-    """What an engineer would write without data; repaired where it is not allowed.
+    """What an engineer would write without data, with the standard plans; repaired where it is not allowed.
 
     - No link, or EDGE: local, with the cached embedding.
     - A cache at most ``fresh_age_events`` old and made at the level of consent: reuse.
@@ -44,7 +43,6 @@ class RulesPlanner:
 
     def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
         """0 at the one plan that is chosen, -inf elsewhere; [b, p]."""
-        del costs
         skip = ((context.tier == DeviceTier.LOW) & (context.history_length > self.long_history)).astype(jnp.int32)
         count = jnp.clip(len(CANDIDATE_COUNTS) - 1 - context.link, 0, len(CANDIDATE_COUNTS) - 1)
         level = jnp.maximum(context.consent, EgressLevel.PROFILE) - 1
@@ -53,7 +51,7 @@ class RulesPlanner:
         local = plan_index("local-reuse-device") + skip
         is_recent = (context.cache_age_events <= self.fresh_age_events) & (context.cache_level == context.consent)
         wanted = jnp.where(is_recent & (context.cache_level > EgressLevel.NOTHING), reuse, fresh)
-        return _choose(repair(jnp.where(context.link >= Link.EDGE, local, wanted), mask))
+        return _choose(repair(jnp.where(context.link >= Link.EDGE, local, wanted), mask, costs.space), mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +70,11 @@ class RandomPlanner:
             key = jax.random.key(self.seed)
             for word in row:
                 key = jax.random.fold_in(key, word)
-            return jax.random.uniform(key, (NUM_PLANS,))
+            return jax.random.uniform(key, mask.shape[1:])
 
-        return _choose(jnp.argmax(jnp.where(mask, jax.vmap(noise)(words), -1.0), axis=1))
+        return _choose(jnp.argmax(jnp.where(mask, jax.vmap(noise)(words), -1.0), axis=1), mask)
 
 
-def fixed_planners() -> dict[str, FixedPlan]:
+def fixed_planners(space: PlanSpace = STANDARD) -> dict[str, FixedPlan]:
     """Every plan as a planner, by name."""
-    return {plan.name: FixedPlan(index) for index, plan in enumerate(PLANS)}
+    return {name: FixedPlan(index) for index, name in enumerate(space.names)}

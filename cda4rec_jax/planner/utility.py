@@ -1,6 +1,6 @@
 """What a plan is worth: quality minus the price of time, energy and exposure, and the scales those prices are drawn at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from cda4rec_jax.array_typing import Array, PlanMask, PlanRanks, PlanValues
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context
 from cda4rec_jax.planner.costs import PlanCosts
-from cda4rec_jax.planner.plan_space import PLAN_TABLE, local_repair
+from cda4rec_jax.planner.plan_space import local_repair
 
 MAX_QUALITY_RANK = 100
 FAILURE_TIMEOUT_MS = 500.0  # wait for an answer that never comes, before the local plan takes over
@@ -33,16 +33,37 @@ def plan_quality(ranks: PlanRanks) -> PlanValues:
 
 
 def cost_in_utility(costs: PlanCosts, context: Context) -> PlanValues:
-    """W . c = w_t latency + w_e energy + w_p exposure, in units of quality."""
-    return (
+    """W . c = w_t latency + w_e energy + w_p exposure, and a user's own cost terms, in units of quality."""
+    priced = (
         context.utility_per_ms[:, None] * costs.latency_ms
         + context.utility_per_mj[:, None] * costs.energy_mj
         + context.utility_per_exposure[:, None] * costs.exposure
     )
+    for value in own_costs(costs, context).values():
+        priced = priced + value
+    return priced
+
+
+def own_costs(costs: PlanCosts, context: Context) -> dict[str, PlanValues]:
+    """The cost terms of a user's own in the space of ``costs``, by name, in units of utility.
+
+    Raises:
+      UserError: a term is of another shape than [b, p].
+    """
+    found = {}
+    for name, term in zip(costs.space.term_names, costs.space.cost_terms, strict=True):
+        value = jnp.asarray(term(context, costs, costs.space.table))
+        if value.shape != costs.latency_ms.shape:
+            raise UserError(
+                f"cost term {name} has shape {value.shape}, expected one value for each request and plan, {costs.latency_ms.shape}: "
+                "fields of the context are [b] and need [:, None], columns of the plan table are [p] and need [None, :]"
+            )
+        found[name] = value
+    return found
 
 
 def utility(quality: PlanValues, costs: PlanCosts, context: Context) -> PlanValues:
-    """U = quality - w_t latency - w_e energy - w_p exposure."""
+    """U = quality - w_t latency - w_e energy - w_p exposure - own cost terms."""
     return quality - cost_in_utility(costs, context)
 
 
@@ -62,23 +83,17 @@ def realised_utility(
       costs: realised, from ``plan_costs`` with realised transfer times.
       context: its weights price the costs.
       failed: the link that was believed up fails in this request.
-      mask: ``allowed(context)``.
+      mask: ``allowed(context, costs.space)``.
       timeout_ms: how long the device waits before it answers alone.
 
     Where the link fails, a plan that uses it gets the quality of its local repair plan (``plan_space.local_repair``) and the
-    latency timeout + that plan's latency. Energy and exposure stay the plan's own: the radio tried, and what was sent has left.
+    latency timeout + that plan's latency. Energy, exposure and bytes stay the plan's own: the radio tried, and what was sent has left.
     """
-    answering = local_repair(mask)
-    hit = failed[:, None] & jnp.asarray(PLAN_TABLE.uses_link)[None, :]
+    answering = local_repair(mask, costs.space)
+    hit = failed[:, None] & jnp.asarray(costs.space.table.uses_link)[None, :]
     local_latency_ms = jnp.take_along_axis(costs.latency_ms, answering, axis=1)
     local_quality = jnp.take_along_axis(quality, answering, axis=1)
-    happened = PlanCosts(
-        latency_ms=jnp.where(hit, timeout_ms + local_latency_ms, costs.latency_ms),
-        energy_mj=costs.energy_mj,
-        exposure=costs.exposure,
-        uplink_bytes=costs.uplink_bytes,
-        downlink_bytes=costs.downlink_bytes,
-    )
+    happened = replace(costs, latency_ms=jnp.where(hit, timeout_ms + local_latency_ms, costs.latency_ms))
     return utility(jnp.where(hit, local_quality, quality), happened, context)
 
 
@@ -129,17 +144,19 @@ class WeightScales:
           costs: predicted.
           mask: ``allowed(context)``.
         """
-        spreads = (_spread(np.asarray(table), np.asarray(mask)) for table in (costs.latency_ms, costs.energy_mj, costs.exposure))
-        latency, energy, exposure = spreads
+        uses_link, allowed = costs.space.table.uses_link, np.asarray(mask)
+        online = (allowed & uses_link[None]).any(axis=1)
+        tables = (costs.latency_ms, costs.energy_mj, costs.exposure)
+        latency, energy, exposure = (_spread(np.asarray(table), allowed, online) for table in tables)
         return cls.of(
-            quality_gap=max(_cloud_gain(np.asarray(quality, np.float64), np.asarray(possible)), MIN_QUALITY_GAP),
+            quality_gap=max(_cloud_gain(np.asarray(quality, np.float64), np.asarray(possible), uses_link), MIN_QUALITY_GAP),
             latency_gap_ms=max(latency, MIN_LATENCY_GAP_MS),
             energy_gap_mj=max(energy, MIN_ENERGY_GAP_MJ),
             exposure_gap=max(exposure, MIN_EXPOSURE_GAP),
         )
 
 
-def _cloud_gain(quality: Float[np.ndarray, "b p"], possible: Bool[np.ndarray, "b p"]) -> float:
+def _cloud_gain(quality: Float[np.ndarray, "b p"], possible: Bool[np.ndarray, "b p"], uses_link: Bool[np.ndarray, "p"]) -> float:
     """Cross-fitted mean quality of the best plan that uses the link above that of the best that uses none; 0 if none can tell."""
     random, gains = np.random.default_rng(0), []
     for _ in range(HALVINGS):
@@ -148,18 +165,15 @@ def _cloud_gain(quality: Float[np.ndarray, "b p"], possible: Bool[np.ndarray, "b
             counts = possible[choosing].sum(axis=0)
             sums = np.where(possible, quality, 0.0)[choosing].sum(axis=0)
             means = np.where(counts > 0, sums / np.maximum(counts, 1), -np.inf)
-            cloud, local = (
-                int(np.where(kind, means, -np.inf).argmax()) for kind in (PLAN_TABLE.uses_link, ~PLAN_TABLE.uses_link)
-            )
+            cloud, local = (int(np.where(kind, means, -np.inf).argmax()) for kind in (uses_link, ~uses_link))
             rows = measured & possible[:, cloud] & possible[:, local]
             if rows.any():
                 gains.append((quality[rows, cloud] - quality[rows, local]).mean())
     return float(np.mean(gains)) if gains else 0.0
 
 
-def _spread(cost: Float[np.ndarray, "b p"], mask: Bool[np.ndarray, "b p"]) -> float:
-    """Median over requests that may use the link of the range between ``COST_QUANTILES`` over their plans; 0 if none may."""
-    online = (mask & PLAN_TABLE.uses_link[None]).any(axis=1)
+def _spread(cost: Float[np.ndarray, "b p"], mask: Bool[np.ndarray, "b p"], online: Bool[np.ndarray, "b"]) -> float:
+    """Median over the ``online`` requests of the range between ``COST_QUANTILES`` over their plans; 0 without any."""
     if not online.any():
         return 0.0
     low, high = np.nanquantile(np.where(mask, cost, np.nan)[online], COST_QUANTILES, axis=1)

@@ -62,6 +62,7 @@ class TrainedSystem:
             exposure_by_level=jnp.asarray(self.run.read_json("exposure")["exposure"], jnp.float32),
             sizes=payload_sizes(self.catalogue),
             scales=WeightScales.of(**planner["scales"]),
+            space=self.config.space,
         )
 
 

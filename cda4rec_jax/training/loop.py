@@ -145,6 +145,7 @@ class Trainer:
             exposure_by_level=jnp.asarray(exposure, jnp.float32),
             sizes=payload_sizes(self.population.catalogue(self.weights())),
             scales=WeightScales.of(quality_gap=0.05, latency_gap_ms=100.0, energy_gap_mj=100.0, exposure_gap=0.5),
+            space=self.config.system.space,
         )
 
     def weights(self) -> Any:
@@ -326,8 +327,7 @@ class Trainer:
         self._world = PlanningWorld(**{**vars(self._world), "scales": WeightScales.of(**gaps)})
         with self._system() as system:
             assert system.policy is not None
-            system.policy.quality_scale[...] = jnp.asarray(gaps["quality_gap"], jnp.float32)
-            system.policy.mean_quality[...] = jnp.asarray(means, jnp.float32)
+            system.policy.standardise(jnp.asarray(gaps["quality_gap"], jnp.float32), jnp.asarray(means, jnp.float32))
 
     def _standardise(self, mean: np.ndarray, deviation: np.ndarray) -> None:
         """The head goes on with its features standardised by these moments."""

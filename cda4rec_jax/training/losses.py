@@ -233,7 +233,7 @@ def decision_loss(
     and the error is that of ``quality_loss``. REGRESSION: the error alone, so that the planner is the argmax of predicted utility.
 
     Args:
-        planner: has ``logits``, and ``quality`` where the error counts.
+        planner: a ``LearnedPlanner``; without a ``quality`` of its own it has no error.
         requests: their realised costs and failures make U, with the ``quality`` of every plan.
         key: of the sample.
 
@@ -251,7 +251,8 @@ def decision_loss(
         terms["planner_loss"] = planner_loss(weights, utilities, mask, quality_gap)
         total = terms["planner_loss"] - entropy_weight * jnp.mean(entropy(probabilities))
         error_weight = quality_regression
-    if error_weight > 0:
-        terms["quality_loss"] = quality_loss(planner.quality(context_features(context)), quality, mask, quality_gap)
+    predicted = planner.quality(context_features(context)) if error_weight > 0 else None
+    if predicted is not None:
+        terms["quality_loss"] = quality_loss(predicted, quality, mask, quality_gap)
         total = total + error_weight * terms["quality_loss"]
     return total, terms, probabilities

@@ -30,7 +30,7 @@ from cda4rec_jax.metrics import Interval, paired_interval
 from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests, redraw_requests
 from cda4rec_jax.pipeline.planners import PlugIn, mean_quality, possible_plans
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, Population
-from cda4rec_jax.planner import NUM_PLANS, PLANS, ContextConfig, FixedPlan, Objective, Policy, PolicyConfig, realised_utility
+from cda4rec_jax.planner import ContextConfig, FixedPlan, Objective, Policy, PolicyConfig, realised_utility
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.training.losses import decision_loss
 
@@ -94,7 +94,7 @@ class PlannerExamples:
     def mean_quality(self) -> Float[np.ndarray, "p"]:
         """Mean quality of each plan over the requests that it could serve: what plug-in knows."""
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.context)
-        return mean_quality(self.quality.reshape(-1, NUM_PLANS), possible_plans(flat))
+        return mean_quality(self.quality.reshape(-1, self.quality.shape[-1]), possible_plans(flat))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,14 +349,14 @@ def _concluded(
         return bank.utility(planner.logits(asked.context, asked.predicted, asked.mask))
 
     own, plug_in = earned(policy), earned(PlugIn(quality=jnp.asarray(means, jnp.float32)[None]))
-    fixed = [earned(FixedPlan(index)) for index in range(NUM_PLANS)]
+    fixed = [earned(FixedPlan(index)) for index in range(len(means))]
     best = int(np.argmax([values.mean() for values in fixed]))
     return TrainedPlanner(
         policy=policy,
         curve=tuple(curve),
         best_step=best_step,
         utility={"policy": float(own.mean()), "plug-in": float(plug_in.mean()), "best fixed": float(fixed[best].mean())},
-        best_fixed=PLANS[best].name,
+        best_fixed=bank.requests.predicted.space.names[best],
         minus_plug_in=paired_interval(own, plug_in),
         minus_best_fixed=paired_interval(own, fixed[best]),
         seconds=seconds,

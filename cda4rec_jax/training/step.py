@@ -166,8 +166,8 @@ def decider_loss(
     observation = jax.lax.stop_gradient(observation.with_features_as(jnp.float32))
     history, views = observation.history, observation.views
     scores = score_views(system.device.head, views)
-    quality = jax.lax.stop_gradient(plan_quality(target_ranks(scores, views, history.targets)))
-    losses, present = fusion_cross_entropy(scores, views, history.targets)
+    quality = jax.lax.stop_gradient(plan_quality(target_ranks(scores, views, history.targets, world.space)))
+    losses, present = fusion_cross_entropy(scores, views, history.targets, world.space)
 
     gap = world.scales.quality_gap
     started = (progress >= train.planner_start_share).astype(jnp.float32)

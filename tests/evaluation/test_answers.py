@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from cda4rec_jax.evaluation import answers as answers_module
-from cda4rec_jax.evaluation.answers import FIXED_NAMES, HINDSIGHT, ORACLE, Answers, answer, fixed_name
+from cda4rec_jax.evaluation.answers import HINDSIGHT, ORACLE, Answers, answer, fixed_name, fixed_names
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.planner import NUM_PLANS, PLANS, RandomPlanner, RulesPlanner, plan_index, realised_utility
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
+from cda4rec_jax.planner import NUM_PLANS, PLANS, STANDARD, RandomPlanner, RulesPlanner, plan_index, realised_utility
 
 USERS = 40
 FRESH, LOCAL = "fresh-full-100-skip", "local-skip-skip"
@@ -34,7 +33,7 @@ def draw_of(records: PlanRecords, draw: int):
 
 
 def test_every_planner_answers_every_request_with_an_allowed_plan(records: PlanRecords, answered: Answers):
-    assert answered.names == (*FIXED_NAMES, "rules", "random", "plug-in", ORACLE, HINDSIGHT)
+    assert answered.names == (*fixed_names(), "rules", "random", "plug-in", ORACLE, HINDSIGHT)
     mask = records.requests.mask
     for choices in answered.choices:
         assert np.take_along_axis(mask, choices[..., None].astype(int), axis=2).all()
@@ -76,7 +75,7 @@ def test_latency_is_what_utility_counts(records: PlanRecords):
 
 
 def test_a_local_plan_answers_where_the_link_fails(records: PlanRecords):
-    ranks = np.broadcast_to(np.where(PLAN_TABLE.uses_link, 1, 100), records.ranks.shape)
+    ranks = np.broadcast_to(np.where(STANDARD.table.uses_link, 1, 100), records.ranks.shape)
     failing = replace(records.requests, failed=np.ones_like(records.requests.failed))
     found = answer(replace(records, ranks=np.asarray(ranks, np.int32), requests=failing), {}, np.zeros(NUM_PLANS))
     for plan in PLANS:
@@ -108,11 +107,11 @@ def test_the_oracle_profits_from_quality_that_depends_on_the_context(make_record
     """Fresh plans answer long histories only, local plans short ones only: no fixed plan can do both."""
     made = make_records(np.ones((400, NUM_PLANS), np.int32))
     long = made.requests.context.history_length[0] > 50
-    good = np.where(long[:, None], PLAN_TABLE.uses_link[None, :], ~PLAN_TABLE.uses_link[None, :])
+    good = np.where(long[:, None], STANDARD.table.uses_link[None, :], ~STANDARD.table.uses_link[None, :])
     ranks = np.where(good, 1, MISS_RANK).astype(np.int32)
     requests = made.requests
     free = {name: 0 * requests.context.utility_per_ms for name in ("utility_per_ms", "utility_per_mj", "utility_per_exposure")}
     requests = replace(requests, context=replace(requests.context, **free))
     found = answer(replace(made, ranks=ranks, quality=good.astype(np.float32), requests=requests), {}, np.zeros(NUM_PLANS))
-    fixed = max(found.of(name, "utility").mean() for name in FIXED_NAMES)
+    fixed = max(found.of(name, "utility").mean() for name in fixed_names())
     assert found.of(ORACLE, "utility").mean() > fixed + 0.2

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from cda4rec_jax.evaluation.answers import FIXED_NAMES, ORACLE, Answers
+from cda4rec_jax.evaluation.answers import ORACLE, Answers, fixed_names
 from cda4rec_jax.evaluation.gate import PLUG_IN, best_fixed, check_gate, plan_shares
 
-NAMES = (*FIXED_NAMES, PLUG_IN, ORACLE)
+NAMES = (*fixed_names(), PLUG_IN, ORACLE)
 GAP = 0.1
 
 
@@ -47,7 +47,7 @@ def test_each_condition_fails_the_gate_alone(choices: list[int], gain: float, fa
 
 
 def test_the_best_fixed_plan_is_never_another_planner():
-    assert best_fixed(answers_of(SPREAD, 1.0)) == FIXED_NAMES[3]
+    assert best_fixed(answers_of(SPREAD, 1.0)) == fixed_names()[3]
 
 
 def test_plan_shares_sum_to_one():

@@ -4,8 +4,7 @@ import pytest
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel, Link, Placement
-from cda4rec_jax.planner import NUM_PLANS, PLANS, allowed, local_repair, plan_features, plan_index, repair
-from cda4rec_jax.planner.plan_space import REPAIR_ORDER
+from cda4rec_jax.planner import NUM_PLANS, PLANS, STANDARD, allowed, local_repair, plan_index, repair
 
 
 def allowed_names(context) -> set[str]:
@@ -34,7 +33,7 @@ def test_there_are_32_plans_with_unique_names_in_the_declared_order():
 
 
 def test_features_tell_every_plan_apart_and_lie_between_0_and_1():
-    features = np.asarray(plan_features())
+    features = STANDARD.features
     assert len(np.unique(features, axis=0)) == NUM_PLANS
     assert features.min() >= 0 and features.max() <= 1
 
@@ -110,14 +109,14 @@ def test_repair_lowers_the_level_then_reuses_then_stays_local(make_context, want
 
 
 def test_reuse_comes_between_fresh_and_local():
-    order = [PLANS[i].name for i in REPAIR_ORDER[plan_index("fresh-recent-100-device")]]
+    order = [PLANS[i].name for i in STANDARD.repair_order[plan_index("fresh-recent-100-device")]]
     assert order.index("fresh-profile-20-skip") < order.index("reuse-100-device") < order.index("local-reuse-device")
     assert not any(name.startswith(("cloud", "fresh-full")) or "500" in name for name in order)
 
 
 def test_no_repair_adds_structured_modelling_or_uses_a_link_that_was_not_wanted():
     for wanted in PLANS:
-        for index in REPAIR_ORDER[plan_index(wanted.name)]:
+        for index in STANDARD.repair_order[plan_index(wanted.name)]:
             other = PLANS[index]
             assert wanted.uses_link or not other.uses_link
             assert wanted.structured is not Placement.SKIP or other.structured is Placement.SKIP

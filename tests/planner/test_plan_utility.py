@@ -7,6 +7,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.planner import (
     NUM_PLANS,
+    STANDARD,
     PlanCosts,
     WeightScales,
     allowed,
@@ -15,7 +16,6 @@ from cda4rec_jax.planner import (
     realised_utility,
     utility,
 )
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
 
 
 def costs_of(
@@ -75,7 +75,7 @@ def test_scales_by_hand():
         jnp.full((4, NUM_PLANS), 1e6).at[:, :10].set(jnp.arange(10.0)[None, :] * jnp.asarray([[10.0], [20.0], [30.0], [1e6]]))
     )
     mask = jnp.zeros((4, NUM_PLANS), bool).at[:, :10].set(True)
-    mask = mask.at[3].set(~jnp.asarray(PLAN_TABLE.uses_link))  # offline: nothing to choose between device and cloud
+    mask = mask.at[3].set(~jnp.asarray(STANDARD.table.uses_link))  # offline: nothing to choose between device and cloud
     everything = jnp.ones((4, NUM_PLANS), bool)
     scales = WeightScales.from_quality_and_costs(quality, everything, costs_of(4, tenths, -5.0, 1e-3 * tenths), mask)
     assert float(scales.quality_gap) == pytest.approx((0.3 + 0.5 + 0.4 + 0.4) / 4)
@@ -95,7 +95,7 @@ def test_scales_have_floors_where_the_best_plan_is_local():
 def test_scales_of_two_halves_agree_although_noise_picks_another_best_plan_in_each():
     """All cloud plans are equally good and cost very different energy: what the best of them costs is a matter of luck."""
     random, size = np.random.default_rng(3), 4000
-    cloud = np.asarray(PLAN_TABLE.uses_link)
+    cloud = np.asarray(STANDARD.table.uses_link)
     quality = 0.2 + 0.1 * cloud[None] + 0.3 * random.normal(size=(size, 1)) + 0.05 * random.normal(size=(size, NUM_PLANS))
     energy = np.linspace(1.0, 500.0, NUM_PLANS)[None] * random.lognormal(sigma=0.3, size=(size, 1))
     everything = np.ones((size, NUM_PLANS), bool)

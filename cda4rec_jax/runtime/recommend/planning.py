@@ -16,19 +16,17 @@ from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, HistoryBatch,
 from cda4rec_jax.pipeline.catalogue import ItemTables
 from cda4rec_jax.pipeline.decisions import PlanningWorld, facts_of
 from cda4rec_jax.planner import (
-    NUM_PLANS,
-    PLANS,
     ContextConfig,
     Decision,
+    LearnedPlanner,
     PlanCosts,
-    Policy,
     TransferTimes,
     allowed,
     context_features,
     explain_decision,
     local_repair,
+    permitted,
     plan_bytes,
-    plan_costs,
     predicted_transfer,
     repair,
     subtask_ms,
@@ -55,8 +53,8 @@ class Planned:
     """One request (b = 1) as the policy sees it, and what this machine is expected to take for it.
 
     Attributes:
-        context, mask, costs, quality, logits: of the policy, which plans for the deployment that it was trained for.
-        tau: temperature of the logits.
+        context, mask, costs, logits: of the policy, which plans for the deployment that it was trained for.
+        quality, tau: of a policy that tells them, else None.
         repaired: for every plan, what answers in its place where the mask forbids it; [p].
         fallback: for every plan, the local plan that answers where its link fails; [1, p].
         subtask_ms: expected compute time here, [1, p, subtask].
@@ -67,9 +65,9 @@ class Planned:
     context: Context
     mask: PlanMask
     costs: PlanCosts
-    quality: PlanValues
+    quality: PlanValues | None
     logits: PlanLogits
-    tau: jax.Array | np.ndarray
+    tau: jax.Array | np.ndarray | None
     repaired: jax.Array | np.ndarray
     fallback: jax.Array | np.ndarray
     subtask_ms: jax.Array | np.ndarray
@@ -98,7 +96,7 @@ class RequestPlanner:
     """
 
     def __init__(
-        self, policy: Policy, tables: ItemTables, trained_for: PlanningWorld, measured: PlanningWorld, max_cache_age: int
+        self, policy: LearnedPlanner, tables: ItemTables, trained_for: PlanningWorld, measured: PlanningWorld, max_cache_age: int
     ) -> None:
         graph, state = nnx.split(policy)
         leaves, tree = jax.tree.flatten(state)
@@ -123,15 +121,13 @@ class RequestPlanner:
 
 def choose(planned: Planned, plan_index: int | None) -> Choice:
     """The policy's choice, or the plan that is asked for."""
-    logits = planned.logits
-    if plan_index is not None:
-        logits = np.array(logits)
-        logits[0, planned.repaired[plan_index]] = np.inf
-    decision = explain_decision(logits, planned.quality, planned.costs, planned.context, tau=float(planned.tau))
+    forced = None if plan_index is None else int(planned.repaired[plan_index])
+    tau = None if planned.tau is None else float(planned.tau)
+    decision = explain_decision(planned.logits, planned.quality, planned.costs, planned.context, tau=tau, chosen=forced)
     return Choice(
         plan_index=decision.chosen.plan_index,
         decision=decision,
-        asked_for=None if plan_index is None else PLANS[plan_index].name,
+        asked_for=None if plan_index is None else planned.costs.space.names[plan_index],
     )
 
 
@@ -149,7 +145,7 @@ def _by_subtask(times_ms: Any) -> Mapping[Subtask, float]:
 
 
 def _decide(
-    policy: Policy,
+    policy: LearnedPlanner,
     tables: ItemTables,
     trained_for: PlanningWorld,
     measured: PlanningWorld,
@@ -162,21 +158,21 @@ def _decide(
 ) -> Planned:
     facts = facts_of(history, tables, max_cache_age)
     context = typical_contexts(facts, trained_for.scales, link=link, tier=tier, consent=consent, config=ContextConfig())
-    mask = allowed(context)
-    costs = plan_costs(trained_for.profile, context, trained_for.exposure_by_level, trained_for.sizes)
+    space = trained_for.space
+    mask, costs = allowed(context, space), trained_for.costs(context)
     # The times were measured on this machine, whatever device the situation names: only the highest tier is taken as it is.
     here = replace(context, tier=jnp.full_like(context.tier, int(DeviceTier.HIGH)))
-    transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes), measured.profile.queue_ms)
+    transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes, space), measured.profile.queue_ms)
     return Planned(
         context=context,
         mask=mask,
         costs=costs,
         quality=policy.quality(context_features(context)),
-        logits=policy.logits(context, costs, mask),
+        logits=permitted(policy.logits(context, costs, mask), mask),
         tau=policy.tau(),
-        repaired=repair(jnp.arange(NUM_PLANS), jnp.broadcast_to(mask, (NUM_PLANS, NUM_PLANS))),
-        fallback=local_repair(mask),
-        subtask_ms=subtask_ms(measured.profile, here),
+        repaired=repair(jnp.arange(space.num_plans), jnp.broadcast_to(mask, (space.num_plans, space.num_plans)), space),
+        fallback=local_repair(mask, space),
+        subtask_ms=subtask_ms(measured.profile, here, space),
         transfer=transfer,
-        here=plan_costs(measured.profile, here, measured.exposure_by_level, measured.sizes, transfer),
+        here=measured.costs(here, transfer),
     )

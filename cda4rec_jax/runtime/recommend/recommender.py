@@ -12,7 +12,6 @@ import numpy as np
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import DeviceTier, EgressLevel, HistoryBatch, Link, Plan, Trace
 from cda4rec_jax.pipeline.request import RequestFunctions
-from cda4rec_jax.planner import PLANS, plan_index
 from cda4rec_jax.privacy.gate import Gate
 from cda4rec_jax.privacy.ledger import Ledger
 from cda4rec_jax.privacy.levels import LABELS
@@ -64,7 +63,7 @@ class Recommender:
             system.policy, trained.tables, self._trained_for, self._measured, trained.config.max_cache_age
         )
         self.service = CloudService(self.cloud)
-        self._corpus, self._stored_events = corpus, trained.config.stored_events
+        self._corpus, self._stored_events, self._space = corpus, trained.config.stored_events, trained.config.space
         self._rows = {user_id: row for row, user_id in enumerate(corpus.interactions.user_ids)}
         self._ledger = Ledger()
         self._real_delay = real_delay
@@ -112,7 +111,7 @@ class Recommender:
         )
         if not 1 <= k <= self.functions.num_items:
             raise UserError(f"asked for {k} items of a catalogue of {self.functions.num_items:,}; expected 1 to that many")
-        wanted = None if plan is None else plan_index(plan)
+        wanted = None if plan is None else self._space.index(plan)
         history = self.history(user_id)
         if situation not in self._compiled:
             self.planner.decide(history, situation)
@@ -122,11 +121,11 @@ class Recommender:
         choice = choose(planned, wanted)
         planning_ms = (time.perf_counter() - started_s) * 1e3
         state = self.state(history, planned)
-        fallback = PLANS[int(planned.fallback[0, choice.plan_index])]
+        fallback = self._space.plans[int(planned.fallback[0, choice.plan_index])]
         met = self.planner.meet(planned, history.event_ids, draw)
-        self._compile(state, (PLANS[choice.plan_index], fallback), k, met)
+        self._compile(state, (self._space.plans[choice.plan_index], fallback), k, met)
         request = Request(
-            plan=PLANS[choice.plan_index],
+            plan=self._space.plans[choice.plan_index],
             fallback=fallback,
             link=met,
             planning_ms=planning_ms,
@@ -160,7 +159,7 @@ class Recommender:
             if (plan, k) in self._compiled:
                 continue
             ledger = Ledger()
-            local = next(other for other in reversed(PLANS) if not other.uses_link)
+            local = next(other for other in reversed(self._space.plans) if not other.uses_link)
             trial = Request(plan=plan, fallback=local, link=NO_DELAY, deadline_ms=WARM_DEADLINE_MS)
             self._execute(state, EgressLevel.FULL, ledger, trial, k, real_delay=False)
             ledger.close()

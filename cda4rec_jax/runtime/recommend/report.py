@@ -114,14 +114,23 @@ def in_words(plan: Plan, cache_level: EgressLevel) -> str:
 def _reasons(decision: Decision) -> Table:
     chosen, other = decision.chosen, decision.runner_up
     table = _table("terms of the logit", chosen.name, other.name if other else "(no other plan)", "difference")
-    for name in (*_TERMS, "utility"):
-        style = "bold" if name == "utility" else None
-        label = {"quality": "expected quality", "utility": "utility = their sum"}.get(name, f"price of {name}")
-        own = getattr(chosen, name)
-        row = [label, _term(chosen, name)]
-        row += [_term(other, name), f"{own - getattr(other, name):+.4f}"] if other else ["", ""]
+    names = [name for name in (*_TERMS, *chosen.own, "utility", "logit") if _value(chosen, name) is not None]
+    for name in names if chosen.quality is None else names[:-1]:
+        style = "bold" if name == names[-1] else None
+        label = {"quality": "expected quality", "utility": "utility = their sum", "logit": "logit, as the planner gives it"}
+        row = [label.get(name, f"price of {name.replace('_', ' ')}"), _term(chosen, name)]
+        row += [_term(other, name), f"{_gap(chosen, other, name):+.4f}"] if other else ["", ""]
         table.add_row(*row, style=style)
     return table
+
+
+def _value(terms: PlanTerms, name: str) -> float | None:
+    return terms.own[name] if name in terms.own else getattr(terms, name)
+
+
+def _gap(chosen: PlanTerms, other: PlanTerms, name: str) -> float:
+    own, others = _value(chosen, name), _value(other, name)
+    return 0.0 if own is None or others is None else own - others
 
 
 def _term(terms: PlanTerms, name: str) -> str:
@@ -130,19 +139,26 @@ def _term(terms: PlanTerms, name: str) -> str:
         "energy": f"{terms.energy_mj:6.0f} mJ  ",
         "exposure": f"{terms.exposure_share:6.0%}     ",
     }.get(name, "")
-    return f"{cost}{getattr(terms, name):+.4f}"
+    return f"{cost}{_value(terms, name):+.4f}"
 
 
 def _summary(found: Recommendation) -> str:
     decision = found.choice.decision
-    costs = f"Costs are those of the {found.planned_for} profile, with which the planner was trained; quality is learned."
-    if decision.runner_up is None or decision.margin is None:
+    costs = f"Costs are those of the {found.planned_for} profile, with which the planner was trained"
+    chosen, other = decision.chosen, decision.runner_up
+    if chosen.quality is None:
+        return f"This planner tells no quality, so its logit cannot be taken apart: the prices are what the plan costs. {costs}."
+    costs = f"{costs}; quality is learned."
+    if other is None:
         return f"No other plan is allowed here. {costs}"
-    gaps = {name: getattr(decision.chosen, name) - getattr(decision.runner_up, name) for name in _TERMS}
-    gained = [name for name in _TERMS if gaps[name] > 0]
-    paid = [name for name in _TERMS if gaps[name] < 0]
-    words = f"Against {decision.runner_up.name} it gains in {_listed(gained)} and pays in {_listed(paid)}"
-    return f"{words}: {decision.margin / decision.tau:+.2f} in the logit (utility / {decision.tau:.4g}). {costs}"
+    gaps = {name.replace("_", " "): _gap(chosen, other, name) for name in (*_TERMS, *chosen.own)}
+    gained = [name for name, gap in gaps.items() if gap > 0]
+    paid = [name for name, gap in gaps.items() if gap < 0]
+    words = f"Against {other.name} it gains in {_listed(gained)} and pays in {_listed(paid)}"
+    logit = f"{chosen.logit - other.logit:+.2f} in the logit" + (
+        "" if decision.tau is None else f" (utility / {decision.tau:.4g})"
+    )
+    return f"{words}: {logit}. {costs}"
 
 
 def _listed(names: list[str]) -> str:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from cda4rec_jax.messages import Placement, Plan, Span, Subtask, Trace
-from cda4rec_jax.planner import PLANS
 from cda4rec_jax.runtime.clock import LinkRealisation
 from cda4rec_jax.runtime.recommend.planning import Planned, prediction_of
 
@@ -46,7 +45,7 @@ def stages_of(planned: Planned, plan_index: int, link: LinkRealisation, trace: T
 
 def _expected(planned: Planned, plan_index: int) -> dict[tuple[str, str], Interval]:
     """By the formula of ``planner.costs``."""
-    plan, times = PLANS[plan_index], prediction_of(planned, plan_index).subtask_ms
+    plan, times = planned.costs.space.plans[plan_index], prediction_of(planned, plan_index).subtask_ms
     found: dict[tuple[str, str], Interval] = {}
 
     def add(name: str, where: str, start_ms: float, taken_ms: float) -> float:
@@ -67,7 +66,7 @@ def _expected(planned: Planned, plan_index: int) -> dict[tuple[str, str], Interv
 
 
 def _expected_cloud(planned: Planned, plan_index: int, begun: float, add) -> float:
-    plan, times = PLANS[plan_index], prediction_of(planned, plan_index).subtask_ms
+    plan, times = planned.costs.space.plans[plan_index], prediction_of(planned, plan_index).subtask_ms
     transfer = planned.transfer
     if plan.semantic is Placement.CLOUD:
         begun = add(Subtask.ABSTRACT, Placement.DEVICE, begun, times[Subtask.ABSTRACT])
