@@ -116,6 +116,11 @@ def _at_counts(values: Float[Array, "*tier count"], table: PlanTable) -> Float[A
 
 def subtask_ms(profile: CostProfile, context: Context, space: PlanSpace = STANDARD) -> Float[Array, "b p subtask"]:
     """Compute time of the six sub-tasks of every plan, in the order of ``messages.Subtask``; 0 where a plan skips one."""
+    return jnp.stack(_subtask_columns(profile, context, space), axis=-1)
+
+
+def _subtask_columns(profile: CostProfile, context: Context, space: PlanSpace) -> tuple[PlanValues, ...]:
+    """The six of ``subtask_ms`` apart: stacking and taking apart again costs a decision more than all its sums."""
     table, tier = space.table, context.tier
     level = jnp.asarray(table.level)
     events = context.history_length[:, None]
@@ -134,9 +139,9 @@ def subtask_ms(profile: CostProfile, context: Context, space: PlanSpace = STANDA
     structured_cloud = profile.structured_cloud_ms + profile.structured_cloud_ms_per_event * structured_events
     structured = jnp.where(_plan(table.structured_device), structured_device, 0.0)
     structured = structured + jnp.where(_plan(table.structured_cloud), structured_cloud, 0.0)
-    ranking = jnp.where(_plan(table.ranking_cloud), profile.ranking_cloud_ms, _at_counts(profile.ranking_ms[tier], table))
+    ranking = jnp.where(_plan(table.ranking_cloud), profile.ranking_cloud_ms, _at_counts(profile.ranking_ms, table)[tier])
     planning = jnp.broadcast_to(device(profile.planning_ms), ranking.shape)
-    return jnp.stack([abstract, planning, semantic, retrieval, structured, ranking], axis=-1)
+    return abstract, planning, semantic, retrieval, structured, ranking
 
 
 def plan_costs(
@@ -165,7 +170,7 @@ def plan_costs(
     table = space.table
     up_bytes, down_bytes = plan_bytes(context, sizes, space)
     times = transfer or predicted_transfer(context, up_bytes, down_bytes, profile.queue_ms)
-    abstract, planning, semantic, retrieval, structured, ranking = jnp.moveaxis(subtask_ms(profile, context, space), -1, 0)
+    abstract, planning, semantic, retrieval, structured, ranking = _subtask_columns(profile, context, space)
     link, in_cloud = _plan(table.uses_link), _plan(table.ranking_cloud)
     structured_device = jnp.where(_plan(table.structured_device), structured, 0.0)
     structured_cloud = structured - structured_device

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from cda4rec_jax.planner.utility import cost_in_utility
 MAX_MULTIPLY_ADDS = 15_000
 
 
+@runtime_checkable
 class Planner(Protocol):
     """Anything that scores plans: higher is better, -inf is never chosen, serving takes the argmax."""
 

@@ -18,15 +18,16 @@ class Objective(enum.StrEnum):
 
 
 def masked_softmax(logits: PlanLogits, mask: PlanMask) -> PlanValues:
-    """Softmax over the allowed plans; exactly 0 elsewhere, whatever the logits there (-inf and NaN included).
+    """Softmax over the allowed plans; exactly 0 elsewhere, whatever the logits here or there (infinite and NaN included).
 
-    Gradients are finite and 0 at forbidden plans. Every row of ``mask`` must allow a plan with a logit above -inf.
+    Gradients are finite and 0 at forbidden plans. A row that allows no plan with a finite logit has no probabilities: they do not
+    sum to 1, or are NaN at allowed plans.
     """
     usable = mask & (logits > -jnp.inf)
     safe = jnp.where(usable, logits, 0.0)
     top = jnp.max(jnp.where(usable, logits, -jnp.inf), axis=1, keepdims=True)
     weights = jnp.where(usable, jnp.exp(jnp.where(usable, safe - jax.lax.stop_gradient(top), 0.0)), 0.0)
-    return weights / jnp.sum(weights, axis=1, keepdims=True)
+    return jnp.where(usable, weights / jnp.sum(weights, axis=1, keepdims=True), 0.0)
 
 
 def entropy(probabilities: PlanValues) -> Float[Array, "b"]:
