@@ -129,7 +129,7 @@ def _devices(recommender: Recommender, names: Sequence[str], stack: ExitStack) -
     devices = []
     for name in names:
         history = recommender.history(name)
-        state = recommender.state(history, recommender.planner.decide(history, Situation()))
+        state = recommender.state(history, recommender.planner.plan(history, Situation()))
         functions = device_functions(recommender.functions, state, SLATE)
         devices.append(Device(history=history, state=state, executor=_executor(recommender, functions, ExecutorConfig(), stack)))
     return devices
@@ -147,13 +147,15 @@ def _request_times(recommender: Recommender, devices: Sequence[Device], wanted: 
 
     def ask(device: Device) -> None:
         started_s = time.perf_counter()
-        planned = recommender.planner.decide(device.history, Situation())
+        served = recommender.planner.decide(device.history, Situation())
+        planning_ms = 1e3 * (time.perf_counter() - started_s)
+        planned = recommender.planner.explain(device.history, Situation(), served)
         choice = choose(planned, wanted)
         request = Request(
             plan=planned.costs.space.plans[choice.plan_index],
             fallback=planned.costs.space.plans[int(planned.fallback[0, choice.plan_index])],
             link=NO_DELAY,
-            planning_ms=1e3 * (time.perf_counter() - started_s),
+            planning_ms=planning_ms,
             prediction=prediction_of(planned, choice.plan_index),
             deadline_ms=PATIENT_MS,
         )

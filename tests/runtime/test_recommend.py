@@ -96,7 +96,7 @@ def test_nothing_above_consent_leaves(recommender, user):
 
 def test_a_link_that_fails_leaves_the_device_to_answer(recommender, user):
     history = recommender.history(user)
-    planned = recommender.planner.decide(history, Situation(link=Link.EDGE))
+    planned = recommender.planner.plan(history, Situation(link=Link.EDGE))
     failing = next(draw for draw in itertools.count() if recommender.planner.meet(planned, history.event_ids, draw).failed)
     found = recommender.recommend(user, link="edge", plan=SENDS_FULL, draw=failing)
     assert len(found.items) == 10
@@ -111,7 +111,7 @@ def test_a_link_that_fails_leaves_the_device_to_answer(recommender, user):
 def test_the_plan_is_the_one_with_the_best_terms_among_the_allowed(recommender, user):
     found = recommender.recommend(user, link="lte", consent="recent")
     history = recommender.history(user)
-    planned = recommender.planner.decide(history, Situation(link=Link.LTE, consent=EgressLevel.RECENT))
+    planned = recommender.planner.plan(history, Situation(link=Link.LTE, consent=EgressLevel.RECENT))
     best = int(np.argmax(planned.logits[0]))
     assert found.plan == PLANS[best]
     assert planned.mask[0, best]
@@ -128,7 +128,7 @@ def test_the_same_request_gets_the_same_slate(recommender, user):
 
 
 def test_expected_stages_end_when_the_cost_formula_says(recommender, user):
-    planned = recommender.planner.decide(recommender.history(user), Situation(link=Link.THREE_G))
+    planned = recommender.planner.plan(recommender.history(user), Situation(link=Link.THREE_G))
     state = recommender.state(recommender.history(user), planned)
     for index, plan in enumerate(PLANS):
         trace = recommender._execute(state, EgressLevel.FULL, recommender._ledger, request(plan), 10, False).trace

@@ -1,4 +1,4 @@
-"""From one user's history and a declared situation to the planner's decision, in one compiled call."""
+"""From one user's history and a declared situation to the planner's decision, and afterwards to why it was made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from cda4rec_jax.planner import (
     subtask_ms,
     typical_contexts,
 )
+from cda4rec_jax.planner.serving import Served, ServedPlanner, pack
 from cda4rec_jax.runtime.clock import LinkRealisation, realised_link
 from cda4rec_jax.runtime.executor import Prediction
 
@@ -98,21 +99,36 @@ class RequestPlanner:
     def __init__(
         self, policy: LearnedPlanner, tables: ItemTables, trained_for: PlanningWorld, measured: PlanningWorld, max_cache_age: int
     ) -> None:
+        self._served = ServedPlanner(policy, trained_for.profile, trained_for.exposure_by_level, trained_for.sizes)
         graph, state = nnx.split(policy)
         leaves, tree = jax.tree.flatten(state)
+        self._tables = tables
         self._given = ([jnp.asarray(leaf) for leaf in leaves], tables, trained_for, measured)
+
+        def request(tables: ItemTables, history: HistoryBatch, **situation: Any) -> jax.Array:
+            facts = facts_of(history, tables, max_cache_age)
+            return pack(typical_contexts(facts, trained_for.scales, **situation, config=ContextConfig()))[0]
 
         def decide(arrays: list[Any], *given: Any, **situation: Any) -> Planned:
             return _decide(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), *given, max_cache_age=max_cache_age, **situation)
 
-        self._decide = jax.jit(decide, static_argnames=("link", "tier", "consent"))
+        names = ("link", "tier", "consent")
+        self._request, self._decide = jax.jit(request, static_argnames=names), jax.jit(decide, static_argnames=names)
         self._realise = jax.jit(partial(realise, config=LinkConfig()))
         self._queue_ms = measured.profile.queue_ms
 
-    def decide(self, history: HistoryBatch, situation: Situation) -> Planned:
-        """Everything about one request; NumPy arrays. Each situation is compiled once."""
-        planned = self._decide(*self._given, history, link=situation.link, tier=situation.tier, consent=situation.consent)
-        return jax.tree.map(np.asarray, planned)
+    def decide(self, history: HistoryBatch, situation: Situation) -> Served:
+        """The plan of one request, from its history on: what a user waits for. Each situation is compiled once."""
+        return self._served(np.asarray(self._request(self._tables, history, **vars(situation))))
+
+    def explain(self, history: HistoryBatch, situation: Situation, served: Served) -> Planned:
+        """Everything about the request that was decided so; NumPy arrays. Each situation is compiled once."""
+        planned = jax.tree.map(np.asarray, self._decide(*self._given, history, **vars(situation)))
+        return replace(planned, logits=served.scores[None, :])
+
+    def plan(self, history: HistoryBatch, situation: Situation) -> Planned:
+        """Decide and explain."""
+        return self.explain(history, situation, self.decide(history, situation))
 
     def meet(self, planned: Planned, event_ids: Lengths, draw: int) -> LinkRealisation:
         """What the request meets on the link: draw ``draw`` of the link model."""

@@ -114,12 +114,13 @@ class Recommender:
         wanted = None if plan is None else self._space.index(plan)
         history = self.history(user_id)
         if situation not in self._compiled:
-            self.planner.decide(history, situation)
+            self.planner.plan(history, situation)
             self._compiled.add(situation)
         started_s = time.perf_counter()
-        planned = self.planner.decide(history, situation)
-        choice = choose(planned, wanted)
+        served = self.planner.decide(history, situation)
         planning_ms = (time.perf_counter() - started_s) * 1e3
+        planned = self.planner.explain(history, situation, served)
+        choice = choose(planned, wanted)
         state = self.state(history, planned)
         fallback = self._space.plans[int(planned.fallback[0, choice.plan_index])]
         met = self.planner.meet(planned, history.event_ids, draw)
