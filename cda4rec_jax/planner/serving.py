@@ -18,14 +18,14 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, Int
 
 from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask
-from cda4rec_jax.messages import Context
+from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.costs import PayloadSizes, plan_costs
 from cda4rec_jax.planner.cost_profiles import CostProfile
 from cda4rec_jax.planner.plan_space import LAST_RESORT, allowed
 from cda4rec_jax.planner.policy import Planner
 
 CONTEXT_FIELDS = tuple(field.name for field in dataclasses.fields(Context))
-ENUM_FIELDS = frozenset({"cache_level", "tier", "link", "consent"})
+ENUM_SIZES = {"cache_level": len(EgressLevel), "tier": len(DeviceTier), "link": len(Link), "consent": len(EgressLevel)}
 BLOCK = 4096  # requests that are decided at once: their tables stay in the cache of a core
 SMALLEST_BLOCK = 64
 
@@ -40,7 +40,7 @@ def pack(context: Context) -> Packed:
 def unpack(packed: Packed) -> Context:
     """The contexts that ``pack`` packed; jittable. An enum that is not a number becomes 0, which for consent is NOTHING."""
     columns = {name: packed[:, column] for column, name in enumerate(CONTEXT_FIELDS)}
-    return Context(**{name: values.astype(jnp.int32) if name in ENUM_FIELDS else values for name, values in columns.items()})
+    return Context(**{name: values.astype(jnp.int32) if name in ENUM_SIZES else values for name, values in columns.items()})
 
 
 def usable_scores(logits: PlanLogits, mask: PlanMask) -> PlanLogits:

@@ -22,7 +22,7 @@ from cda4rec_jax.planner import (
     sample_contexts,
 )
 from cda4rec_jax.planner.plan_space import LAST_RESORT
-from cda4rec_jax.planner.serving import BLOCK, CONTEXT_FIELDS, ENUM_FIELDS, ServedPlanner, choose_usable, pack, unpack
+from cda4rec_jax.planner.serving import BLOCK, CONTEXT_FIELDS, ENUM_SIZES, ServedPlanner, choose_usable, pack, unpack
 
 PROFILE, SIZES, EXPOSURE = deployment_profile(), PayloadSizes(), jnp.asarray([0.0, 0.1, 0.3, 0.8])
 NUM_FUZZED = 120_000
@@ -76,9 +76,8 @@ def extreme_requests(count: int, seed: int = 0) -> np.ndarray:
     usual = draws.lognormal(0.0, 3.0, (count, len(CONTEXT_FIELDS)))
     extremes = np.asarray([0.0, 1e-38, 1.0, 191.9, 192.0, 256.0, 1e6, np.finfo(np.float32).max, np.inf, np.nan])
     rows = np.where(draws.random(usual.shape) < 0.3, draws.choice(extremes, usual.shape), usual)
-    sizes = {"cache_level": 4, "tier": 3, "link": 5, "consent": 4}
-    for name in ENUM_FIELDS:
-        rows[:, CONTEXT_FIELDS.index(name)] = draws.integers(0, sizes[name], count)
+    for name, size in ENUM_SIZES.items():
+        rows[:, CONTEXT_FIELDS.index(name)] = draws.integers(0, size, count)
     return rows.astype(np.float32)
 
 
