@@ -144,7 +144,8 @@ def _world(run: Path | None) -> World:
 
 def _broken(policy: Policy) -> Policy:
     """The policy after a fault in memory: some plans score NaN, some infinity, in some contexts."""
-    copy = nnx.clone(policy)
+    graph, state = nnx.split(policy)
+    copy = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
     kernel, quality = copy.context_tower.layers[0].kernel, copy.mean_quality
     kernel[...] = kernel[...].at[0, 0].set(1e38)
     quality[...] = quality[...].at[::5].set(jnp.nan).at[1::5].set(jnp.inf).at[2::5].set(-jnp.inf)
