@@ -169,7 +169,9 @@ def mask_by_rules(rows: Float[np.ndarray, "n field"], plan: Plan) -> np.ndarray:
     consent, cache = rows[:, COLUMNS["consent"]], rows[:, COLUMNS["cache_level"]]
     if plan == PLANS[LAST_RESORT]:
         return np.ones(len(rows), bool)
-    needed_mb = STRUCTURED_MEMORY_MB * (plan.structured is Placement.DEVICE) + LARGE_RANKING_MEMORY_MB * (plan.num_candidates > 100)
+    needed_mb = STRUCTURED_MEMORY_MB * (plan.structured is Placement.DEVICE) + LARGE_RANKING_MEMORY_MB * (
+        plan.num_candidates > 100
+    )
     reuses = plan.semantic is Placement.REUSE
     may = rows[:, COLUMNS["free_memory_mb"]] >= needed_mb  # memory that is not known is none
     if plan.uses_link:
@@ -186,7 +188,9 @@ def _checks(world: World, planner: Planner) -> Callable[[Any], tuple[jax.Array, 
     def check(rows: Any) -> tuple[jax.Array, ...]:
         context = unpack(rows)
         mask = allowed(context)
-        logits = planner.logits(context, plan_costs(world.profile, context, jnp.asarray(world.exposure_by_level), world.sizes), mask)
+        logits = planner.logits(
+            context, plan_costs(world.profile, context, jnp.asarray(world.exposure_by_level), world.sizes), mask
+        )
         return choose_usable(logits, mask), mask, jnp.sum(~mask & ~(masked_softmax(logits, mask) == 0.0))
 
     return check
@@ -271,7 +275,8 @@ def page(result: dict[str, Any]) -> str:
             "disagreements. A third of the numbers in a context are extremes (0, denormal, largest float32, infinity, NaN).",
             "",
             *markdown_table(
-                ["consent withdrawn", "requests", "withdrawn in time", "bytes before", "bytes after", "requests without a slate"], moments
+                ["consent withdrawn", "requests", "withdrawn in time", "bytes before", "bytes after", "requests without a slate"],
+                moments,
             ),
             "Bytes after: what the transport got at a level above the consent that was left.",
             "",

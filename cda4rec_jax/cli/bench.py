@@ -66,16 +66,48 @@ class BenchTrain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchPlan:
+    """The planner's decision: microseconds of one and decisions in a second, ours beside onnxruntime, PyTorch and NumPy."""
+
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """A finished joint run; the standard policy with random weights if not given."""
+    peers: tuple[str, ...] | None = None
+    """Whom to measure beside ours: onnxruntime, torch, numpy. All that are installed if not given."""
+    batches: tuple[int, ...] = (1, 256, 65_536)
+    """Requests of one call."""
+    rounds: int = 15
+    """Rounds in which all take turns."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file and the charts."""
+
+    def run(self) -> None:
+        """See ``bench_plan``."""
+        set_up_process()
+        from cda4rec_jax.bench import bench_plan
+        from cda4rec_jax.timing import TimingConfig
+
+        console = Console()
+        with StagesView(console) as view:
+            found = bench_plan(
+                self.run_folder,
+                peers=self.peers,
+                batches=self.batches,
+                timing=TimingConfig(rounds=self.rounds),
+                out=self.out,
+                progress=view.progress,
+            )
+        found.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure this package beside others on this machine, by one method: in turns, with a null and the spread over rounds."""
 
-    # tyro makes sub-commands of a union, and a union of one would be none: its second member is never shown.
     benchmark: Annotated[
-        Annotated[BenchTrain, tyro.conf.subcommand(name="train")] | Annotated[None, tyro.conf.Suppress],
+        Annotated[BenchTrain, tyro.conf.subcommand(name="train")] | Annotated[BenchPlan, tyro.conf.subcommand(name="plan")],
         tyro.conf.arg(name=""),
     ]
 
     def run(self) -> None:
         """Run the benchmark that was chosen."""
-        if self.benchmark is not None:
-            self.benchmark.run()
+        self.benchmark.run()

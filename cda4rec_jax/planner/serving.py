@@ -7,7 +7,6 @@ longer than the arithmetic, so a request is one array with one dispatch, and one
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,8 @@ from jaxtyping import Float, Int
 
 from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
-from cda4rec_jax.planner.costs import PayloadSizes, plan_costs
 from cda4rec_jax.planner.cost_profiles import CostProfile
+from cda4rec_jax.planner.costs import PayloadSizes, plan_costs
 from cda4rec_jax.planner.plan_space import LAST_RESORT, allowed
 from cda4rec_jax.planner.policy import Planner
 
@@ -87,7 +86,7 @@ class ServedPlanner:
             mask = allowed(context)
             return plan().logits(context, plan_costs(profile, context, exposure_by_level, sizes), mask), mask
 
-        self._one = _single_kernel(lambda request: usable_scores(*answers(request[None, :]))[0])
+        self._one = single_kernel(lambda request: usable_scores(*answers(request[None, :]))[0])
         self._scores = jax.jit(lambda packed: usable_scores(*answers(packed)))
         self._choices = jax.jit(lambda packed: choose_usable(*answers(packed)))
 
@@ -116,7 +115,7 @@ def _frozen(planner: Planner) -> Callable[[], Planner]:
     return lambda: nnx.merge(graph, jax.tree.map(jnp.asarray, kept))
 
 
-def _single_kernel(function: Callable[[Array], Array]) -> Callable[[Any], jax.Array]:
+def single_kernel(function: Callable[[Array], Array]) -> Callable[[Any], jax.Array]:
     """``function``, jitted; as one kernel on a CPU, where XLA would hand its 25 small operations from thread to thread.
 
     XLA calls that a small call, and marks loops with it that are too short for threads. A backend that does not know the mark

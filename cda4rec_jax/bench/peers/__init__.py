@@ -1,40 +1,44 @@
 """Systems of others, to be timed against: which there are, and which are installed here.
 
-Nothing in this package needs them; each module in this folder but this one imports a peer's package at once.
+Nothing in this package needs them; a module in this folder imports its peer's package at once.
 """
 
 import importlib.util
+from collections.abc import Mapping
 
 from cda4rec_jax.errors import UserError
 
-# Packages of each peer.
+# Packages of each peer, in training and in planning.
 PEERS = {
     "jax": ("jax",),
     "torch": ("torch",),
     "torch-compile": ("torch",),
     "rectools": ("rectools", "pytorch_lightning", "torch"),
 }
+PLAN_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "numpy": ("numpy",)}
 
 
 def installed(peer: str) -> bool:
     """True where all packages of a peer are installed."""
-    return all(importlib.util.find_spec(package) is not None for package in PEERS[peer])
+    return all(importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS)[peer])
 
 
-def chosen_peers(names: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def chosen_peers(
+    names: tuple[str, ...] | None, group: Mapping[str, tuple[str, ...]] = PEERS
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Peers to measure, and peers that are left out since they are not installed: all there are where none is asked for.
 
     Raises:
         UserError: a peer that is asked for by name is unknown or not installed.
     """
     if names is None:
-        return tuple(peer for peer in PEERS if installed(peer)), tuple(peer for peer in PEERS if not installed(peer))
-    unknown = [name for name in names if name not in PEERS]
+        return tuple(peer for peer in group if installed(peer)), tuple(peer for peer in group if not installed(peer))
+    unknown = [name for name in names if name not in group]
     if unknown:
-        raise UserError(f"unknown peer {', '.join(unknown)}: choose from {', '.join(PEERS)}")
+        raise UserError(f"unknown peer {', '.join(unknown)}: choose from {', '.join(group)}")
     missing = [name for name in names if not installed(name)]
     if missing:
-        packages = sorted({package for name in missing for package in PEERS[name] if importlib.util.find_spec(package) is None})
+        packages = sorted({package for name in missing for package in group[name] if importlib.util.find_spec(package) is None})
         raise UserError(
             f"peer {', '.join(missing)} needs {', '.join(packages)}, which is not installed: pip install 'cda4rec_jax[bench]'"
             + (RECTOOLS_HINT if "rectools" in packages else "")

@@ -1,0 +1,179 @@
+"""``cda4rec bench plan``: decisions in a second and the time of one, ours beside onnxruntime, torch and NumPy, at equal outputs."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from cda4rec_jax.bench.harness import (
+    OtherLoad,
+    bar_chart,
+    check_folder,
+    measurement_json,
+    method_lines,
+    num_threads,
+    times,
+    write_json,
+)
+from cda4rec_jax.bench.peers import PLAN_PEERS, chosen_peers
+from cda4rec_jax.bench.plan_systems import DECISION, NETWORK, System, call_times_ms, calls_of, setting_of, systems_of
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
+from cda4rec_jax.runs import provenance
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+
+BATCHES = (1, 256, 65_536)
+TARGET_US, TARGET_PER_SECOND = 15.0, 500_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFound:
+    """All systems at one batch size."""
+
+    batch: int
+    systems: tuple[System, ...]
+    latency: dict[str, LatencySummary]  # of single calls
+    measurement: Measurement
+    others: OtherLoad
+
+    def json(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "batch": self.batch,
+            "systems": {
+                one.name: {
+                    "version": one.version,
+                    "first_call_seconds": one.first_call_seconds,
+                    "difference": one.difference,
+                    "latency": asdict(self.latency[one.name]),
+                }
+                for one in self.systems
+            },
+            "measurement": measurement_json(self.measurement, self.others),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanBenchmark:
+    """All that was found."""
+
+    policy: str
+    batches: tuple[BatchFound, ...]
+    not_installed: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    def json(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "benchmark": "plan",
+            "policy": self.policy,
+            "threads": num_threads(),
+            "targets": {"one_decision_us": TARGET_US, "contexts_per_second": TARGET_PER_SECOND},
+            "batches": [one.json() for one in self.batches],
+            "not_installed": list(self.not_installed),
+            "provenance": self.provenance,
+        }
+
+    def print(self, console: Console) -> None:
+        """A table for each batch size, and how it was measured."""
+        for found in self.batches:
+            console.print(_table(self.policy, found))
+            console.print(
+                "\n".join(method_lines(found.measurement, num_threads(), found.others)), highlight=False, soft_wrap=True
+            )
+        missing = (
+            f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')" if self.not_installed else ""
+        )
+        lines = [
+            "whole decision: context features, mask, predicted costs, network, choice; network alone: from given features to qualities, "
+            "for others with the plan tower multiplied into the last layer. NumPy to NumPy; one request runs in one thread",
+            f"aims: one decision under {TARGET_US:.0f} us and not above onnxruntime's network; {TARGET_PER_SECOND:,.0f} contexts a second "
+            "in batches on 2 cores",
+            missing,
+        ]
+        console.print("\n".join(filter(None, lines)), highlight=False, markup=False, soft_wrap=True)
+
+
+def bench_plan(
+    run: Path | None = None,
+    *,
+    peers: tuple[str, ...] | None = None,
+    batches: tuple[int, ...] = BATCHES,
+    calls: int = 5000,
+    timing: TimingConfig,
+    out: Path,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> PlanBenchmark:
+    """Measure, and write JSON and (where matplotlib is installed) charts into ``out``.
+
+    Args:
+        run: a finished joint run; None takes the standard policy with random weights.
+        peers: names of ``bench.peers.PLAN_PEERS``; None takes all that are installed.
+        batches: requests of one call.
+        calls: single calls whose percentiles are taken, fewer for large batches.
+        timing: how much to measure.
+        out: folder of the results.
+        progress: hears of the stage, and how much of it is done.
+
+    Raises:
+        UserError: bad run, peer, batch or folder; a system whose outputs are not ours.
+    """
+    if not batches or min(batches) < 1 or calls < 1:
+        raise UserError(f"got batches {batches} and {calls} calls: expected batches of at least 1 request, and at least 1 call")
+    chosen, not_installed = chosen_peers(peers, PLAN_PEERS)
+    folder = check_folder(out)
+    setting = setting_of(run)
+    found = []
+    for batch in batches:
+
+        def heard(done: int, total: int, batch: int = batch) -> None:
+            progress(f"batches of {batch:,}", done, total)
+
+        systems = systems_of(setting, batch, chosen, num_threads())
+        contestants = [Contestant(name=one.name, call=calls_of(one, batch)) for one in systems]
+        pairs = [(ours, one.name) for one in systems for ours in one.against] + [(DECISION, NETWORK)]
+        with OtherLoad() as others:
+            latency = {name: summarise_latency(taken) for name, taken in call_times_ms(systems, max(50, calls // batch)).items()}
+            measurement = measure(contestants, pairs, timing, progress=heard)
+        found.append(BatchFound(batch=batch, systems=tuple(systems), latency=latency, measurement=measurement, others=others))
+    result = PlanBenchmark(
+        policy=setting.name,
+        batches=tuple(found),
+        not_installed=not_installed,
+        provenance=provenance(dataset_fingerprint=f"policy {setting.name}, contexts v1 of seed 0"),
+    )
+    write_json(folder / f"plan-{setting.name}.json", result.json())
+    for one in found:
+        bar_chart(
+            folder / f"plan-{setting.name}-{one.batch}.png",
+            f"Planning by the policy of {setting.name}, {one.batch:,} requests a call",
+            "requests per second",
+            one.measurement.rates,
+            (DECISION, NETWORK),
+        )
+    return result
+
+
+def _table(policy: str, found: BatchFound) -> Table:
+    table = Table(title=f"Planning by the policy of {policy}, {found.batch:,} requests a call", box=SIMPLE)
+    table.add_column("system")
+    for column in ("requests/s", "p50 us", "p95 us", "p99 us", "whole faster by", "network faster by"):
+        table.add_column(column, justify="right")
+    for one in found.systems:
+        latency = found.latency[one.name]
+        ratios = [times(found.measurement.ratio(ours, one.name)) if ours in one.against else "" for ours in (DECISION, NETWORK)]
+        percentiles = (f"{1e3 * value:,.1f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
+        table.add_row(one.name, f"{found.measurement.rates[one.name].median:,.0f}", *percentiles, *ratios)
+    return table
+
+
+def _origins(found: BatchFound) -> list[str]:
+    """Version of each system, what its first call took, and how far its outputs are from ours."""
+    versions = ", ".join(dict.fromkeys(one.version for one in found.systems))
+    first = ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in found.systems)
+    off = max((one.difference for one in found.systems), default=0.0)
+    return [f"{versions}; first call, compiling included: {first}", f"outputs differ by at most {off:.0e} of the largest"]
