@@ -49,9 +49,9 @@ from cda4rec_jax.planner import (
     masked_softmax,
     plan_costs,
 )
-from cda4rec_jax.planner.plan_space import LARGE_RANKING_MEMORY_MB, LAST_RESORT, STRUCTURED_MEMORY_MB
-from cda4rec_jax.planner.policy import Planner
-from cda4rec_jax.planner.serving import BLOCK, CONTEXT_FIELDS, ENUM_SIZES, ServedPlanner, choose_usable, unpack
+from cda4rec_jax.planner.plan_space import LARGE_RANKING_MEMORY_MB, STANDARD, STRUCTURED_MEMORY_MB
+from cda4rec_jax.planner.policy import Planner, choose
+from cda4rec_jax.planner.serving import BLOCK, CONTEXT_FIELDS, ENUM_SIZES, ServedPlanner, unpack
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.runs.artifacts import load_trained
 
@@ -167,7 +167,7 @@ def random_requests(count: int, draws: np.random.Generator) -> Float[np.ndarray,
 def mask_by_rules(rows: Float[np.ndarray, "n field"], plan: Plan) -> np.ndarray:
     """True where a plan may be chosen: the rules of DESIGN section 4 once more, without the plan table."""
     consent, cache = rows[:, COLUMNS["consent"]], rows[:, COLUMNS["cache_level"]]
-    if plan == PLANS[LAST_RESORT]:
+    if plan == PLANS[STANDARD.last_resort]:
         return np.ones(len(rows), bool)
     needed_mb = STRUCTURED_MEMORY_MB * (plan.structured is Placement.DEVICE) + LARGE_RANKING_MEMORY_MB * (
         plan.num_candidates > 100
@@ -191,7 +191,7 @@ def _checks(world: World, planner: Planner) -> Callable[[Any], tuple[jax.Array, 
         logits = planner.logits(
             context, plan_costs(world.profile, context, jnp.asarray(world.exposure_by_level), world.sizes), mask
         )
-        return choose_usable(logits, mask), mask, jnp.sum(~mask & ~(masked_softmax(logits, mask) == 0.0))
+        return choose(logits, mask), mask, jnp.sum(~mask & ~(masked_softmax(logits, mask) == 0.0))
 
     return check
 

@@ -16,7 +16,7 @@ from cda4rec_jax.pipeline.decisions import Requests
 from cda4rec_jax.pipeline.full_ranking import in_batches
 from cda4rec_jax.pipeline.planners import PlugIn, context_cells, cross_fitted_quality, possible_plans
 from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.planner import STANDARD, PlanCosts, PlanSpace, local_repair, realised_utility, repair
+from cda4rec_jax.planner import STANDARD, PlanCosts, PlanSpace, choose, local_repair, realised_utility, repair
 from cda4rec_jax.planner.utility import FAILURE_TIMEOUT_MS
 
 BLOCK_USERS = 256  # whose contexts are planned at once, so that memory is bounded
@@ -102,7 +102,7 @@ def _play(
     fixed = jax.vmap(lambda plan: repair(jnp.broadcast_to(plan, flat.failed.shape), mask, space))(jnp.arange(space.num_plans))
     scores = [logits(context, flat.predicted, mask) for logits in (*planners, *(plug_in.logits for plug_in in plug_ins))]
     scores.append(jnp.where(mask, gained, -jnp.inf))
-    choices = jnp.concatenate([fixed, jnp.stack([jnp.argmax(score, axis=1) for score in scores])])
+    choices = jnp.concatenate([fixed, jnp.stack([choose(score, mask, space) for score in scores])])
 
     def chosen(values: PlanValues | PlanRanks) -> Array:
         return jnp.take_along_axis(values, choices.T, axis=1).T

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from cda4rec_jax.array_typing import PlanLogits, PlanMask
 from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.accuracy import popularity_ranks
@@ -29,10 +28,9 @@ from cda4rec_jax.evaluation.rows import (
     plug_in_means,
     system_row,
 )
-from cda4rec_jax.messages import Context
 from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
-from cda4rec_jax.planner import PlanCosts, RandomPlanner, RulesPlanner, permitted
+from cda4rec_jax.planner import RandomPlanner, RulesPlanner
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import SASREC, TrainedSystem, load_trained
 
@@ -236,11 +234,7 @@ def _records(job: _Job, world: PlanningWorld, split: Split, users: np.ndarray) -
 def _planners(job: _Job) -> dict[str, Logits]:
     policy = job.trained.system.policy
     assert policy is not None
-
-    def learned(context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
-        return permitted(policy.logits(context, costs, mask), mask)
-
-    return {POLICY: learned, RULES: RulesPlanner().logits, RANDOM: RandomPlanner(seed=job.seed).logits}
+    return {POLICY: policy.logits, RULES: RulesPlanner().logits, RANDOM: RandomPlanner(seed=job.seed).logits}
 
 
 def _protocol(job: _Job) -> str:

@@ -44,7 +44,7 @@ from cda4rec_jax.planner.plan_space import (
     repair,
     reuse_plan,
 )
-from cda4rec_jax.planner.policy import DirectPolicy, LearnedPlanner, Planner, Policy, PolicyConfig, permitted
+from cda4rec_jax.planner.policy import DirectPolicy, LearnedPlanner, Planner, Policy, PolicyConfig, choose, permitted
 from cda4rec_jax.planner.relaxation import Objective, choice_weights, entropy, expected_utility, masked_softmax
 from cda4rec_jax.planner.simple import FixedPlan, RandomPlanner, RulesPlanner, fixed_planners
 from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, plan_quality, realised_utility, utility
@@ -79,6 +79,7 @@ __all__ = [
     "allowed",
     "blank_requests",
     "choice_weights",
+    "choose",
     "cloud_plan",
     "context_features",
     "cost_in_utility",

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from cda4rec_jax.array_typing import Array, ContextFeatures, PlanLogits, PlanMask, PlanValues
 from cda4rec_jax.errors import UserError
@@ -64,9 +64,14 @@ class LearnedPlanner(nnx.Module):
 
 
 def permitted(logits: PlanLogits, mask: PlanMask) -> PlanLogits:
-    """Logits to take the argmax of: -inf exactly where ``mask`` is False, and finite elsewhere, whatever a planner said."""
-    lowest = jnp.finfo(logits.dtype).min
-    return _forbid(jnp.nan_to_num(logits, nan=lowest, neginf=lowest), mask)
+    """-inf exactly where ``mask`` is False or the logit is no number, whatever a planner said there: a broken one must not choose by it."""
+    return _forbid(logits, mask & (logits > -jnp.inf))
+
+
+def choose(logits: PlanLogits, mask: PlanMask, space: PlanSpace = STANDARD) -> Int[Array, "b"]:
+    """The permitted plan of the highest logit; ``local-skip-skip``, which is always allowed, where there is none. Jittable."""
+    scores = permitted(logits, mask)
+    return jnp.where(jnp.max(scores, axis=1) > -jnp.inf, jnp.argmax(scores, axis=1), space.last_resort)
 
 
 class PolicyScale(nnx.Variable):

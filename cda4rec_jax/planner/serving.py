@@ -20,8 +20,8 @@ from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.cost_profiles import CostProfile
 from cda4rec_jax.planner.costs import PayloadSizes, plan_costs
-from cda4rec_jax.planner.plan_space import LAST_RESORT, allowed
-from cda4rec_jax.planner.policy import Planner
+from cda4rec_jax.planner.plan_space import STANDARD, PlanSpace, allowed
+from cda4rec_jax.planner.policy import Planner, choose, permitted
 
 CONTEXT_FIELDS = tuple(field.name for field in dataclasses.fields(Context))
 ENUM_SIZES = {"cache_level": len(EgressLevel), "tier": len(DeviceTier), "link": len(Link), "consent": len(EgressLevel)}
@@ -42,20 +42,6 @@ def unpack(packed: Packed) -> Context:
     return Context(**{name: values.astype(jnp.int32) if name in ENUM_SIZES else values for name, values in columns.items()})
 
 
-def usable_scores(logits: PlanLogits, mask: PlanMask) -> PlanLogits:
-    """Logits of the plans that may be chosen, and -inf elsewhere, whatever the logits there.
-
-    An allowed plan whose logit is not a number is as good as forbidden: a broken policy must not choose by it.
-    """
-    return jnp.where(mask & (logits > -jnp.inf), logits, -jnp.inf)
-
-
-def choose_usable(logits: PlanLogits, mask: PlanMask) -> Int[Array, "b"]:
-    """The usable plan of the highest logit; ``local-skip-skip``, which is always allowed, where there is none. Jittable."""
-    scores = usable_scores(logits, mask)
-    return jnp.where(jnp.max(scores, axis=1) > -jnp.inf, jnp.argmax(scores, axis=1), LAST_RESORT)
-
-
 class Served(NamedTuple):
     """The decision of one request."""
 
@@ -74,28 +60,34 @@ class ServedPlanner:
         profile: what sub-tasks cost.
         exposure_by_level: exposure of each EgressLevel; entry NOTHING is 0.
         sizes: bytes of what travels.
+        space: the plans that there are.
     """
 
     def __init__(
-        self, planner: Planner, profile: CostProfile, exposure_by_level: Float[Array, "level"], sizes: PayloadSizes
+        self,
+        planner: Planner,
+        profile: CostProfile,
+        exposure_by_level: Float[Array, "level"],
+        sizes: PayloadSizes,
+        space: PlanSpace = STANDARD,
     ) -> None:
-        plan = _frozen(planner)
+        plan, self._last_resort = _frozen(planner), space.last_resort
 
         def answers(packed: Packed) -> tuple[PlanLogits, PlanMask]:
             context = unpack(packed)
-            mask = allowed(context)
-            return plan().logits(context, plan_costs(profile, context, exposure_by_level, sizes), mask), mask
+            mask = allowed(context, space)
+            return plan().logits(context, plan_costs(profile, context, exposure_by_level, sizes, space=space), mask), mask
 
-        self._one = single_kernel(lambda request: usable_scores(*answers(request[None, :]))[0])
-        self._scores = jax.jit(lambda packed: usable_scores(*answers(packed)))
-        self._choices = jax.jit(lambda packed: choose_usable(*answers(packed)))
+        self._one = single_kernel(lambda request: permitted(*answers(request[None, :]))[0])
+        self._scores = jax.jit(lambda packed: permitted(*answers(packed)))
+        self._choices = jax.jit(lambda packed: choose(*answers(packed), space))
 
     def __call__(self, request: Float[np.ndarray, "field"]) -> Served:
         """Decide one request, a row of ``pack``."""
         scores = np.asarray(self._one(request))
         # NumPy finds the largest of a few numbers in less time than a reduction takes in the kernel.
         best = int(scores.argmax())
-        return Served(best if scores[best] > -np.inf else LAST_RESORT, scores)
+        return Served(best if scores[best] > -np.inf else self._last_resort, scores)
 
     def scores(self, packed: Float[np.ndarray, "b field"]) -> Float[np.ndarray, "b p"]:
         """Scores of many requests."""

@@ -21,8 +21,9 @@ from cda4rec_jax.planner import (
     plan_costs,
     sample_contexts,
 )
-from cda4rec_jax.planner.plan_space import LAST_RESORT
-from cda4rec_jax.planner.serving import BLOCK, CONTEXT_FIELDS, ENUM_SIZES, ServedPlanner, choose_usable, pack, unpack
+from cda4rec_jax.planner.plan_space import STANDARD
+from cda4rec_jax.planner.policy import choose
+from cda4rec_jax.planner.serving import BLOCK, CONTEXT_FIELDS, ENUM_SIZES, ServedPlanner, pack, unpack
 
 PROFILE, SIZES, EXPOSURE = deployment_profile(), PayloadSizes(), jnp.asarray([0.0, 0.1, 0.3, 0.8])
 NUM_FUZZED = 120_000
@@ -138,7 +139,7 @@ def test_forbidden_plans_are_never_served_in_120000_extreme_contexts(kind, polic
     assert mask[np.arange(NUM_FUZZED), choices].all()
     assert len(np.unique(choices)) >= (1 if kind == "corrupted policy" else 8)
     if kind == "corrupted policy":
-        assert (choices == LAST_RESORT).all()
+        assert (choices == STANDARD.last_resort).all()
     for row in range(0, NUM_FUZZED, NUM_FUZZED // 50):
         decision = planner(requests[row])
         assert mask[row, decision.plan_index]
@@ -151,12 +152,12 @@ def test_whatever_the_logits_a_forbidden_plan_has_probability_0_and_is_not_chose
     logits[:, ::3] = value
     probabilities = np.asarray(masked_softmax(logits, mask))
     assert (probabilities[~mask] == 0.0).all()
-    assert mask[np.arange(200), np.asarray(choose_usable(logits, mask))].all()
+    assert mask[np.arange(200), np.asarray(choose(logits, mask))].all()
 
 
 def test_without_a_usable_score_nothing_leaves(make_context):
     context = make_context(2)
     mask = allowed(replace(context))
     for value in (jnp.nan, -jnp.inf):
-        np.testing.assert_array_equal(choose_usable(jnp.full(mask.shape, value), mask), [LAST_RESORT] * 2)
-    assert not PLANS[LAST_RESORT].uses_link
+        np.testing.assert_array_equal(choose(jnp.full(mask.shape, value), mask), [STANDARD.last_resort] * 2)
+    assert not PLANS[STANDARD.last_resort].uses_link

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from cda4rec_jax.messages import DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.cost_profiles import CostProfile
 from cda4rec_jax.planner.costs import MAX_DEVICE_EVENTS, MAX_RELEASED_EVENTS, MIN_KBPS, PayloadSizes
-from cda4rec_jax.planner.plan_space import LAST_RESORT, PLAN_TABLE
+from cda4rec_jax.planner.plan_space import STANDARD
 from cda4rec_jax.planner.serving import CONTEXT_FIELDS
 
 Rows = Float[np.ndarray, "n f"]
@@ -49,7 +49,7 @@ class NumpyDecision:
     def __init__(
         self, quality: Callable[[Rows], Rows], tau: float, profile: CostProfile, exposure_by_level: Any, sizes: PayloadSizes
     ):
-        table = PLAN_TABLE
+        table = STANDARD.table
         self._quality, self._tau = quality, np.float32(tau)
         self._sizes = {name: np.float32(value) for name, value in vars(sizes).items()}
         self._profile = {name: np.asarray(value) for name, value in vars(profile).items() if name != "name"}
@@ -86,20 +86,20 @@ class NumpyDecision:
         return self(packed).argmax(axis=1)
 
     def _mask(self, at: dict[str, np.ndarray], enums: dict[str, np.ndarray]) -> np.ndarray:
-        table, cache = PLAN_TABLE, enums["cache_level"][:, None]
+        table, cache = STANDARD.table, enums["cache_level"][:, None]
         mask = self._egress(cache) <= enums["consent"][:, None]
         mask &= self._allowed_reuse | (cache > 0)
         mask &= self._no_link | (enums["link"] != Link.OFFLINE)[:, None]
         mask &= table.memory_mb <= at["free_memory_mb"][:, None]
-        mask[:, LAST_RESORT] = True
+        mask[:, STANDARD.last_resort] = True
         return mask
 
     def _egress(self, cache: np.ndarray) -> np.ndarray:
-        reused = PLAN_TABLE.semantic_reuse & PLAN_TABLE.uses_link
-        return np.where(reused, cache, PLAN_TABLE.level)
+        reused = STANDARD.table.semantic_reuse & STANDARD.table.uses_link
+        return np.where(reused, cache, STANDARD.table.level)
 
     def _cost(self, at: dict[str, np.ndarray], enums: dict[str, np.ndarray]) -> np.ndarray:
-        table, profile, tier, link = PLAN_TABLE, self._profile, enums["tier"], enums["link"]
+        table, profile, tier, link = STANDARD.table, self._profile, enums["tier"], enums["link"]
         history = at["history_length"][:, None]
         released, events = np.minimum(history, self._limits), np.minimum(history, np.float32(MAX_DEVICE_EVENTS))
         up_bytes = self._up_fixed + self._up_per_event * released

@@ -99,7 +99,9 @@ class RequestPlanner:
     def __init__(
         self, policy: LearnedPlanner, tables: ItemTables, trained_for: PlanningWorld, measured: PlanningWorld, max_cache_age: int
     ) -> None:
-        self._served = ServedPlanner(policy, trained_for.profile, trained_for.exposure_by_level, trained_for.sizes)
+        self._served = ServedPlanner(
+            policy, trained_for.profile, trained_for.exposure_by_level, trained_for.sizes, trained_for.space
+        )
         graph, state = nnx.split(policy)
         leaves, tree = jax.tree.flatten(state)
         self._tables = tables
