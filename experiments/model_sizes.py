@@ -132,11 +132,11 @@ def _sized(study: Study, cloud: int, device: int, own: tuple[int, int], referenc
 
 def _milliseconds(trained: TrainedSystem) -> dict[str, float]:
     """Measured computing of one request under the plan: each side, and the longest path."""
-    times = trained.run.read_json("cost_profile")["times"]
-    cloud = times["semantic_ms"]["full"] + times["retrieval_ms"]["100"]
-    before, after = times["planning_ms"] + times["abstract_ms"], times["ranking_ms"]["100"]
-    path = times["planning_ms"] + max(times["abstract_ms"] + cloud, times["structured_ms"]) + after
-    return {"cloud": cloud, "device": before + times["structured_ms"] + after, "longest_path": path}
+    times = trained.measured_times
+    cloud = times.semantic_ms["full"] + times.retrieval_evidence_ms["100"]
+    abstract, after = times.abstract_ms["full"], times.ranking_ms["100"]
+    path = times.planning_ms + max(abstract + cloud, times.structured_ms) + after
+    return {"cloud": cloud, "device": times.planning_ms + abstract + times.structured_ms + after, "longest_path": path}
 
 
 def _bytes(trained: TrainedSystem) -> dict[str, int]:

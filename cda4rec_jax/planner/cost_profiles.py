@@ -9,10 +9,11 @@ from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, RELEASING_LEVELS
+from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, LOCAL_CANDIDATES, RELEASING_LEVELS
 
 _LEVEL_NAMES = tuple(level.name.lower() for level in RELEASING_LEVELS)
 _COUNT_NAMES = tuple(str(count) for count in CANDIDATE_COUNTS)
+_POOL_NAMES = (*_COUNT_NAMES, "cache")
 
 # Active power of the application processor while it computes, by tier; phones sustain 3-5 W before they throttle
 # (Bhat et al., "Power-temperature stability and safety analysis for multiprocessor systems", ACM TECS 2017).
@@ -35,22 +36,23 @@ TIER_SLOWDOWN = (4.5, 2.0, 1.0)
 class CostProfile:
     """What a sub-task costs, as a table with linear terms; a pytree, so that every cost is differentiable in it.
 
-    Axes: ``tier`` DeviceTier (3), ``level`` EgressLevel (4, NOTHING first), ``count`` CANDIDATE_COUNTS (3), ``link`` Link (5).
+    Axes: ``tier`` DeviceTier (3), ``level`` EgressLevel (4, NOTHING first), ``count`` CANDIDATE_COUNTS (3), ``pool`` what is ranked
+    (4: CANDIDATE_COUNTS, then the device's cache), ``off_on`` (2): without and with structured user modelling, ``link`` Link (5).
     """
 
     name: str = field(metadata={"static": True})  # "deployment (modelled)" or "measured"
     planning_ms: Float[Array, "tier"]
-    abstract_ms: Float[Array, "tier"]
+    abstract_ms: Float[Array, "tier level"]  # until it is on its way; NOTHING: a kept embedding instead
     semantic_ms: Float[Array, "level"]
     semantic_ms_per_event: Float[Array, ""]  # released event
-    retrieval_ms: Float[Array, "count"]
+    retrieval_ms: Float[Array, "off_on count"]  # structured modelling on the device wants the candidates' records, too
     cache_retrieval_ms: Float[Array, "tier"]
     structured_ms: Float[Array, "tier"]
     structured_ms_per_event: Float[Array, "tier"]
     structured_cloud_ms: Float[Array, ""]
     structured_cloud_ms_per_event: Float[Array, ""]
-    ranking_ms: Float[Array, "tier count"]
-    ranking_cloud_ms: Float[Array, ""]
+    ranking_ms: Float[Array, "tier off_on pool"]
+    ranking_cloud_ms: Float[Array, "off_on"]
     queue_ms: Float[Array, ""]  # mean wait for the cloud model
     device_power_w: Float[Array, "tier"]
     radio_uplink_mj_per_kb: Float[Array, "link"]
@@ -96,22 +98,23 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
     profile_ms = declared.cloud_overhead_ms + declared.cloud_profile_tokens * cloud_ms_per_token
     device_flops = jnp.asarray(declared.device_flops_per_s)
     dispatch_ms = jnp.asarray(declared.device_dispatch_ms)
-    counts = jnp.asarray(CANDIDATE_COUNTS, jnp.float32)
-    ranking_ms = 1e3 * declared.ranking_flops_per_candidate * counts[None, :] / device_flops[:, None]
+    pools = jnp.asarray((*CANDIDATE_COUNTS, LOCAL_CANDIDATES), jnp.float32)
+    ranking_ms = dispatch_ms[:, None] + 1e3 * declared.ranking_flops_per_candidate * pools[None, :] / device_flops[:, None]
+    retrieval_ms = declared.cloud_retrieval_ms * (1.0 + pools[: len(CANDIDATE_COUNTS)] / 1000.0)
     return CostProfile(
         name="deployment (modelled)",
         planning_ms=jnp.asarray(declared.device_planning_ms),
-        abstract_ms=0.25 * dispatch_ms,
+        abstract_ms=0.25 * dispatch_ms[:, None] * jnp.asarray([[0.0, 1.0, 1.0, 1.0]]),
         semantic_ms=jnp.asarray([0.0, profile_ms, profile_ms, profile_ms]),
         semantic_ms_per_event=jnp.asarray(declared.cloud_tokens_per_event * cloud_ms_per_token),
-        retrieval_ms=declared.cloud_retrieval_ms * (1.0 + counts / 1000.0),
+        retrieval_ms=jnp.stack([retrieval_ms, retrieval_ms]),
         cache_retrieval_ms=0.25 * dispatch_ms,
         structured_ms=dispatch_ms,
         structured_ms_per_event=2e3 * declared.device_parameters / device_flops,
         structured_cloud_ms=jnp.asarray(1.0),
         structured_cloud_ms_per_event=jnp.asarray(2e3 * declared.device_parameters / declared.cloud_flops_per_s),
-        ranking_ms=dispatch_ms[:, None] + ranking_ms,
-        ranking_cloud_ms=jnp.asarray(declared.cloud_ranking_ms),
+        ranking_ms=jnp.stack([ranking_ms, ranking_ms], axis=1),
+        ranking_cloud_ms=jnp.full(2, declared.cloud_ranking_ms),
         queue_ms=jnp.asarray(declared.cloud_queue_ms),
         **_energy_fields(),
     )
@@ -119,30 +122,36 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredTimes:
-    """Median (p50) milliseconds of each sub-task, warm, one request, on the machine that ran the calibration.
+    """Median (p50) milliseconds that each sub-task takes of a warm request, on the machine that was measured.
 
-    As JSON this is one object with these keys; the three mappings are objects with exactly the keys named here.
+    Calibration with whole requests counts to each sub-task what a request needs for it beyond the function itself: to planning the
+    mask and the costs; to the abstract the hand-over to a thread, gate, ledger and codec; to ranking the codec and the hand-over of
+    what is ranked. So the parts of a request add up to its latency. As JSON this is one object with these keys; a mapping is an
+    object with exactly the keys named here.
     """
 
     planning_ms: float
-    abstract_ms: float
+    abstract_ms: Mapping[str, float]  # "profile", "recent", "full"; "reuse": a kept embedding instead
     semantic_ms: Mapping[str, float]  # "profile", "recent", "full"
-    retrieval_ms: Mapping[str, float]  # "20", "100", "500"
+    retrieval_ms: Mapping[str, float]  # "20", "100", "500": items and scores
+    retrieval_evidence_ms: Mapping[str, float]  # the same with the records that structured modelling wants
     cache_retrieval_ms: float
     structured_ms: float
-    ranking_ms: Mapping[str, float]  # on the device: "20", "100", "500"
-    ranking_cloud_ms: float
+    structured_cloud_ms: float
+    ranking_ms: Mapping[str, float]  # on the device, with structured modelling: "20", "100", "500", "cache"
+    ranking_skip_ms: Mapping[str, float]  # the same without
+    ranking_cloud_ms: Mapping[str, float]  # by structured modelling: "skip", "cloud"
 
     def __post_init__(self):
         problems = []
-        for name, expected in (("semantic_ms", _LEVEL_NAMES), ("retrieval_ms", _COUNT_NAMES), ("ranking_ms", _COUNT_NAMES)):
+        for name, expected in _MEASURED_KEYS.items():
             if set(getattr(self, name)) != set(expected):
                 problems.append(f"{name} has keys {sorted(getattr(self, name))}, expected {list(expected)}")
         for name, value in self._numbers():
             if not 0 <= value < float("inf"):
                 problems.append(f"{name} is {value}, expected a finite number of milliseconds, 0 or more")
         if problems:
-            raise UserError("bad measured times: " + "; ".join(problems) + ". Calibrate again.")
+            raise UserError("bad measured times: " + "; ".join(problems) + f". {_MEND}")
 
     def _numbers(self) -> list[tuple[str, float]]:
         numbers = []
@@ -156,21 +165,52 @@ class MeasuredTimes:
 
     @classmethod
     def from_json(cls, data: Mapping) -> "MeasuredTimes":
-        """Reads what ``dataclasses.asdict`` wrote.
+        """Reads what ``dataclasses.asdict`` wrote, also in the form of version 0.1 (bare functions, fewer shapes).
 
         Raises:
           UserError: a key is missing or unknown, or a time is not a finite number of milliseconds.
         """
         expected = {entry.name for entry in fields(cls)}
-        if set(data) != expected:
-            raise UserError(f"bad measured times: got keys {sorted(data)}, expected {sorted(expected)}. Calibrate again.")
-        tables = {"semantic_ms", "retrieval_ms", "ranking_ms"}
         try:
-            numbers: dict = {name: float(data[name]) for name in expected - tables}
-            maps: dict = {name: {key: float(value) for key, value in data[name].items()} for name in tables}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"bad measured times: {error} in {dict(data)}, expected milliseconds. Calibrate again.") from error
+            if set(data) == _KEYS_0_1:
+                data = _from_0_1(data)
+            if set(data) != expected:
+                raise UserError(f"bad measured times: got keys {sorted(data)}, expected {sorted(expected)}. {_MEND}")
+            numbers: dict = {name: float(data[name]) for name in expected - set(_MEASURED_KEYS)}
+            maps: dict = {name: {key: float(value) for key, value in data[name].items()} for name in _MEASURED_KEYS}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"bad measured times: {error!r} in {dict(data)}, expected milliseconds. {_MEND}") from error
         return cls(**numbers, **maps)
+
+
+_MEND = "Measure again with `cda4rec calibrate`."
+_MEASURED_KEYS: Mapping[str, tuple[str, ...]] = {
+    "abstract_ms": (*_LEVEL_NAMES, "reuse"),
+    "semantic_ms": _LEVEL_NAMES,
+    "retrieval_ms": _COUNT_NAMES,
+    "retrieval_evidence_ms": _COUNT_NAMES,
+    "ranking_ms": _POOL_NAMES,
+    "ranking_skip_ms": _POOL_NAMES,
+    "ranking_cloud_ms": ("skip", "cloud"),
+}
+_KEYS_0_1 = {
+    *("planning_ms", "abstract_ms", "semantic_ms", "retrieval_ms", "cache_retrieval_ms", "structured_ms", "ranking_ms"),
+    "ranking_cloud_ms",
+}
+
+
+def _from_0_1(data: Mapping) -> dict:
+    """Times as version 0.1 measured them: functions alone, one shape where there are several now; predicts what it predicted."""
+    ranking = {**data["ranking_ms"], "cache": data["ranking_ms"][str(LOCAL_CANDIDATES)]}
+    return {
+        **data,
+        "abstract_ms": {**dict.fromkeys(_LEVEL_NAMES, data["abstract_ms"]), "reuse": 0.0},
+        "retrieval_evidence_ms": data["retrieval_ms"],
+        "structured_cloud_ms": data["structured_ms"],
+        "ranking_ms": ranking,
+        "ranking_skip_ms": ranking,
+        "ranking_cloud_ms": dict.fromkeys(("skip", "cloud"), data["ranking_cloud_ms"]),
+    }
 
 
 def measured_profile(times: MeasuredTimes) -> CostProfile:
@@ -181,21 +221,24 @@ def measured_profile(times: MeasuredTimes) -> CostProfile:
     """
     slowdown = jnp.asarray(TIER_SLOWDOWN)
     zero = jnp.asarray(0.0)
-    ranking_ms = jnp.asarray([times.ranking_ms[name] for name in _COUNT_NAMES])
+    abstract_ms = jnp.asarray([times.abstract_ms[name] for name in ("reuse", *_LEVEL_NAMES)])
+    rankings = (times.ranking_skip_ms, times.ranking_ms)
+    ranking_ms = jnp.asarray([[ranking[name] for name in _POOL_NAMES] for ranking in rankings])
+    retrievals = (times.retrieval_ms, times.retrieval_evidence_ms)
     return CostProfile(
         name="measured",
         planning_ms=times.planning_ms * slowdown,
-        abstract_ms=times.abstract_ms * slowdown,
+        abstract_ms=slowdown[:, None] * abstract_ms[None, :],
         semantic_ms=jnp.asarray([0.0, *(times.semantic_ms[name] for name in _LEVEL_NAMES)]),
         semantic_ms_per_event=zero,
-        retrieval_ms=jnp.asarray([times.retrieval_ms[name] for name in _COUNT_NAMES]),
+        retrieval_ms=jnp.asarray([[retrieval[name] for name in _COUNT_NAMES] for retrieval in retrievals]),
         cache_retrieval_ms=times.cache_retrieval_ms * slowdown,
         structured_ms=times.structured_ms * slowdown,
         structured_ms_per_event=0.0 * slowdown,
-        structured_cloud_ms=jnp.asarray(times.structured_ms),
+        structured_cloud_ms=jnp.asarray(times.structured_cloud_ms),
         structured_cloud_ms_per_event=zero,
-        ranking_ms=slowdown[:, None] * ranking_ms[None, :],
-        ranking_cloud_ms=jnp.asarray(times.ranking_cloud_ms),
+        ranking_ms=slowdown[:, None, None] * ranking_ms[None, :, :],
+        ranking_cloud_ms=jnp.asarray([times.ranking_cloud_ms[name] for name in ("skip", "cloud")]),
         queue_ms=zero,
         **_energy_fields(),
     )

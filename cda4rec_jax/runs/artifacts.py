@@ -19,9 +19,11 @@ from cda4rec_jax.pipeline.population import Population
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import MeasuredTimes, WeightScales, deployment_profile, measured_profile
 from cda4rec_jax.runs.directory import RunDirectory
+from cda4rec_jax.runs.provenance import provenance
 
 JOINT, SASREC = "joint", "sasrec"
 _WEIGHTS = "final"
+_COST_PROFILE = "cost_profile"
 
 
 @dataclass(kw_only=True)
@@ -50,11 +52,16 @@ class TrainedSystem:
         """The modules themselves."""
         return nnx.merge(self.graph, self.weights)
 
+    @property
+    def measured_times(self) -> MeasuredTimes:
+        """The newest that ``save_measured_times`` has stored."""
+        return MeasuredTimes.from_json(self.run.read_json(_COST_PROFILE)["times"])
+
     def world(self, profile: str = "deployment") -> PlanningWorld:
         """Costs, exposure and scales that the planner was trained with; ``profile`` "measured" takes this machine's times."""
         planner = self.run.read_json("planner")
         if profile == "measured":
-            costs = measured_profile(MeasuredTimes(**self.run.read_json("cost_profile")["times"]))
+            costs = measured_profile(self.measured_times)
         else:
             costs = deployment_profile()
         return PlanningWorld(
@@ -69,6 +76,24 @@ class TrainedSystem:
 def save_weights(run: RunDirectory, weights: Any) -> None:
     """Keep the final weights."""
     run.save_weights(_WEIGHTS, weights)
+
+
+def save_measured_times(run: RunDirectory, times: MeasuredTimes, *, of: str, rounds: int, dataset_fingerprint: str) -> None:
+    """Keep measured times as those that count, with their origin; what counted before moves to ``earlier``, newest first.
+
+    Args:
+        run: where to.
+        times: of its models on this machine.
+        of: what was timed: bare functions or whole requests.
+        rounds: values behind each median, at least.
+        dataset_fingerprint: of the run's data.
+    """
+    earlier = []
+    if run.has(f"{_COST_PROFILE}.json"):
+        stored = run.read_json(_COST_PROFILE)
+        earlier = [{name: value for name, value in stored.items() if name != "earlier"}, *stored.get("earlier", [])]
+    origin = {"of": of, "rounds": rounds, "provenance": provenance(dataset_fingerprint=dataset_fingerprint)}
+    run.write_json(_COST_PROFILE, {"times": times, **origin, "earlier": earlier})
 
 
 def save_corpus(run: RunDirectory, corpus: Corpus, statistics: ItemStatistics) -> None:

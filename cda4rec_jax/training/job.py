@@ -17,13 +17,21 @@ from cda4rec_jax.data.text import TfidfSvd
 from cda4rec_jax.data.text_vectors import TextVectors, load_text_vectors
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
-from cda4rec_jax.pipeline.calibration import measure_times
+from cda4rec_jax.pipeline.calibration import ROUNDS, measure_times
 from cda4rec_jax.pipeline.corpus import Corpus, build_corpus, corpus_with_text
 from cda4rec_jax.pipeline.exposure import measure_exposure
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.retrieval import build_index
 from cda4rec_jax.runs import RunDirectory, provenance
-from cda4rec_jax.runs.artifacts import JOINT, SASREC, load_corpus, load_trained, save_corpus, save_weights
+from cda4rec_jax.runs.artifacts import (
+    JOINT,
+    SASREC,
+    load_corpus,
+    load_trained,
+    save_corpus,
+    save_measured_times,
+    save_weights,
+)
 from cda4rec_jax.runs.processes import first_does, is_first
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.loop import Progress, Trainer
@@ -271,4 +279,5 @@ def _finish(run: RunDirectory, tell: Callable[[str], None]) -> None:
     index.save(run.index_folder)
     tell(f"index: {index.implementation}, {index.num_items:,} items")
     times = measure_times(trained.system, trained.catalogue, trained.corpus, trained.config, index)
-    run.write_json("cost_profile", {"times": times})
+    fingerprint = trained.corpus.interactions.fingerprint
+    save_measured_times(run, times, of="bare functions", rounds=ROUNDS, dataset_fingerprint=fingerprint)

@@ -19,19 +19,33 @@ from cda4rec_jax.planner import (
     plan_bytes,
     plan_costs,
     plan_index,
+    predicted_transfer,
     subtask_ms,
 )
 
 TIMES = MeasuredTimes(
     planning_ms=1.0,
-    abstract_ms=2.0,
+    abstract_ms={"profile": 1.5, "recent": 2.0, "full": 2.5, "reuse": 0.5},
     semantic_ms={"profile": 10.0, "recent": 20.0, "full": 40.0},
     retrieval_ms={"20": 3.0, "100": 4.0, "500": 5.0},
+    retrieval_evidence_ms={"20": 3.5, "100": 5.0, "500": 8.0},
     cache_retrieval_ms=6.0,
     structured_ms=200.0,
-    ranking_ms={"20": 7.0, "100": 8.0, "500": 9.0},
-    ranking_cloud_ms=11.0,
+    structured_cloud_ms=90.0,
+    ranking_ms={"20": 7.0, "100": 8.0, "500": 9.0, "cache": 10.0},
+    ranking_skip_ms={"20": 3.0, "100": 4.0, "500": 5.0, "cache": 5.5},
+    ranking_cloud_ms={"skip": 11.0, "cloud": 13.0},
 )
+TIMES_0_1 = {  # as version 0.1 stored them
+    "planning_ms": 1.0,
+    "abstract_ms": 2.0,
+    "semantic_ms": {"profile": 10.0, "recent": 20.0, "full": 40.0},
+    "retrieval_ms": {"20": 3.0, "100": 4.0, "500": 5.0},
+    "cache_retrieval_ms": 6.0,
+    "structured_ms": 200.0,
+    "ranking_ms": {"20": 7.0, "100": 8.0, "500": 9.0},
+    "ranking_cloud_ms": 11.0,
+}
 PROFILE = measured_profile(TIMES)
 EXPOSURE = jnp.asarray([0.0, 0.1, 0.3, 0.8])
 SIZES = PayloadSizes(
@@ -73,23 +87,24 @@ def test_latency_by_hand(make_context):
     up_ms, down_ms = 25 + 8 * 165 / 1000, 25 + 8 * (100 + 100 * 250 + 400) / 8000
     branch = 2 + up_ms + 20 + 4 + down_ms
     short_down_ms = 25 + 8 * (100 + 100 * 10 + 400) / 8000
+    records_branch = branch + 1  # retrieval with the candidates' records
     short_branch = branch - down_ms + short_down_ms
-    assert at(costs.latency_ms, "fresh-recent-100-skip") == pytest.approx(1 + short_branch + 8, rel=1e-5)
-    assert at(costs.latency_ms, "fresh-recent-100-device") == pytest.approx(1 + max(branch, 200) + 8, rel=1e-5)
-    assert at(costs.latency_ms, "local-skip-skip") == pytest.approx(1 + 6 + 8)
-    assert at(costs.latency_ms, "local-reuse-device") == pytest.approx(1 + 200 + 8)
+    assert at(costs.latency_ms, "fresh-recent-100-skip") == pytest.approx(1 + short_branch + 4, rel=1e-5)
+    assert at(costs.latency_ms, "fresh-recent-100-device") == pytest.approx(1 + max(records_branch, 200) + 8, rel=1e-5)
+    assert at(costs.latency_ms, "local-skip-skip") == pytest.approx(1 + 6 + 5.5)
+    assert at(costs.latency_ms, "local-reuse-device") == pytest.approx(1 + 200 + 10)
     cloud_up, cloud_down = 25 + 8 * 250 / 1000, 25 + 8 * 1500 / 8000
-    expected = 1 + 2 + cloud_up + max(40 + 4, 200) + 11 + cloud_down
+    expected = 1 + 2.5 + cloud_up + max(40 + 4, 90) + 13 + cloud_down
     assert at(costs.latency_ms, "cloud-full-cloud") == pytest.approx(expected, rel=1e-5)
 
 
 def test_energy_by_hand(make_context):
     context = make_context(1, tier=DeviceTier.HIGH, link=Link.WIFI)
     costs = plan_costs(PROFILE, context, EXPOSURE, SIZES)
-    assert at(costs.energy_mj, "local-skip-skip") == pytest.approx(4.5 * (1 + 6 + 8))
+    assert at(costs.energy_mj, "local-skip-skip") == pytest.approx(4.5 * (1 + 6 + 5.5))
     link_ms = 50 + 8 * 500 / 1000 + 8 * 5100 / 8000
     radio = 2.27 * 0.5 + 1.10 * 5.1 + 0.133 * link_ms
-    assert at(costs.energy_mj, "reuse-20-device") == pytest.approx(4.5 * (1 + 200 + 7) + radio, rel=1e-5)
+    assert at(costs.energy_mj, "reuse-20-device") == pytest.approx(4.5 * (1 + 0.5 + 200 + 7) + radio, rel=1e-5)
 
 
 def test_exposure_is_that_of_what_leaves(make_context):
@@ -112,8 +127,8 @@ def test_realised_transfer_times_replace_the_predicted_ones(make_context):
     ones = jnp.ones((1, NUM_PLANS))
     transfer = TransferTimes(uplink_ms=100.0 * ones, downlink_ms=200.0 * ones, queue_ms=jnp.asarray([30.0]))
     costs = plan_costs(PROFILE, make_context(1, tier=DeviceTier.HIGH), EXPOSURE, SIZES, transfer)
-    assert at(costs.latency_ms, "reuse-20-skip") == pytest.approx(1 + 100 + 30 + 3 + 200 + 7)
-    assert at(costs.latency_ms, "local-skip-skip") == pytest.approx(15.0)
+    assert at(costs.latency_ms, "reuse-20-skip") == pytest.approx(1 + 0.5 + 100 + 30 + 3 + 200 + 3)
+    assert at(costs.latency_ms, "local-skip-skip") == pytest.approx(12.5)
 
 
 def test_costs_are_finite_offline(make_context):
@@ -153,12 +168,26 @@ def test_costs_are_differentiable_in_the_profile_and_in_the_estimates(make_conte
     np.testing.assert_allclose(by_round_trip, 1.0, rtol=1e-5)
     assert float(by_profile.semantic_ms[EgressLevel.FULL]) == pytest.approx(3.0)
     assert float(by_profile.semantic_ms_per_event) == pytest.approx(90.0)
-    assert float(by_profile.ranking_cloud_ms) == 0.0
+    np.testing.assert_array_equal(by_profile.ranking_cloud_ms, 0.0)
 
 
 def test_measured_times_survive_json():
     again = MeasuredTimes.from_json(json.loads(json.dumps(dataclasses.asdict(TIMES))))
     assert again == TIMES
+
+
+def test_times_of_version_0_1_predict_what_they_predicted_then(make_context):
+    costs = plan_costs(
+        measured_profile(MeasuredTimes.from_json(TIMES_0_1)), make_context(1, tier=DeviceTier.HIGH), EXPOSURE, SIZES
+    )
+    transfer = predicted_transfer(make_context(1), *plan_bytes(make_context(1), SIZES), jnp.asarray(0.0))
+    link = transfer.uplink_ms + transfer.downlink_ms
+    assert at(costs.latency_ms, "local-skip-skip") == pytest.approx(1 + 6 + 8)
+    assert at(costs.latency_ms - link, "reuse-500-skip") == pytest.approx(1 + 5 + 9, rel=1e-4)
+    assert at(costs.latency_ms - link, "fresh-recent-100-skip") == pytest.approx(1 + 2 + 20 + 4 + 8, rel=1e-4)
+    assert at(costs.latency_ms - link, "cloud-full-cloud") == pytest.approx(1 + 2 + 200 + 11, rel=1e-4)
+    with pytest.raises(UserError, match="'100'"):
+        MeasuredTimes.from_json(TIMES_0_1 | {"ranking_ms": {"20": 1.0}})
 
 
 @pytest.mark.parametrize(
