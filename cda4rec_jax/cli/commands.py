@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from cda4rec_jax.cli.bench import Bench
+from cda4rec_jax.cli.calibrate import Calibrate
 from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
 from cda4rec_jax.cli.process import join_processes, set_up_process
 from cda4rec_jax.errors import UserError
@@ -322,6 +323,7 @@ COMMANDS: Mapping[str, Callable[..., Command]] = {
     "evaluate": Evaluate,
     "recommend": Recommend,
     "bench": Bench,
+    "calibrate": Calibrate,
 }
 
 

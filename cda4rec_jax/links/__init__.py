@@ -5,6 +5,15 @@
 """
 
 from cda4rec_jax.links.profiles import PACKET_BYTES, LinkConfig
-from cda4rec_jax.links.virtual_clock import Realisation, downlink_ms, expected_transfer_ms, realise, uplink_ms
+from cda4rec_jax.links.virtual_clock import Realisation, as_estimated, downlink_ms, expected_transfer_ms, realise, uplink_ms
 
-__all__ = ["PACKET_BYTES", "LinkConfig", "Realisation", "downlink_ms", "expected_transfer_ms", "realise", "uplink_ms"]
+__all__ = [
+    "PACKET_BYTES",
+    "LinkConfig",
+    "Realisation",
+    "as_estimated",
+    "downlink_ms",
+    "expected_transfer_ms",
+    "realise",
+    "uplink_ms",
+]

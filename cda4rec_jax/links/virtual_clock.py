@@ -66,6 +66,22 @@ def realise(
     )
 
 
+def as_estimated(context: Context, mean_queue_ms: Float[Array, ""] | float) -> Realisation:
+    """What requests meet where every estimate comes true: nothing fails, no packet is lost, the queue takes its mean."""
+    nothing = jnp.zeros_like(context.round_trip_ms)
+    losses = jnp.zeros((*nothing.shape, TRACKED_PACKETS + 1))
+    return Realisation(
+        round_trip_ms=jnp.asarray(context.round_trip_ms),
+        uplink_kbps=jnp.asarray(context.uplink_kbps),
+        downlink_kbps=jnp.asarray(context.downlink_kbps),
+        queue_ms=nothing + mean_queue_ms,
+        failed=nothing > 0,
+        uplink_losses=losses,
+        downlink_losses=losses,
+        loss_probability=nothing,
+    )
+
+
 def retransmit_ms(round_trip_ms: Float[Array, "b"]) -> Float[Array, "b"]:
     """What one lost packet costs: max(200 ms, 2 round trips)."""
     return jnp.maximum(MIN_RETRANSMIT_MS, 2.0 * round_trip_ms)

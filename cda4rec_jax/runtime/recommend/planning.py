@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from cda4rec_jax.array_typing import Lengths, PlanLogits, PlanMask, PlanValues
-from cda4rec_jax.links import LinkConfig, realise
+from cda4rec_jax.links import LinkConfig, as_estimated, realise
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, HistoryBatch, Link, Subtask
 from cda4rec_jax.pipeline.catalogue import ItemTables
 from cda4rec_jax.pipeline.decisions import PlanningWorld, facts_of
@@ -105,7 +105,7 @@ class RequestPlanner:
         graph, state = nnx.split(policy)
         leaves, tree = jax.tree.flatten(state)
         self._tables = tables
-        self._given = ([jnp.asarray(leaf) for leaf in leaves], tables, trained_for, measured)
+        self._given = ([jnp.asarray(leaf) for leaf in leaves], tables, trained_for)
 
         def request(tables: ItemTables, history: HistoryBatch, **situation: Any) -> jax.Array:
             facts = facts_of(history, tables, max_cache_age)
@@ -117,7 +117,11 @@ class RequestPlanner:
         names = ("link", "tier", "consent")
         self._request, self._decide = jax.jit(request, static_argnames=names), jax.jit(decide, static_argnames=names)
         self._realise = jax.jit(partial(realise, config=LinkConfig()))
-        self._queue_ms = measured.profile.queue_ms
+        self._measured = measured
+
+    def expect(self, measured: PlanningWorld) -> None:
+        """Predict by these costs from now on; nothing is compiled again, and nothing is decided otherwise."""
+        self._measured = measured
 
     def decide(self, history: HistoryBatch, situation: Situation) -> Served:
         """The plan of one request, from its history on: what a user waits for. Each situation is compiled once."""
@@ -125,7 +129,7 @@ class RequestPlanner:
 
     def explain(self, history: HistoryBatch, situation: Situation, served: Served) -> Planned:
         """Everything about the request that was decided so; NumPy arrays. Each situation is compiled once."""
-        planned = jax.tree.map(np.asarray, self._decide(*self._given, history, **vars(situation)))
+        planned = jax.tree.map(np.asarray, self._decide(*self._given, self._measured, history, **vars(situation)))
         return replace(planned, logits=served.scores[None, :])
 
     def plan(self, history: HistoryBatch, situation: Situation) -> Planned:
@@ -134,7 +138,11 @@ class RequestPlanner:
 
     def meet(self, planned: Planned, event_ids: Lengths, draw: int) -> LinkRealisation:
         """What the request meets on the link: draw ``draw`` of the link model."""
-        return realised_link(self._realise(planned.context, event_ids, draw, self._queue_ms), 0)
+        return realised_link(self._realise(planned.context, event_ids, draw, self._measured.profile.queue_ms), 0)
+
+    def estimated(self, planned: Planned) -> LinkRealisation:
+        """A link that is exactly as the request's context estimates it, and loses nothing."""
+        return realised_link(as_estimated(planned.context, self._measured.profile.queue_ms), 0)
 
 
 def choose(planned: Planned, plan_index: int | None) -> Choice:

@@ -3,6 +3,7 @@
 import difflib
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 from typing import TypeVar
@@ -35,6 +36,18 @@ WARM_DEADLINE_MS = 600_000.0  # a first call compiles
 _Named = TypeVar("_Named", bound=IntEnum)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One request (b = 1): whose, in which situation, what was planned and chosen, what the link did, and how it was answered."""
+
+    history: HistoryBatch
+    situation: Situation
+    planned: Planned
+    choice: Choice
+    request: Request
+    answer: Answer
+
+
 class Recommender:
     """Serves the users of one run: their devices and the cloud in one process, with gate, wire and link between them.
 
@@ -58,9 +71,9 @@ class Recommender:
         corpus = trained.corpus
         self.functions = RequestFunctions(system, trained.catalogue, trained.config, load_index(trained.run.index_folder))
         self.cloud = cloud_functions(self.functions, corpus.attributes[0].shape[1])
-        self._trained_for, self._measured = trained.world("deployment"), trained.world("measured")
+        self._trained_for = trained.world("deployment")
         self.planner = RequestPlanner(
-            system.policy, trained.tables, self._trained_for, self._measured, trained.config.max_cache_age
+            system.policy, trained.tables, self._trained_for, trained.world("measured"), trained.config.max_cache_age
         )
         self.service = CloudService(self.cloud)
         self._corpus, self._stored_events, self._space = corpus, trained.config.stored_events, trained.config.space
@@ -112,7 +125,20 @@ class Recommender:
         if not 1 <= k <= self.functions.num_items:
             raise UserError(f"asked for {k} items of a catalogue of {self.functions.num_items:,}; expected 1 to that many")
         wanted = None if plan is None else self._space.index(plan)
-        history = self.history(user_id)
+        return self._tell(user_id, k, self.answer(self.history(user_id), situation, wanted, k=k, draw=draw))
+
+    def answer(
+        self, history: HistoryBatch, situation: Situation, wanted: int | None = None, *, k: int = 10, draw: int | None = 0
+    ) -> Answered:
+        """One request, and everything that was decided, met and done in it; nothing of it is compiled while it is timed.
+
+        Args:
+            history: of ``history``.
+            situation: link, device and consent.
+            wanted: index of the plan to follow; None takes the planner's choice.
+            k: length of the slate.
+            draw: of the link model; None: the link is exactly as it was estimated.
+        """
         if situation not in self._compiled:
             self.planner.plan(history, situation)
             self._compiled.add(situation)
@@ -123,7 +149,7 @@ class Recommender:
         choice = choose(planned, wanted)
         state = self.state(history, planned)
         fallback = self._space.plans[int(planned.fallback[0, choice.plan_index])]
-        met = self.planner.meet(planned, history.event_ids, draw)
+        met = self.planner.estimated(planned) if draw is None else self.planner.meet(planned, history.event_ids, draw)
         self._compile(state, (self._space.plans[choice.plan_index], fallback), k, met)
         request = Request(
             plan=self._space.plans[choice.plan_index],
@@ -133,7 +159,7 @@ class Recommender:
             prediction=prediction_of(planned, choice.plan_index),
         )
         answer = self._execute(state, situation.consent, self._ledger, request, k, self._real_delay)
-        return self._tell(user_id, situation, k, planned, choice, met, request, answer, history)
+        return Answered(history=history, situation=situation, planned=planned, choice=choice, request=request, answer=answer)
 
     def history(self, user_id: str) -> HistoryBatch:
         """The user's whole past (b = 1). Raises UserError for an unknown user, with the ids that come closest."""
@@ -174,20 +200,10 @@ class Recommender:
         with Executor(device_functions(self.functions, state, k), client, config) as executor:
             return executor.execute(request)
 
-    def _tell(
-        self,
-        user_id: str,
-        situation: Situation,
-        k: int,
-        planned: Planned,
-        choice: Choice,
-        met: LinkRealisation,
-        request: Request,
-        answer: Answer,
-        history: HistoryBatch,
-    ) -> Recommendation:
-        interactions, trace = self._corpus.interactions, answer.trace
-        items, scores = np.asarray(answer.slate.items)[0], np.asarray(answer.slate.scores)[0]
+    def _tell(self, user_id: str, k: int, answered: Answered) -> Recommendation:
+        planned, history, request = answered.planned, answered.history, answered.request
+        interactions, trace, slate = self._corpus.interactions, answered.answer.trace, answered.answer.slate
+        items, scores = np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
         past = history.items[0, : int(history.lengths[0])][-RECENT_TITLES:]
         return Recommendation(
             user_id=user_id,
@@ -204,14 +220,14 @@ class Recommender:
                 for rank, (item, score) in enumerate(zip(items.tolist(), scores, strict=True), start=1)
                 if item > 0
             ),
-            situation=situation,
+            situation=answered.situation,
             cache_level=EgressLevel(int(planned.context.cache_level[0])),
             cache_age_events=int(planned.context.cache_age_events[0]),
-            choice=choice,
+            choice=answered.choice,
             plan=trace.plan,
             executed_plan=trace.executed_plan,
             planned_for=self._trained_for.profile.name,
-            stages=stages_of(planned, choice.plan_index, met, trace),
+            stages=stages_of(planned, answered.choice.plan_index, request.link, trace),
             latency_ms=trace.latency_ms,
             predicted_ms=trace.predicted_ms,
             real_delay=self._real_delay,

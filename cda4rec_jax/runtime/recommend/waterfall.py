@@ -70,6 +70,8 @@ def _expected_cloud(planned: Planned, plan_index: int, begun: float, add) -> flo
     transfer = planned.transfer
     if plan.semantic is Placement.CLOUD:
         begun = add(Subtask.ABSTRACT, Placement.DEVICE, begun, times[Subtask.ABSTRACT])
+    else:
+        begun += times[Subtask.ABSTRACT]  # sending the kept embedding, which is no sub-task of its own
     arrived = add("uplink", LINK, begun, float(transfer.uplink_ms[0, plan_index])) + float(transfer.queue_ms[0])
     ended = arrived
     if plan.semantic is Placement.CLOUD:

@@ -1,0 +1,160 @@
+"""Calibration cuts requests into parts that add up, fits their medians, predicts other users' requests, and keeps what was before."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cda4rec_jax.cli.calibrate import _agreement, _subtasks, exposure_table
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.messages import DeviceTier, Link
+from cda4rec_jax.pipeline.calibration import WARM_UP_ROUNDS, fit_times, in_turns
+from cda4rec_jax.planner import NUM_PLANS, PLANS, MeasuredTimes, measured_profile, plan_index
+from cda4rec_jax.runs.artifacts import load_trained
+from cda4rec_jax.runtime.calibration import Agreement, Comparison, calibrate, request_parts
+from cda4rec_jax.runtime.recommend import Recommender
+from cda4rec_jax.runtime.recommend.planning import Situation
+
+COMMITTED = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
+ROUNDS = 3
+ONE_OF_EACH_KIND = [
+    plan_index(name)
+    for name in ("fresh-profile-20-skip", "fresh-full-500-device", "reuse-100-device", "local-reuse-device", "local-skip-skip")
+    + ("cloud-recent-skip", "cloud-full-cloud")
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """A copy of the committed run, with its cost profile of version 0.1."""
+    path = tmp_path_factory.mktemp("calibrated") / "run"
+    shutil.copytree(COMMITTED, path)
+    return load_trained(path)
+
+
+@pytest.fixture(scope="module")
+def recommender(trained):
+    with Recommender(trained) as recommender:
+        yield recommender
+
+
+@pytest.fixture(scope="module")
+def calibrated(trained, recommender):
+    """The run's path, what calibrating found on it, and the stages of which it told."""
+    stages = {}
+    found = calibrate(trained, recommender, ROUNDS, lambda stage, done, total: stages.update({stage: (done, total)}))
+    return trained.run.path, found, stages
+
+
+def test_every_call_has_one_turn_in_every_round():
+    told, order = [], []
+    calls = {name: lambda number, name=name: order.append(name) or number for name in "abc"}
+    found = in_turns(calls, 5, lambda done, total: told.append((done, total)))
+    assert [[number for _, number in turns] for turns in found.values()] == [list(range(5))] * 3
+    rounds = np.reshape(order, (WARM_UP_ROUNDS + 5, 3))
+    assert all(sorted(row) == ["a", "b", "c"] for row in rounds) and len({tuple(row) for row in rounds}) > 1
+    assert told == [(done, WARM_UP_ROUNDS + 5) for done in range(1, WARM_UP_ROUNDS + 6)]
+    assert all(taken_ms >= 0 for turns in found.values() for taken_ms, _ in turns)
+
+
+def test_a_bucket_without_samples_is_named():
+    with pytest.raises(TypeError, match="abstract_ms"):
+        fit_times({("planning_ms", ""): [1.0, 2.0]})
+
+
+def test_the_parts_of_a_request_add_up_to_its_latency(trained, recommender):
+    history = recommender.history(trained.corpus.interactions.user_ids[5])
+    for index in ONE_OF_EACH_KIND:
+        answered = recommender.answer(history, Situation(link=Link.LTE, tier=DeviceTier.HIGH), index, draw=None)
+        trace, link = answered.answer.trace, answered.request.link
+        assert trace.plan == PLANS[index] == trace.executed_plan
+        parts = {name: value for (name, _), value in request_parts(trace, link).items()}
+        assert min(parts.values()) >= 0
+        up_ms, down_ms = link.transfer_ms(trace.uplink_bytes, "up"), link.transfer_ms(trace.downlink_bytes, "down")
+        retrieval = parts.get("retrieval_ms", 0.0) + parts.get("retrieval_evidence_ms", 0.0)
+        cloud = max(parts.get("semantic_ms", 0.0) + retrieval, parts.get("structured_cloud_ms", 0.0))
+        branch = parts.get("abstract_ms", 0.0) + up_ms + cloud + down_ms + parts.get("cache_retrieval_ms", 0.0)
+        ranking = sum(value for name, value in parts.items() if name.startswith("ranking"))
+        total = parts["planning_ms"] + max(branch, parts.get("structured_ms", 0.0)) + ranking
+        assert total == pytest.approx(trace.latency_ms, rel=1e-3), trace.plan.name
+
+
+def test_calibrating_measures_every_shape_and_stores_it_with_its_origin(calibrated):
+    path, found, stages = calibrated
+    stored = json.loads((path / "cost_profile.json").read_text())
+    assert MeasuredTimes.from_json(stored["times"]) == found.times == load_trained(path).measured_times
+    assert stored["of"] == "whole requests" and stored["rounds"] == ROUNDS
+    assert {"cores", "cpu_model", "versions", "commit", "time"} <= stored["provenance"].keys()
+    assert set(stages) == {"measuring sub-tasks", "validating predictions"}
+    assert {value for value in stages.values()} == {(ROUNDS + WARM_UP_ROUNDS,) * 2}
+    names = {one.bucket for one in found.subtasks}
+    assert len(names) == 27 and {"ranking skip cache", "abstract reuse", "planning"} <= names
+    assert all(0 < one.in_requests.p50_ms <= one.in_requests.p95_ms and one.alone.count == ROUNDS for one in found.subtasks)
+    planning = next(one for one in found.subtasks if one.bucket == "planning")
+    assert planning.in_requests.count <= NUM_PLANS * ROUNDS
+    assert planning.in_requests.p50_ms > planning.alone.p50_ms  # mask, costs and explanation, not the network alone
+
+
+def test_the_earlier_profile_is_kept(calibrated):
+    path, _, _ = calibrated
+    (earlier,) = json.loads((path / "cost_profile.json").read_text())["earlier"]
+    assert earlier == json.loads((COMMITTED / "cost_profile.json").read_text())
+
+
+def test_prediction_is_held_against_other_requests(calibrated):
+    path, found, _ = calibrated
+    assert set(found.by_plan) == {plan.name for plan in PLANS} and set(found.by_link) == {"wifi", "lte", "3g", "edge"}
+    assert len(found.requests) + found.left_out >= NUM_PLANS * ROUNDS
+    assert all(request.measured_ms > request.measured_compute_ms - 1e-6 for request in found.requests)
+    stored = json.loads((path / "calibration.json").read_text())
+    assert stored["overall"]["error"] == found.overall.error
+    assert len(stored["requests"]) == len(found.requests)
+    # A prediction is the fitted profile's: planning, the cache and ranking, of a plan that waits for nothing else.
+    times, local = found.times, next(request for request in found.requests if request.plan == "local-skip-skip")
+    expected = times.planning_ms + times.cache_retrieval_ms + times.ranking_skip_ms["cache"]
+    assert local.predicted_ms == pytest.approx(expected, rel=1e-5)
+    assert local.predicted_compute_ms == local.predicted_ms
+
+
+def test_recommend_and_evaluation_use_the_new_profile(calibrated):
+    path, found, _ = calibrated
+    trained = load_trained(path)
+    assert float(trained.world("measured").profile.planning_ms[DeviceTier.HIGH]) == pytest.approx(found.times.planning_ms)
+    assert trained.world("deployment").profile.name == "deployment (modelled)"
+
+
+def test_agreement_by_hand():
+    sides = ((11.0, 10.0, 3.0, 2.0), (9.0, 10.0, 1.0, 2.0), (13.0, 10.0, 2.5, 2.0))
+    requests = [
+        Comparison(plan="p", link="wifi", predicted_ms=a, measured_ms=b, predicted_compute_ms=c, measured_compute_ms=d)
+        for a, b, c, d in sides
+    ]
+    found = Agreement.of(requests)
+    assert found.error == pytest.approx(0.1) and found.compute_error == pytest.approx(0.5) and found.bias == pytest.approx(0.25)
+    assert found.predicted_ms == 11.0 and found.measured.p50_ms == 10.0
+
+
+def test_what_a_person_sees_names_plans_links_and_both_controls(calibrated):
+    path, found, _ = calibrated
+    console = Console(width=80, file=io.StringIO())
+    for part in (_subtasks(found), _agreement(found), exposure_table(load_trained(path).run.read_json("exposure"))):
+        console.print(part)
+    text = console.file.getvalue()
+    assert all(plan.name in text for plan in PLANS)
+    assert "null control" in text and "positive control" in text
+    assert f"{found.overall.error:.1%}" in text
+
+
+def test_profiles_of_version_0_1_still_load():
+    times = load_trained(COMMITTED).measured_times
+    assert times.abstract_ms["reuse"] == 0.0 and times.ranking_ms["cache"] == times.ranking_skip_ms["100"]
+    assert measured_profile(times).ranking_ms.shape == (len(DeviceTier), 2, 4)
+
+
+def test_too_few_rounds_are_the_users_to_mend(trained, recommender):
+    with pytest.raises(UserError, match="2 rounds"):
+        calibrate(trained, recommender, 2)
