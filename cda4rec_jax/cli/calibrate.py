@@ -93,13 +93,13 @@ def _agreement(found: "Calibration") -> Table:
         title=f"Predicted against measured: median error {found.overall.error:.1%}, {verdict} the aim of {found.target:.0%}",
         caption=(
             f"{len(found.requests):,} requests of {found.users} other users over {', '.join(found.by_link)}; the link as estimated. "
-            f"{found.left_out} left out: their plan was not allowed, or did not come to its end. Compute: the error without the time "
-            f"on the link. Bias, of the same: below 0 where requests are slower than predicted. Load average {before:.1f} before, {after:.1f} after: above 1, others worked "
-            "too, and the error is theirs as well."
+            f"{found.left_out} left out: their plan was not allowed, or did not come to its end. Compute: the error without the "
+            "time on the link. Bias, of the same: below 0 where requests are slower than predicted. Load average "
+            f"{before:.1f} before, {after:.1f} after: above 1, others worked too, and the error is theirs as well."
         ),
         caption_justify="left",
     )
-    table.add_column("milliseconds", no_wrap=True)
+    table.add_column("milliseconds", no_wrap=True, min_width=max(len(name) for name in found.by_plan))
     for column in ("predicted", "p50", "p95", "error", "compute", "bias"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, one in found.by_plan.items():

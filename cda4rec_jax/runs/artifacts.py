@@ -60,10 +60,7 @@ class TrainedSystem:
     def world(self, profile: str = "deployment") -> PlanningWorld:
         """Costs, exposure and scales that the planner was trained with; ``profile`` "measured" takes this machine's times."""
         planner = self.run.read_json("planner")
-        if profile == "measured":
-            costs = measured_profile(self.measured_times)
-        else:
-            costs = deployment_profile()
+        costs = measured_profile(self.measured_times) if profile == "measured" else deployment_profile()
         return PlanningWorld(
             profile=costs,
             exposure_by_level=jnp.asarray(self.run.read_json("exposure")["exposure"], jnp.float32),

@@ -5,7 +5,8 @@ import pytest
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
-from cda4rec_jax.privacy.attacks.history_recovery import AttackConfig, Release, exposure_by_level, history_recovery
+from cda4rec_jax.privacy.attacks.history_recovery import AttackConfig, exposure_by_level, history_recovery
+from cda4rec_jax.privacy.attacks.ridge import Release
 
 NUM_CATEGORIES = 8
 QUICK = AttackConfig(rank=48, ridge_strengths=(0.01, 0.1), max_victims=150, max_holdout=60)

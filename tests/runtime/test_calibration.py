@@ -23,8 +23,10 @@ COMMITTED = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tin
 ROUNDS = 3
 ONE_OF_EACH_KIND = [
     plan_index(name)
-    for name in ("fresh-profile-20-skip", "fresh-full-500-device", "reuse-100-device", "local-reuse-device", "local-skip-skip")
-    + ("cloud-recent-skip", "cloud-full-cloud")
+    for name in (
+        *("fresh-profile-20-skip", "fresh-full-500-device", "reuse-100-device"),
+        *("local-reuse-device", "local-skip-skip", "cloud-recent-skip", "cloud-full-cloud"),
+    )
 ]
 
 

@@ -23,6 +23,7 @@ from sklearn.utils.extmath import randomized_svd
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
+from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot, silent, whole
 
 _MIN_USERS = 20
 _CHUNK = 256
@@ -52,19 +53,6 @@ class AttackConfig:
 
 
 _DEFAULT = AttackConfig()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Release:
-    """What left the devices of ``u`` users at one level.
-
-    Attributes:
-        features: float [u, f]: everything but ids, as numbers (shares, one-hot length bucket, attributes, embedding); f may be 0.
-        items: int [u, r] released item indices, 0 is padding; r may be 0.
-    """
-
-    features: np.ndarray
-    items: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +99,10 @@ def exposure_by_level(
     Raises:
         UserError: fewer than 20 users, a catalogue of at most k items, or histories that popularity alone recovers.
     """
-    private = _multi_hot(offsets, items, num_items)
+    private = multi_hot(offsets, items, num_items)
     halves = _split(private, config)
-    nothing = float(_attack(_silent(private.get_shape()[0]), private, halves, config).mean())
-    raw = float(_attack(_whole(offsets, items), private, halves, config).mean())
+    nothing = float(_attack(silent(private.get_shape()[0]), private, halves, config).mean())
+    raw = float(_attack(whole(offsets, items), private, halves, config).mean())
     if raw <= nothing:
         raise UserError(f"popularity alone recovers the histories (recall@{config.k} {nothing:.3f}); use a larger catalogue")
     recall: dict[EgressLevel, float] = {}
@@ -125,7 +113,7 @@ def exposure_by_level(
             exposure.append(max(exposure))
             continue
         recall[level] = float(_attack(releases[level], private, halves, config).mean())
-        null[level] = float(_attack(_shuffle(releases[level], config.seed), private, halves, config).mean())
+        null[level] = float(_attack(releases[level].shuffled(config.seed), private, halves, config).mean())
         exposure.append(float(np.clip((recall[level] - nothing) / (raw - nothing), 0.0, 1.0)))
     return ExposureReport(
         recall=recall,
@@ -146,7 +134,7 @@ def history_recovery(
 
     Arguments and errors are those of ``exposure_by_level``, for one release.
     """
-    private = _multi_hot(offsets, items, num_items)
+    private = multi_hot(offsets, items, num_items)
     return _attack(release, private, _split(private, config), config)
 
 
@@ -194,7 +182,7 @@ def _split(private: sparse.csr_matrix, config: AttackConfig) -> list[_Half]:
 
 def _attack(release: Release, private: sparse.csr_matrix, halves: list[_Half], config: AttackConfig) -> np.ndarray:
     """Recall@k of each half's victims, one after the other."""
-    released = _released_multi_hot(release.items, private.get_shape()[1])
+    released = release.multi_hot(private.get_shape()[1])
     return np.concatenate([_attack_half(release.features, released, private, half, config) for half in halves])
 
 
@@ -202,23 +190,12 @@ def _attack_half(
     features: np.ndarray, released: sparse.csr_matrix, private: sparse.csr_matrix, half: _Half, config: AttackConfig
 ) -> np.ndarray:
     """Fit on some of the attacker's users, choose the ridge strength on the rest, attack the other half."""
-    design = _design(features[half.fitted], released[half.fitted], half.basis)
-    mean, spread = design.mean(axis=0, keepdims=True), design.std(axis=0, keepdims=True)
-    # A column that is constant among the attacker's users carries nothing to learn from; it must not be blown up.
-    scale = np.where(spread > 1e-6, spread, np.inf).astype(np.float32)
-    design = (design - mean) / scale
-    values, vectors = np.linalg.eigh(design.T @ design)
-    projected = vectors.T @ (design.T @ half.target)
+    ridge = Ridge(design(features[half.fitted], released[half.fitted], half.basis), half.target)
     true_ids = released[half.fitted].multiply(private[half.fitted]).sum()
     trusts_ids = bool(released.nnz and true_ids > 0.5 * released[half.fitted].sum())
 
     def recall(users: np.ndarray, strength: float) -> np.ndarray:
-        rows = (_design(features[users], released[users], half.basis) - mean) / scale
-        if np.isinf(strength):
-            guess = np.zeros((len(users), half.target.shape[1]), np.float32)
-        else:
-            damping = np.maximum(values, 0.0)[:, None] + strength * len(half.fitted)
-            guess = rows @ (vectors @ (projected / damping)).astype(np.float32)
+        guess = ridge.guess(design(features[users], released[users], half.basis), strength)
         return _recall(guess, released[users] if trusts_ids else None, private[users], half, config.k)
 
     strengths = (np.inf, *config.ridge_strengths)
@@ -241,44 +218,3 @@ def _recall(guess: np.ndarray, known: sparse.csr_matrix | None, private: sparse.
         hits = np.take_along_axis(truth, top, axis=1).sum(axis=1)
         found.append(hits / np.minimum(k, np.maximum(truth.sum(axis=1), 1)))
     return np.concatenate(found).astype(np.float64)
-
-
-def _design(features: np.ndarray, released: sparse.csr_matrix, basis: np.ndarray | None) -> np.ndarray:
-    if released.nnz == 0:
-        return features.astype(np.float32)
-    ids = released.toarray() if basis is None else np.asarray(released @ basis)
-    return np.concatenate([features.astype(np.float32), ids.astype(np.float32)], axis=1)
-
-
-def _multi_hot(offsets: np.ndarray, items: np.ndarray, num_items: int) -> sparse.csr_matrix:
-    """Float32 [u, i] of zeros and ones; column j is item j + 1."""
-    rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return _binary(rows, items[offsets[0] : offsets[-1]], len(offsets) - 1, num_items)
-
-
-def _released_multi_hot(items: np.ndarray, num_items: int) -> sparse.csr_matrix:
-    rows, columns = np.nonzero(items)
-    return _binary(rows, items[rows, columns], len(items), num_items)
-
-
-def _binary(rows: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sparse.csr_matrix:
-    matrix = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, items - 1)), shape=(num_users, num_items))
-    matrix.data[:] = 1.0  # a repeated item was summed
-    return matrix
-
-
-def _silent(num_users: int) -> Release:
-    return Release(features=np.zeros((num_users, 0), np.float32), items=np.zeros((num_users, 0), np.int32))
-
-
-def _whole(offsets: np.ndarray, items: np.ndarray) -> Release:
-    lengths = np.diff(offsets)
-    padded = np.zeros((len(lengths), int(lengths.max())), np.int32)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    padded[rows, np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)] = items[offsets[0] : offsets[-1]]
-    return Release(features=np.zeros((len(lengths), 0), np.float32), items=padded)
-
-
-def _shuffle(release: Release, seed: int) -> Release:
-    order = np.random.default_rng([seed, 1]).permutation(len(release.features))
-    return Release(features=release.features[order], items=release.items[order])
