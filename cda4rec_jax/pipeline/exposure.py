@@ -66,14 +66,13 @@ def measure_exposure(corpus: Corpus, config: SystemConfig, seed: int = 0) -> Exp
     return exposure_by_level(attacked.releases, attacked.offsets, attacked.items, corpus.interactions.num_items)
 
 
-def measure_attributes(
-    corpus: Corpus, attacked: AttackedUsers, config: InferenceConfig = InferenceConfig()
-) -> list[AttributeExposure]:
+def measure_attributes(corpus: Corpus, attacked: AttackedUsers, seed: int = 0) -> list[AttributeExposure]:
     """Inference of every attribute that models read, in the form in which they read it, from every level.
 
     Raises:
         UserError: too few users have disclosed an attribute.
     """
+    config = InferenceConfig(seed=seed)
     matrix, columns = corpus.attributes
     owners = np.asarray([column.partition("=")[0] for column in columns])
     first = corpus.prefix_size - EgressLevel.FULL - len(columns)  # prefix_features ends with attributes, then the level
@@ -91,7 +90,7 @@ def measure_attributes(
                 majority_accuracy=attack.majority_accuracy,
                 told={level: level is EgressLevel.FULL for level in hidden},
                 inferred={level: attack.attack(one) for level, one in hidden.items()},
-                null={level: attack.attack(one.shuffled(config.seed)) for level, one in hidden.items()},
+                null={level: attack.attack(one.shuffled(seed)) for level, one in hidden.items()},
                 raw=attack.attack(whole(attacked.offsets, attacked.items)),
             )
         )
