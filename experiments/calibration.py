@@ -20,7 +20,7 @@ from rich.console import Console
 
 from cda4rec_jax.cli.console import StagesView
 from cda4rec_jax.runs.artifacts import load_trained
-from cda4rec_jax.runtime.calibration import calibrate
+from cda4rec_jax.runtime.calibration import Calibration, calibrate
 from cda4rec_jax.runtime.recommend import Recommender
 
 QUESTION = "Does the planner know how long requests take on this machine?"
@@ -51,9 +51,11 @@ def main(run: Path, rounds: int = 30, out: Path = RESULTS) -> dict[str, Any]:
             "of as many other users validate; warm, one request at a time; the link as estimated"
         ),
         "meets_target": found.meets_target,
-        **msgspec.to_builtins(found),
+        "num_requests": len(found.requests),
+        **{name: value for name, value in msgspec.to_builtins(found).items() if name != "requests"},
     }
-    write_results(out, f"calibration-{interactions.name}", result, page(result), partial(_draw, result), console)
+    draw = partial(_draw, interactions.name, found)
+    write_results(out, f"calibration-{interactions.name}", result, page(result), draw, console)
     return result
 
 
@@ -63,7 +65,7 @@ def page(result: dict[str, Any]) -> str:
     verdict = "within" if result["meets_target"] else "above"
     lines = [
         f"Median absolute percentage error {overall['error']:.1%}, {verdict} the aim of {result['target']:.0%}; without the time on the "
-        f"link {overall['compute_error']:.1%}, with a bias of {overall['bias']:+.1%}. {len(result['requests']):,} requests, "
+        f"link {overall['compute_error']:.1%}, with a bias of {overall['bias']:+.1%}. {result['num_requests']:,} requests, "
         f"{result['left_out']} left out. Load average {before:.1f} before and {after:.1f} after.",
         "",
     ]
@@ -85,25 +87,25 @@ def _errors(one: dict[str, Any]) -> list[str]:
     return [f"{one['error']:.1%}", f"{one['compute_error']:.1%}", f"{one['bias']:+.1%}"]
 
 
-def _draw(result: dict[str, Any], pyplot: Any) -> Any:
+def _draw(dataset: str, found: Calibration, pyplot: Any) -> Any:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 5.2))
-    overall = result["overall"]
-    _scatter(panels[0], result["requests"], "", f"whole requests: median error {overall['error']:.1%}")
-    _scatter(panels[1], result["requests"], "compute_", f"without the link: median error {overall['compute_error']:.1%}")
+    whole = [(one.predicted_ms, one.measured_ms) for one in found.requests]
+    compute = [(one.predicted_compute_ms, one.measured_compute_ms) for one in found.requests]
+    families = np.array([one.plan.partition("-")[0] for one in found.requests])
+    _scatter(panels[0], np.array(whole), families, f"whole requests: median error {found.overall.error:.1%}")
+    _scatter(panels[1], np.array(compute), families, f"without the link: median error {found.overall.compute_error:.1%}")
     panels[0].legend(title="plans")
-    figure.suptitle(f"{result['dataset']}: predicted against measured, {len(result['requests']):,} requests of users not fitted")
+    figure.suptitle(f"{dataset}: predicted against measured, {len(found.requests):,} requests of users not fitted")
     return figure
 
 
-def _scatter(axes: Any, requests: list[dict[str, Any]], kind: str, title: str) -> None:
+def _scatter(axes: Any, values: np.ndarray, families: np.ndarray, title: str) -> None:
     """One dot a request, on logarithmic axes with the diagonal."""
-    values = np.array([[one[f"predicted_{kind}ms"], one[f"measured_{kind}ms"]] for one in requests])
-    family = np.array([one["plan"].partition("-")[0] for one in requests])
     for name, colour in FAMILIES.items():
-        predicted, measured = values[family == name].T
+        predicted, measured = values[families == name].T
         axes.scatter(predicted, measured, s=9, alpha=0.5, color=colour, label=name, linewidths=0)
-    ends = values.min() * 0.8, values.max() * 1.2
-    axes.plot(ends, ends, color="black", linewidth=0.9)
+    low, high = values.min() * 0.8, values.max() * 1.2
+    axes.plot((low, high), (low, high), color="black", linewidth=0.9)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("predicted, ms")

@@ -134,7 +134,7 @@ def _milliseconds(trained: TrainedSystem) -> dict[str, float]:
     """Measured computing of one request under the plan: each side, and the longest path."""
     times = trained.measured_times
     cloud = times.semantic_ms["full"] + times.retrieval_evidence_ms["100"]
-    abstract, after = times.abstract_ms["full"], times.ranking_ms["100"]
+    abstract, after = times.abstract_beside_ms["full"], times.ranking_ms["100"]
     path = times.planning_ms + max(abstract + cloud, times.structured_ms) + after
     return {"cloud": cloud, "device": times.planning_ms + abstract + times.structured_ms + after, "longest_path": path}
 

@@ -106,9 +106,10 @@ def subtask_calls(functions: RequestFunctions, corpus: Corpus, config: SystemCon
     calls: dict[Bucket, Callable[[], Any]] = {("planning_ms", ""): lambda: functions.plan_logits(*asked)}
     for level, abstract in abstracts.items():
         name = level.name.lower()
-        calls["abstract_ms", name] = lambda level=level: functions.abstract(history, level, 0)
+        for field in ("abstract_ms", "abstract_beside_ms"):
+            calls[field, name] = lambda level=level: functions.abstract(history, level, 0)
         calls["semantic_ms", name] = lambda abstract=abstract: functions.semantic(abstract)
-    calls["abstract_ms", "reuse"] = lambda: None
+    calls["abstract_ms", "reuse"] = calls["abstract_beside_ms", "reuse"] = lambda: None
     pools = {}
     for count in CANDIDATE_COUNTS:
         pools[str(count)] = functions.retrieve(semantic, count)

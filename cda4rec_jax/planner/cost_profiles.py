@@ -39,12 +39,13 @@ class CostProfile:
     """What a sub-task costs, as a table with linear terms; a pytree, so that every cost is differentiable in it.
 
     Axes: ``tier`` DeviceTier (3), ``level`` EgressLevel (4, NOTHING first), ``count`` CANDIDATE_COUNTS (3), ``pool`` what is ranked
-    (4: CANDIDATE_COUNTS, then the device's cache), ``off_on`` (2): without and with structured user modelling, ``link`` Link (5).
+    (4: CANDIDATE_COUNTS, then the device's cache), ``link`` Link (5), ``off_on`` (2) without and with structured user modelling: on
+    the device for the abstract and for retrieval, in the cloud for ranking there.
     """
 
     name: str = field(metadata={"static": True})  # "deployment (modelled)" or "measured"
     planning_ms: Float[Array, "tier"]
-    abstract_ms: Float[Array, "tier level"]  # until it is on its way; NOTHING: a kept embedding instead
+    abstract_ms: Float[Array, "tier off_on level"]  # until it is on its way; NOTHING: a kept embedding instead
     semantic_ms: Float[Array, "level"]
     semantic_ms_per_event: Float[Array, ""]  # released event
     retrieval_ms: Float[Array, "off_on count"]  # structured modelling on the device wants the candidates' records, too
@@ -110,7 +111,7 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
     return CostProfile(
         name="deployment (modelled)",
         planning_ms=jnp.asarray(declared.device_planning_ms),
-        abstract_ms=0.25 * dispatch_ms[:, None] * jnp.asarray([[0.0, 1.0, 1.0, 1.0]]),
+        abstract_ms=0.25 * dispatch_ms[:, None, None] * jnp.asarray([[[0.0, 1.0, 1.0, 1.0]] * 2]),
         semantic_ms=jnp.asarray([0.0, profile_ms, profile_ms, profile_ms]),
         semantic_ms_per_event=jnp.asarray(declared.cloud_tokens_per_event * cloud_ms_per_token),
         retrieval_ms=jnp.stack([retrieval_ms, retrieval_ms]),
@@ -138,6 +139,7 @@ class MeasuredTimes:
 
     planning_ms: float
     abstract_ms: Mapping[str, float]  # "profile", "recent", "full"; "reuse": a kept embedding instead
+    abstract_beside_ms: Mapping[str, float]  # the same while the device also does structured modelling
     semantic_ms: Mapping[str, float]  # "profile", "recent", "full"
     retrieval_ms: Mapping[str, float]  # "20", "100", "500": items and scores
     retrieval_evidence_ms: Mapping[str, float]  # the same with the records that structured modelling wants
@@ -192,6 +194,7 @@ class MeasuredTimes:
 _MEND = "Measure again with `cda4rec calibrate`."
 _MEASURED_KEYS: Mapping[str, tuple[str, ...]] = {
     "abstract_ms": (*_LEVEL_NAMES, "reuse"),
+    "abstract_beside_ms": (*_LEVEL_NAMES, "reuse"),
     "semantic_ms": _LEVEL_NAMES,
     "retrieval_ms": _COUNT_NAMES,
     "retrieval_evidence_ms": _COUNT_NAMES,
@@ -208,9 +211,11 @@ _KEYS_0_1 = {
 def _from_0_1(data: Mapping) -> dict:
     """Times as version 0.1 measured them: functions alone, one shape where there are several now; predicts what it predicted."""
     ranking = {**data["ranking_ms"], "cache": data["ranking_ms"][str(LOCAL_CANDIDATES)]}
+    abstract = {**dict.fromkeys(_LEVEL_NAMES, data["abstract_ms"]), "reuse": 0.0}
     return {
         **data,
-        "abstract_ms": {**dict.fromkeys(_LEVEL_NAMES, data["abstract_ms"]), "reuse": 0.0},
+        "abstract_ms": abstract,
+        "abstract_beside_ms": abstract,
         "retrieval_evidence_ms": data["retrieval_ms"],
         "structured_cloud_ms": data["structured_ms"],
         "ranking_ms": ranking,
@@ -227,14 +232,15 @@ def measured_profile(times: MeasuredTimes) -> CostProfile:
     """
     slowdown = jnp.asarray(TIER_SLOWDOWN)
     zero = jnp.asarray(0.0)
-    abstract_ms = jnp.asarray([times.abstract_ms[name] for name in ("reuse", *_LEVEL_NAMES)])
+    abstracts = (times.abstract_ms, times.abstract_beside_ms)
+    abstract_ms = jnp.asarray([[abstract[name] for name in ("reuse", *_LEVEL_NAMES)] for abstract in abstracts])
     rankings = (times.ranking_skip_ms, times.ranking_ms)
     ranking_ms = jnp.asarray([[ranking[name] for name in _POOL_NAMES] for ranking in rankings])
     retrievals = (times.retrieval_ms, times.retrieval_evidence_ms)
     return CostProfile(
         name="measured",
         planning_ms=times.planning_ms * slowdown,
-        abstract_ms=slowdown[:, None] * abstract_ms[None, :],
+        abstract_ms=slowdown[:, None, None] * abstract_ms[None, :, :],
         semantic_ms=jnp.asarray([0.0, *(times.semantic_ms[name] for name in _LEVEL_NAMES)]),
         semantic_ms_per_event=zero,
         retrieval_ms=jnp.asarray([[retrieval[name] for name in _COUNT_NAMES] for retrieval in retrievals]),

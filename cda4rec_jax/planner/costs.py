@@ -115,7 +115,10 @@ def _at_counts(values: Float[Array, "*tier count"], table: PlanTable) -> Float[A
 
 
 def subtask_ms(profile: CostProfile, context: Context, space: PlanSpace = STANDARD) -> Float[Array, "b p subtask"]:
-    """Compute time of the six sub-tasks of every plan, in the order of ``messages.Subtask``; 0 where a plan skips one."""
+    """Compute time of the six sub-tasks of every plan, in the order of ``messages.Subtask``; 0 where a plan skips one.
+
+    Sending a kept embedding stands in the place of the abstract. Time on the link and the queue are not among them.
+    """
     return jnp.stack(_subtask_columns(profile, context, space), axis=-1)
 
 
@@ -129,23 +132,23 @@ def _subtask_columns(profile: CostProfile, context: Context, space: PlanSpace) -
     def device(by_tier: Float[Array, "tier"]) -> Float[Array, "b one"]:
         return by_tier[tier][:, None]
 
-    abstract = jnp.where(_plan(table.uses_link), profile.abstract_ms[tier][:, level], 0.0)
+    abstract = jnp.where(_plan(table.uses_link), profile.abstract_ms[:, on_device.astype(int), table.level][tier], 0.0)
     semantic_cloud = _plan(profile.semantic_ms[level]) + profile.semantic_ms_per_event * _released_events(context, table)
     semantic = jnp.where(_plan(table.semantic_cloud), semantic_cloud, 0.0)
-    has_records = table.structured_device
+    on_device = table.structured_device
 
-    def with_records(values: Float[Array, "*tier records p"]) -> Float[Array, "*tier p"]:
-        return jnp.where(jnp.broadcast_to(has_records, values[..., 0, :].shape), values[..., 1, :], values[..., 0, :])
+    def beside_structured(values: Float[Array, "*tier structured p"]) -> Float[Array, "*tier p"]:
+        return jnp.where(jnp.broadcast_to(on_device, values[..., 0, :].shape), values[..., 1, :], values[..., 0, :])
 
-    retrieval_cloud = _plan(with_records(_at_counts(profile.retrieval_ms, table)))
+    retrieval_cloud = _plan(beside_structured(_at_counts(profile.retrieval_ms, table)))
     retrieval = jnp.where(_plan(table.uses_link), retrieval_cloud, device(profile.cache_retrieval_ms))
     structured_device = device(profile.structured_ms) + device(profile.structured_ms_per_event) * structured_events
     structured_cloud = profile.structured_cloud_ms + profile.structured_cloud_ms_per_event * structured_events
     structured = jnp.where(_plan(table.structured_device), structured_device, 0.0)
     structured = structured + jnp.where(_plan(table.structured_cloud), structured_cloud, 0.0)
     of_counts, of_cache = profile.ranking_ms[..., :-1], profile.ranking_ms[..., -1:]
-    from_cloud = with_records(_at_counts(of_counts, table))
-    from_cache = with_records(jnp.broadcast_to(of_cache, (*of_cache.shape[:-1], space.num_plans)))
+    from_cloud = beside_structured(_at_counts(of_counts, table))
+    from_cache = beside_structured(jnp.broadcast_to(of_cache, (*of_cache.shape[:-1], space.num_plans)))
     ranking_device = jnp.where(_plan(table.uses_link), from_cloud, from_cache)
     ranking_cloud = _plan(profile.ranking_cloud_ms[jnp.asarray(table.structured_cloud, jnp.int32)])
     ranking = jnp.where(_plan(table.ranking_cloud), ranking_cloud, ranking_device[tier])

@@ -185,7 +185,8 @@ def request_parts(trace: Trace, link: LinkRealisation) -> dict[Bucket, float]:
     """The time of a request, in the parts that the cost formula adds up to its latency.
 
     What lies between two sub-tasks counts to the one that it prepares: all until the request arrives to the abstract, reading the
-    reply and waking up to ranking. Structured modelling has a part only in local plans, where it stands on the longest path.
+    reply and waking up to ranking. In local plans reading the cache has a part where structured modelling is skipped, and structured
+    modelling where it is not: it alone is on the longest path then. Elsewhere the link is.
     """
     plan, spans = trace.plan, {span.subtask: span for span in trace.spans}
     planned_ms = spans[Subtask.PLANNING].end_ms
@@ -195,7 +196,8 @@ def request_parts(trace: Trace, link: LinkRealisation) -> dict[Bucket, float]:
         reuses = plan.semantic is Placement.REUSE
         sent = "reuse" if reuses else plan.level.name.lower()
         up_ms, down_ms = link.transfer_ms(trace.uplink_bytes, "up"), link.transfer_ms(trace.downlink_bytes, "down")
-        parts["abstract_ms", sent] = arrived_ms - planned_ms - up_ms - link.queue_ms
+        abstract = "abstract_beside_ms" if plan.structured is Placement.DEVICE else "abstract_ms"
+        parts[abstract, sent] = arrived_ms - planned_ms - up_ms - link.queue_ms
         if not reuses:
             parts["semantic_ms", sent] = _taken_ms(spans, Subtask.SEMANTIC)
         retrieval = "retrieval_evidence_ms" if plan.structured is Placement.DEVICE else "retrieval_ms"
@@ -207,7 +209,8 @@ def request_parts(trace: Trace, link: LinkRealisation) -> dict[Bucket, float]:
         ready_ms += down_ms
     else:
         pool, ready_ms = "cache", spans[Subtask.RETRIEVAL].end_ms
-        parts["cache_retrieval_ms", ""] = ready_ms - planned_ms
+        if plan.structured is Placement.SKIP:
+            parts["cache_retrieval_ms", ""] = ready_ms - planned_ms
     if plan.structured is Placement.DEVICE:
         ready_ms = max(ready_ms, spans[Subtask.STRUCTURED].end_ms)
         if not plan.uses_link:
@@ -237,6 +240,7 @@ def _measured(
     left_out = 0
     for index in asked:
         for _, answered in taken[index]:
+            assert answered is not None
             if not _as_planned(answered, index):
                 left_out += 1
                 continue
@@ -268,7 +272,7 @@ def _requests(recommender: Recommender, histories: Sequence[HistoryBatch]) -> di
         history = histories[(number // len(LINKS) + number + plan_index) % len(histories)]
         return recommender.answer(history, situation, plan_index, draw=None)
 
-    return {index: lambda number, index=index: ask(index, number) for index in range(len(PLANS))}
+    return {index: lambda number, index=index: ask(index, number) for index in range(recommender.num_plans)}
 
 
 def _as_planned(answered: Answered, plan_index: int) -> bool:

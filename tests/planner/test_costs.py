@@ -26,6 +26,7 @@ from cda4rec_jax.planner import (
 TIMES = MeasuredTimes(
     planning_ms=1.0,
     abstract_ms={"profile": 1.5, "recent": 2.0, "full": 2.5, "reuse": 0.5},
+    abstract_beside_ms={"profile": 2.5, "recent": 3.0, "full": 3.5, "reuse": 0.75},
     semantic_ms={"profile": 10.0, "recent": 20.0, "full": 40.0},
     retrieval_ms={"20": 3.0, "100": 4.0, "500": 5.0},
     retrieval_evidence_ms={"20": 3.5, "100": 5.0, "500": 8.0},
@@ -87,10 +88,10 @@ def test_latency_by_hand(make_context):
     up_ms, down_ms = 25 + 8 * 165 / 1000, 25 + 8 * (100 + 100 * 250 + 400) / 8000
     branch = 2 + up_ms + 20 + 4 + down_ms
     short_down_ms = 25 + 8 * (100 + 100 * 10 + 400) / 8000
-    records_branch = branch + 1  # retrieval with the candidates' records
+    beside_branch = branch + 1 + 1  # sent beside structured modelling, and retrieval with the candidates' records
     short_branch = branch - down_ms + short_down_ms
     assert at(costs.latency_ms, "fresh-recent-100-skip") == pytest.approx(1 + short_branch + 4, rel=1e-5)
-    assert at(costs.latency_ms, "fresh-recent-100-device") == pytest.approx(1 + max(records_branch, 200) + 8, rel=1e-5)
+    assert at(costs.latency_ms, "fresh-recent-100-device") == pytest.approx(1 + max(beside_branch, 200) + 8, rel=1e-5)
     assert at(costs.latency_ms, "local-skip-skip") == pytest.approx(1 + 6 + 5.5)
     assert at(costs.latency_ms, "local-reuse-device") == pytest.approx(1 + 200 + 10)
     cloud_up, cloud_down = 25 + 8 * 250 / 1000, 25 + 8 * 1500 / 8000
@@ -104,7 +105,7 @@ def test_energy_by_hand(make_context):
     assert at(costs.energy_mj, "local-skip-skip") == pytest.approx(4.5 * (1 + 6 + 5.5))
     link_ms = 50 + 8 * 500 / 1000 + 8 * 5100 / 8000
     radio = 2.27 * 0.5 + 1.10 * 5.1 + 0.133 * link_ms
-    assert at(costs.energy_mj, "reuse-20-device") == pytest.approx(4.5 * (1 + 0.5 + 200 + 7) + radio, rel=1e-5)
+    assert at(costs.energy_mj, "reuse-20-device") == pytest.approx(4.5 * (1 + 0.75 + 200 + 7) + radio, rel=1e-5)
 
 
 def test_exposure_is_that_of_what_leaves(make_context):

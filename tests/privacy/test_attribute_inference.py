@@ -27,7 +27,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def attack(world):
-    return AttributeInference(*world, NUM_ITEMS, QUICK)
+    return AttributeInference(*world, num_items=NUM_ITEMS, config=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_a_feature_that_is_the_attribute_gives_it_away(attack, world):
 
 
 def test_users_who_have_not_disclosed_it_take_no_part(world, raw):
-    values = world[0].copy()
-    values[::4] = UNKNOWN
-    found = AttributeInference(values, *world[1:], NUM_ITEMS, QUICK).attack(raw)
+    values, offsets, items = world
+    some = np.where(np.arange(NUM_USERS) % 4 == 0, UNKNOWN, values)
+    found = AttributeInference(some, offsets, items, NUM_ITEMS, QUICK).attack(raw)
     assert found.num_victims == NUM_USERS * 3 // 4
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cda4rec_jax.cli import main
 from cda4rec_jax.cli.calibrate import _agreement, _subtasks, exposure_table
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import DeviceTier, Link
@@ -79,7 +80,14 @@ def test_the_parts_of_a_request_add_up_to_its_latency(trained, recommender):
         up_ms, down_ms = link.transfer_ms(trace.uplink_bytes, "up"), link.transfer_ms(trace.downlink_bytes, "down")
         retrieval = parts.get("retrieval_ms", 0.0) + parts.get("retrieval_evidence_ms", 0.0)
         cloud = max(parts.get("semantic_ms", 0.0) + retrieval, parts.get("structured_cloud_ms", 0.0))
-        branch = parts.get("abstract_ms", 0.0) + up_ms + cloud + down_ms + parts.get("cache_retrieval_ms", 0.0)
+        branch = (
+            parts.get("abstract_ms", 0.0)
+            + parts.get("abstract_beside_ms", 0.0)
+            + up_ms
+            + cloud
+            + down_ms
+            + parts.get("cache_retrieval_ms", 0.0)
+        )
         ranking = sum(value for name, value in parts.items() if name.startswith("ranking"))
         total = parts["planning_ms"] + max(branch, parts.get("structured_ms", 0.0)) + ranking
         assert total == pytest.approx(trace.latency_ms, rel=1e-3), trace.plan.name
@@ -94,7 +102,7 @@ def test_calibrating_measures_every_shape_and_stores_it_with_its_origin(calibrat
     assert set(stages) == {"measuring sub-tasks", "validating predictions"}
     assert {value for value in stages.values()} == {(ROUNDS + WARM_UP_ROUNDS,) * 2}
     names = {one.bucket for one in found.subtasks}
-    assert len(names) == 27 and {"ranking skip cache", "abstract reuse", "planning"} <= names
+    assert len(names) == 31 and {"ranking skip cache", "abstract reuse", "planning"} <= names
     assert all(0 < one.in_requests.p50_ms <= one.in_requests.p95_ms and one.alone.count == ROUNDS for one in found.subtasks)
     planning = next(one for one in found.subtasks if one.bucket == "planning")
     assert planning.in_requests.count <= NUM_PLANS * ROUNDS
@@ -142,10 +150,11 @@ def test_agreement_by_hand():
 
 def test_what_a_person_sees_names_plans_links_and_both_controls(calibrated):
     path, found, _ = calibrated
-    console = Console(width=80, file=io.StringIO())
+    shown = io.StringIO()
+    console = Console(width=80, file=shown)
     for part in (_subtasks(found), _agreement(found), exposure_table(load_trained(path).run.read_json("exposure"))):
         console.print(part)
-    text = console.file.getvalue()
+    text = shown.getvalue()
     assert all(plan.name in text for plan in PLANS)
     assert "null control" in text and "positive control" in text
     assert f"{found.overall.error:.1%}" in text
@@ -160,3 +169,10 @@ def test_profiles_of_version_0_1_still_load():
 def test_too_few_rounds_are_the_users_to_mend(trained, recommender):
     with pytest.raises(UserError, match="2 rounds"):
         calibrate(trained, recommender, 2)
+
+
+def test_the_command_tells_a_mistake_in_one_line(trained, capfd):
+    assert main(["calibrate", "--run", str(trained.run.path), "--rounds", "2"]) == 2
+    assert "2 rounds" in capfd.readouterr().err
+    assert main(["calibrate", "--run", str(trained.run.path / "nowhere")]) == 2
+    assert "There is no run" in capfd.readouterr().err
