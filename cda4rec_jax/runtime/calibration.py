@@ -59,7 +59,7 @@ class Agreement:
 
     Attributes:
         measured: waiting time of the requests.
-        predicted_ms: median.
+        predicted_ms: median of the predictions, by nearest rank as those of ``measured``.
         error: median of |predicted - measured| / measured.
         compute_error: the same without the time on the link, of which both sides know.
         bias: median of (predicted - measured) / measured without the link; below 0 where requests take longer than predicted.
@@ -79,7 +79,7 @@ class Agreement:
         relative = (predicted_compute - measured_compute) / measured_compute
         return cls(
             measured=summarise_latency(measured),
-            predicted_ms=float(np.median(predicted)),
+            predicted_ms=summarise_latency(predicted).p50_ms,
             error=float(np.median(np.abs(predicted - measured) / measured)),
             compute_error=float(np.median(np.abs(relative))),
             bias=float(np.median(relative)),
