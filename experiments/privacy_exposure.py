@@ -108,7 +108,8 @@ def page(result: dict[str, Any]) -> str:
         rows.append([name, RAW, "positive control", *_cells(one[RAW]), "-", "-"])
     if rows:
         columns = ["attribute", "what leaves", "", "area under ROC", "accuracy over majority", "null: area", "null: accuracy"]
-        lines += ["Attribute inference:", "", *markdown_table(columns, rows)]
+        note = "FULL tells the other attributes, too, so that more can be inferred from it than from the raw history alone."
+        lines += ["Attribute inference:", "", *markdown_table(columns, rows), note, ""]
     else:
         lines += ["The data has no user attributes to infer.", ""]
     return markdown_page(result, "Exposure by egress level", lines)
