@@ -125,17 +125,16 @@ def subtask_ms(profile: CostProfile, context: Context, space: PlanSpace = STANDA
 def _subtask_columns(profile: CostProfile, context: Context, space: PlanSpace) -> tuple[PlanValues, ...]:
     """The six of ``subtask_ms`` apart: stacking and taking apart again costs a decision more than all its sums."""
     table, tier = space.table, context.tier
-    level = jnp.asarray(table.level)
+    level, on_device = jnp.asarray(table.level), table.structured_device
     events = context.history_length[:, None]
     structured_events = jnp.minimum(events, MAX_DEVICE_EVENTS)
 
     def device(by_tier: Float[Array, "tier"]) -> Float[Array, "b one"]:
         return by_tier[tier][:, None]
 
-    abstract = jnp.where(_plan(table.uses_link), profile.abstract_ms[:, on_device.astype(int), table.level][tier], 0.0)
+    abstract = jnp.where(_plan(table.uses_link), profile.abstract_ms[:, jnp.asarray(on_device, jnp.int32), level][tier], 0.0)
     semantic_cloud = _plan(profile.semantic_ms[level]) + profile.semantic_ms_per_event * _released_events(context, table)
     semantic = jnp.where(_plan(table.semantic_cloud), semantic_cloud, 0.0)
-    on_device = table.structured_device
 
     def beside_structured(values: Float[Array, "*tier structured p"]) -> Float[Array, "*tier p"]:
         return jnp.where(jnp.broadcast_to(on_device, values[..., 0, :].shape), values[..., 1, :], values[..., 0, :])

@@ -18,7 +18,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import DeviceTier, HistoryBatch, Link, Placement, Span, Subtask, Trace
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.pipeline.calibration import ROUNDS, Bucket, fit_times, in_turns, subtask_calls
-from cda4rec_jax.planner import PLANS, MeasuredTimes
+from cda4rec_jax.planner import MeasuredTimes
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.runs.artifacts import TrainedSystem, save_measured_times
 from cda4rec_jax.runtime.clock import LinkRealisation
