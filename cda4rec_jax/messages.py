@@ -71,6 +71,11 @@ class Link(enum.IntEnum):
     EDGE = 3
     OFFLINE = 4
 
+    @property
+    def label(self) -> str:
+        """What people call it: ``3g`` for THREE_G."""
+        return "3g" if self is Link.THREE_G else self.name.lower()
+
 
 class DeviceTier(enum.IntEnum):
     """Compute class of the device."""

@@ -17,6 +17,7 @@ import cda4rec_jax
 from cda4rec_jax.cli import main
 from cda4rec_jax.cli.bench import BenchTrain
 from cda4rec_jax.cli.commands import COMMANDS
+from cda4rec_jax.cli.plan import PlanDiff, PlanExplain, PlanRecord, PlanReplay
 from cda4rec_jax.cli.quickstart import unused
 from cda4rec_jax.data import load_prepared
 from cda4rec_jax.data.text_vectors import load_text_vectors
@@ -226,8 +227,9 @@ def test_bad_values_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-WITH_FLAGS = {**COMMANDS, "bench train": BenchTrain}
-del WITH_FLAGS["bench"]  # has sub-commands alone
+OF_PLAN = {"plan explain": PlanExplain, "plan record": PlanRecord, "plan replay": PlanReplay, "plan diff": PlanDiff}
+WITH_FLAGS = {**COMMANDS, "bench train": BenchTrain, **OF_PLAN}
+del WITH_FLAGS["bench"], WITH_FLAGS["plan"]  # have sub-commands alone
 
 
 @pytest.mark.parametrize("command", WITH_FLAGS)

@@ -14,6 +14,7 @@ from rich.console import Console
 from cda4rec_jax.cli.bench import Bench
 from cda4rec_jax.cli.calibrate import Calibrate
 from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
+from cda4rec_jax.cli.plan import PlanCommand
 from cda4rec_jax.cli.process import join_processes, set_up_process
 from cda4rec_jax.errors import UserError
 
@@ -298,14 +299,19 @@ class Recommend:
     """Wait for the link on a real clock; otherwise link time is computed."""
     plan: str | None = None
     """Follow this plan instead of the planner's choice."""
+    traces: Path | None = None
+    """Append what was seen, chosen and measured to this file, one JSON object a line, without the user's id or history."""
 
     def run(self) -> None:
         """Print one recommendation."""
         set_up_process()
         from cda4rec_jax.runs.artifacts import load_trained
         from cda4rec_jax.runtime.recommend import Recommender
+        from cda4rec_jax.runtime.traces import TraceLog, run_identity
 
-        with Recommender(load_trained(self.run_directory), real_delay=self.real_delay) as recommender:
+        trained = load_trained(self.run_directory)
+        traces = None if self.traces is None else TraceLog(self.traces, run_identity(trained))
+        with Recommender(trained, real_delay=self.real_delay, traces=traces) as recommender:
             found = recommender.recommend(
                 self.user, link=self.link, tier=self.device, consent=self.consent, k=self.k, plan=self.plan
             )
@@ -322,6 +328,7 @@ COMMANDS: Mapping[str, Callable[..., Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "recommend": Recommend,
+    "plan": PlanCommand,
     "bench": Bench,
     "calibrate": Calibrate,
 }

@@ -7,7 +7,7 @@
 - ``utility``: quality minus the price of costs; the scales of the prices.
 - ``policy``: the learned planners. ``simple``: fixed, rules, random. ``extension``: a planner from elsewhere.
 - ``relaxation``: masked probabilities and how training differentiates a choice.
-- ``explain``: the terms of a decision.
+- ``explain``: the terms of a decision. ``counterfactual``: what would change it.
 """
 
 from cda4rec_jax.planner.contexts import (
@@ -28,7 +28,7 @@ from cda4rec_jax.planner.costs import (
     predicted_transfer,
     subtask_ms,
 )
-from cda4rec_jax.planner.explain import Decision, PlanTerms, explain_decision
+from cda4rec_jax.planner.explain import Decision, PlanTerms, explain_decision, ranked_terms
 from cda4rec_jax.planner.extension import OwnPlanner, blank_requests
 from cda4rec_jax.planner.plan_space import (
     NUM_PLANS,
@@ -98,6 +98,7 @@ __all__ = [
     "plan_index",
     "plan_quality",
     "predicted_transfer",
+    "ranked_terms",
     "realised_utility",
     "repair",
     "reuse_plan",

@@ -56,17 +56,10 @@ class Decision:
         return self.chosen.utility - self.runner_up.utility
 
 
-def explain_decision(
-    logits: PlanLogits,
-    quality: PlanValues | None,
-    costs: PlanCosts,
-    context: Context,
-    *,
-    tau: float | None,
-    row: int = 0,
-    chosen: int | None = None,
-) -> Decision:
-    """The decision of one request, as plain numbers.
+def ranked_terms(
+    logits: PlanLogits, quality: PlanValues | None, costs: PlanCosts, context: Context, *, row: int = 0
+) -> tuple[PlanTerms, ...]:
+    """The terms of every plan that one request allows, best first, as plain numbers.
 
     Args:
       logits: a planner's scores, -inf at forbidden plans.
@@ -74,19 +67,15 @@ def explain_decision(
         where it tells none.
       costs: predicted costs.
       context: the requests.
-      tau: the planner's temperature; None where its logit is not utility / tau.
       row: which request of the batch.
-      chosen: index of the plan that runs, where it is not the planner's own choice.
 
     Raises:
       ValueError: no plan of the row has a logit above -inf.
     """
     scores = np.asarray(logits[row], np.float64)
-    order = np.argsort(-scores, kind="stable")
-    if not scores[order[0]] > -np.inf:
+    order = [int(index) for index in np.argsort(-scores, kind="stable") if scores[index] > -np.inf]
+    if not order:
         raise ValueError(f"row {row} forbids every plan: pass the logits of a planner, masked by plan_space.allowed")
-    first = int(order[0]) if chosen is None else chosen
-    second = int(next(index for index in order if index != first))
     own = {name: np.asarray(values[row]) for name, values in own_costs(costs, context).items()}
 
     def terms(index: int) -> PlanTerms:
@@ -109,8 +98,26 @@ def explain_decision(
             downlink_bytes=float(costs.downlink_bytes[row, index]),
         )
 
-    return Decision(
-        chosen=terms(first),
-        runner_up=terms(second) if scores[second] > -np.inf else None,
-        tau=None if tau is None else float(tau),
-    )
+    return tuple(terms(index) for index in order)
+
+
+def explain_decision(
+    logits: PlanLogits,
+    quality: PlanValues | None,
+    costs: PlanCosts,
+    context: Context,
+    *,
+    tau: float | None,
+    row: int = 0,
+    chosen: int | None = None,
+) -> Decision:
+    """The decision of one request: the plan that runs, and the best other one of ``ranked_terms``.
+
+    Args:
+      tau: the planner's temperature; None where its logit is not utility / tau.
+      chosen: index of the plan that runs, where it is not the planner's own choice.
+    """
+    ranked = ranked_terms(logits, quality, costs, context, row=row)
+    first = next(terms for terms in ranked if chosen is None or terms.plan_index == chosen)
+    second = next((terms for terms in ranked if terms is not first), None)
+    return Decision(chosen=first, runner_up=second, tau=None if tau is None else float(tau))

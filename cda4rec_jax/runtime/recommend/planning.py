@@ -29,6 +29,7 @@ from cda4rec_jax.planner import (
     plan_bytes,
     predicted_transfer,
     repair,
+    sample_contexts,
     subtask_ms,
     typical_contexts,
 )
@@ -36,7 +37,7 @@ from cda4rec_jax.planner.serving import Served, ServedPlanner, pack
 from cda4rec_jax.runtime.clock import LinkRealisation, realised_link
 from cda4rec_jax.runtime.executor import Prediction
 
-LINK_NAMES: Mapping[Link, str] = {link: link.name.lower() for link in Link} | {Link.THREE_G: "3g"}
+LINK_NAMES: Mapping[Link, str] = {link: link.label for link in Link}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,28 @@ class Planned:
     here: PlanCosts
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a policy thinks of every plan in ``b`` contexts, in the world that it was trained for; each [b, p]."""
+
+    mask: PlanMask
+    costs: PlanCosts
+    quality: PlanValues | None  # None where the planner tells none
+    logits: PlanLogits
+
+
+def score_plans(policy: LearnedPlanner, trained_for: PlanningWorld, context: Context) -> Scores:
+    """Mask, costs, learned quality and logits of every plan; traceable."""
+    mask, costs = allowed(context, trained_for.space), trained_for.costs(context)
+    return Scores(
+        mask=mask,
+        costs=costs,
+        quality=policy.quality(context_features(context)),
+        logits=permitted(policy.logits(context, costs, mask), mask),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """The plan to run and why: a forced plan is set against the policy's own choice, and repaired where it is not allowed."""
@@ -111,13 +134,27 @@ class RequestPlanner:
             facts = facts_of(history, tables, max_cache_age)
             return pack(typical_contexts(facts, trained_for.scales, **situation, config=ContextConfig()))[0]
 
+        def merged(arrays: list[Any]) -> LearnedPlanner:
+            return nnx.merge(graph, jax.tree.unflatten(tree, arrays))
+
         def decide(arrays: list[Any], *given: Any, **situation: Any) -> Planned:
-            return _decide(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), *given, max_cache_age=max_cache_age, **situation)
+            return _decide(merged(arrays), *given, max_cache_age=max_cache_age, **situation)
+
+        def of_context(arrays: list[Any], trained_for: PlanningWorld, measured: PlanningWorld, context: Context) -> Planned:
+            return _planned(merged(arrays), trained_for, measured, context)
+
+        def drawn(history: HistoryBatch, draw: jax.Array) -> Context:
+            return sample_contexts(
+                facts_of(history, tables, max_cache_age), history.event_ids, trained_for.scales, draw, ContextConfig()
+            )
 
         names = ("link", "tier", "consent")
         self._request, self._decide = jax.jit(request, static_argnames=names), jax.jit(decide, static_argnames=names)
+        self._of_context = partial(jax.jit(of_context), self._given[0], trained_for)
+        self._draw, self._pack = jax.jit(drawn), jax.jit(lambda context: pack(context)[0])
         self._realise = jax.jit(partial(realise, config=LinkConfig()))
         self._measured = measured
+        self.policy, self.trained_for, self.max_cache_age = policy, trained_for, max_cache_age
 
     def expect(self, measured: PlanningWorld) -> None:
         """Predict by these costs from now on; nothing is compiled again, and nothing is decided otherwise."""
@@ -127,6 +164,10 @@ class RequestPlanner:
         """The plan of one request, from its history on: what a user waits for. Each situation is compiled once."""
         return self._served(np.asarray(self._request(self._tables, history, **vars(situation))))
 
+    def decide_context(self, context: Context) -> Served:
+        """The plan of a request (b = 1) whose context is known."""
+        return self._served(np.asarray(self._pack(context)))
+
     def explain(self, history: HistoryBatch, situation: Situation, served: Served) -> Planned:
         """Everything about the request that was decided so; NumPy arrays. Each situation is compiled once."""
         planned = jax.tree.map(np.asarray, self._decide(*self._given, self._measured, history, **vars(situation)))
@@ -135,6 +176,14 @@ class RequestPlanner:
     def plan(self, history: HistoryBatch, situation: Situation) -> Planned:
         """Decide and explain."""
         return self.explain(history, situation, self.decide(history, situation))
+
+    def of_context(self, context: Context) -> Planned:
+        """The same for a request (b = 1) whose context is known."""
+        return jax.tree.map(np.asarray, self._of_context(self._measured, context))
+
+    def draw(self, history: HistoryBatch, draw: int) -> Context:
+        """Draw ``draw`` of context distribution v1 for a request (b = 1)."""
+        return self._draw(history, draw)
 
     def meet(self, planned: Planned, event_ids: Lengths, draw: int) -> LinkRealisation:
         """What the request meets on the link: draw ``draw`` of the link model."""
@@ -184,20 +233,23 @@ def _decide(
 ) -> Planned:
     facts = facts_of(history, tables, max_cache_age)
     context = typical_contexts(facts, trained_for.scales, link=link, tier=tier, consent=consent, config=ContextConfig())
-    space = trained_for.space
-    mask, costs = allowed(context, space), trained_for.costs(context)
+    return _planned(policy, trained_for, measured, context)
+
+
+def _planned(policy: LearnedPlanner, trained_for: PlanningWorld, measured: PlanningWorld, context: Context) -> Planned:
+    scores, space = score_plans(policy, trained_for, context), trained_for.space
     # The times were measured on this machine, whatever device the situation names: only the highest tier is taken as it is.
     here = replace(context, tier=jnp.full_like(context.tier, int(DeviceTier.HIGH)))
     transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes, space), measured.profile.queue_ms)
     return Planned(
         context=context,
-        mask=mask,
-        costs=costs,
-        quality=policy.quality(context_features(context)),
-        logits=permitted(policy.logits(context, costs, mask), mask),
+        mask=scores.mask,
+        costs=scores.costs,
+        quality=scores.quality,
+        logits=scores.logits,
         tau=policy.tau(),
-        repaired=repair(jnp.arange(space.num_plans), jnp.broadcast_to(mask, (space.num_plans, space.num_plans)), space),
-        fallback=local_repair(mask, space),
+        repaired=repair(jnp.arange(space.num_plans), jnp.broadcast_to(scores.mask, (space.num_plans, space.num_plans)), space),
+        fallback=local_repair(scores.mask, space),
         subtask_ms=subtask_ms(measured.profile, here, space),
         transfer=transfer,
         here=measured.costs(here, transfer),

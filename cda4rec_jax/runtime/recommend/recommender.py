@@ -26,6 +26,7 @@ from cda4rec_jax.runtime.models import DeviceState, cloud_functions, device_func
 from cda4rec_jax.runtime.recommend.planning import LINK_NAMES, Choice, Planned, RequestPlanner, Situation, choose, prediction_of
 from cda4rec_jax.runtime.recommend.recommendation import Recommendation, ReleasedField, SlateItem
 from cda4rec_jax.runtime.recommend.waterfall import stages_of
+from cda4rec_jax.runtime.traces import TraceLog
 
 LINKS: Mapping[str, Link] = {name: link for link, name in LINK_NAMES.items()}
 TIERS: Mapping[str, DeviceTier] = {tier.name.lower(): tier for tier in DeviceTier}
@@ -56,12 +57,13 @@ class Recommender:
     Args:
         trained: a finished run with both agents.
         real_delay: wait for the link on a real clock; otherwise its time is computed.
+        traces: takes one line for each request; None keeps none.
 
     Raises:
         UserError: the run is a baseline without device agent and planner, or its index cannot be loaded.
     """
 
-    def __init__(self, trained: TrainedSystem, real_delay: bool = False) -> None:
+    def __init__(self, trained: TrainedSystem, real_delay: bool = False, traces: TraceLog | None = None) -> None:
         system = trained.system
         if system.device is None or system.policy is None:
             raise UserError(
@@ -79,7 +81,7 @@ class Recommender:
         self._corpus, self._stored_events, self._space = corpus, trained.config.stored_events, trained.config.space
         self._rows = {user_id: row for row, user_id in enumerate(corpus.interactions.user_ids)}
         self._ledger = Ledger()
-        self._real_delay = real_delay
+        self._real_delay, self._traces = real_delay, traces
         self._compiled: set[object] = set()
 
     def close(self) -> None:
@@ -91,6 +93,11 @@ class Recommender:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def user_ids(self) -> tuple[str, ...]:
+        """External ids of all users."""
+        return self._corpus.interactions.user_ids
 
     def recommend(
         self,
@@ -147,25 +154,47 @@ class Recommender:
         planning_ms = (time.perf_counter() - started_s) * 1e3
         planned = self.planner.explain(history, situation, served)
         choice = choose(planned, wanted)
-        state = self.state(history, planned)
-        fallback = self._space.plans[int(planned.fallback[0, choice.plan_index])]
-        met = self.planner.estimated(planned) if draw is None else self.planner.meet(planned, history.event_ids, draw)
-        self._compile(state, (self._space.plans[choice.plan_index], fallback), k, met)
-        request = Request(
-            plan=self._space.plans[choice.plan_index],
-            fallback=fallback,
-            link=met,
-            planning_ms=planning_ms,
-            prediction=prediction_of(planned, choice.plan_index),
-        )
-        answer = self._execute(state, situation.consent, self._ledger, request, k, self._real_delay)
+        request, answer = self._serve(history, planned, choice, planning_ms, k, draw)
         return Answered(history=history, situation=situation, planned=planned, choice=choice, request=request, answer=answer)
+
+    def serve_drawn(self, user_id: str, draw: int, k: int = 10) -> Trace:
+        """One request of a user in the context of draw ``draw`` of distribution v1; its link does what that draw says.
+
+        Raises:
+            UserError: unknown user.
+        """
+        history = self.history(user_id)
+        context = self.planner.draw(history, draw)
+        self.planner.decide_context(context)  # compiled, where it is the first one
+        started_s = time.perf_counter()
+        served = self.planner.decide_context(context)
+        planning_ms = (time.perf_counter() - started_s) * 1e3
+        planned = replace(self.planner.of_context(context), logits=served.scores[None, :])
+        return self._serve(history, planned, choose(planned, None), planning_ms, k, draw)[1].trace
+
+    def _serve(
+        self, history: HistoryBatch, planned: Planned, choice: Choice, planning_ms: float, k: int, draw: int | None
+    ) -> tuple[Request, Answer]:
+        """Execute what was chosen: what the executor was asked, and the answer. Without a draw the link is as it was estimated."""
+        plans = self._space.plans
+        plan, fallback = plans[choice.plan_index], plans[int(planned.fallback[0, choice.plan_index])]
+        state = self.state(history, planned)
+        met = self.planner.estimated(planned) if draw is None else self.planner.meet(planned, history.event_ids, draw)
+        self._compile(state, (plan, fallback), k, met)
+        prediction = prediction_of(planned, choice.plan_index)
+        request = Request(plan=plan, fallback=fallback, link=met, planning_ms=planning_ms, prediction=prediction)
+        consent = EgressLevel(int(planned.context.consent[0]))
+        answer = self._execute(state, consent, self._ledger, request, k, self._real_delay)
+        if self._traces is not None:
+            user_id = self.user_ids[int(history.user_indices[0])]
+            self._traces.append(user_id, planned.context, choice.asked_for, answer.trace)
+        return request, answer
 
     def history(self, user_id: str) -> HistoryBatch:
         """The user's whole past (b = 1). Raises UserError for an unknown user, with the ids that come closest."""
         row = self._rows.get(user_id)
         if row is None:
-            known = self._corpus.interactions.user_ids
+            known = self.user_ids
             close = difflib.get_close_matches(user_id, known, n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(close)}?" if close else f"ids look like {', '.join(known[:3])}"
             raise UserError(f"unknown user {user_id!r}; {hint}")
