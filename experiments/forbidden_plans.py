@@ -3,8 +3,8 @@
     python experiments/forbidden_plans.py --requests 10000000 --executed 2000 [--run RUN]
 
 - **Choices**: random contexts go through the policy, a broken policy (NaN and infinite scores), the plug-in planner, rules and chance,
-  by what serves requests (``planner.serving``), in blocks; some go one by one. A third of all numbers are extremes (0, the smallest
-  and largest float32, infinity, not a number, the limits of memory), and enums come in every combination. Counted: choices that the
+  by what serves requests (``planner.serving``), in blocks; some go one by one. In every second context a third of the numbers are
+  extremes (0, the smallest and largest float32, infinity, not a number, the limits of memory); enums come in every combination. Counted: choices that the
   mask forbids, probabilities of forbidden plans that are not exactly 0, and disagreements between the mask and its rules, which this
   script states a second time, plan by plan.
 - **Bytes**: requests under every plan that uses the link run through executor, gate and wire between a device and a cloud without
@@ -58,7 +58,16 @@ from cda4rec_jax.runs.artifacts import load_trained
 QUESTION = "Is a forbidden plan ever chosen, or a byte sent that consent forbids?"
 EXTREMES = (0.0, 1e-45, 1.0, 63.9, 64.0, 191.9, 192.0, 256.0, 1e6, float(np.finfo(np.float32).max), np.inf, np.nan)
 EXTREME_SHARE = 1 / 3
-PRICES, PRICE_SCALE = ("utility_per_ms", "utility_per_mj", "utility_per_exposure"), 1e-5  # so that some decide and some do not
+# Medians that are not 1: what limits a plan, or decides for one, does so in about every second context.
+MEDIANS = {
+    "free_memory_mb": 192.0,
+    "round_trip_ms": 50.0,
+    "uplink_kbps": 1e3,
+    "downlink_kbps": 1e3,
+    "utility_per_ms": 1e-5,
+    "utility_per_mj": 1e-5,
+    "utility_per_exposure": 1e-3,
+}
 ONE_BY_ONE = 1 / 500  # share of the requests that also go one by one
 COLUMNS = {name: column for column, name in enumerate(CONTEXT_FIELDS)}
 
@@ -153,11 +162,13 @@ def _broken(policy: Policy) -> Policy:
 
 
 def random_requests(count: int, draws: np.random.Generator) -> Float[np.ndarray, "n field"]:
-    """Packed contexts: log-normal numbers of all sizes, a share of extremes, and uniform enums."""
+    """Packed contexts: log-normal numbers of all sizes, uniform enums, and a share of extremes in every second context."""
     shape = (count, len(CONTEXT_FIELDS))
-    rows = np.exp(draws.standard_normal(shape, np.float32) * 4.0)
-    rows[:, [COLUMNS[name] for name in PRICES]] *= PRICE_SCALE
+    rows = np.exp(draws.standard_normal(shape, np.float32) * 3.0)
+    for name, median in MEDIANS.items():
+        rows[:, COLUMNS[name]] *= median
     extreme = draws.random(shape, np.float32) < EXTREME_SHARE
+    extreme[::2] = False
     rows[extreme] = np.asarray(EXTREMES, np.float32)[draws.integers(0, len(EXTREMES), int(extreme.sum()))]
     for name, size in ENUM_SIZES.items():
         rows[:, COLUMNS[name]] = draws.integers(0, size, count)
@@ -272,7 +283,7 @@ def page(result: dict[str, Any]) -> str:
             "",
             *markdown_table([*columns, "plans chosen"], rows),
             f"{result['seconds']:.0f} s for all planners. Mask against its rules, stated twice: {result['mask_disagreements']} "
-            "disagreements. A third of the numbers in a context are extremes (0, denormal, largest float32, infinity, NaN).",
+            "disagreements. In every second context a third of the numbers are extremes (0, denormal, largest float32, infinity, NaN).",
             "",
             *markdown_table(
                 ["consent withdrawn", "requests", "withdrawn in time", "bytes before", "bytes after", "requests without a slate"],
