@@ -4,9 +4,9 @@
 
 - **Choices**: random contexts go through the policy, a broken policy (NaN and infinite scores), the plug-in planner, rules and chance,
   by what serves requests (``planner.serving``), in blocks; some go one by one. In every second context a third of the numbers are
-  extremes (0, the smallest and largest float32, infinity, not a number, the limits of memory); enums come in every combination. Counted: choices that the
-  mask forbids, probabilities of forbidden plans that are not exactly 0, and disagreements between the mask and its rules, which this
-  script states a second time, plan by plan.
+  extremes (0, the smallest and largest float32, infinity, not a number, the limits of memory); enums come in every combination.
+  Counted: choices that the mask forbids, probabilities of forbidden plans that are not exactly 0, and disagreements between the mask
+  and its rules, which this script states a second time, plan by plan.
 - **Bytes**: requests under every plan that uses the link run through executor, gate and wire between a device and a cloud without
   models, and consent is withdrawn at one of six moments: while the abstract is made, while the cloud works, before a resend, while
   structured modelling runs beside the cloud, after the local hedge has answered, between two requests. Counted: bytes that the

@@ -34,7 +34,7 @@ DECISION, NETWORK = "ours, whole decision", "ours, network alone"
 TOLERANCE = 1e-5  # of outputs, relative to the largest
 NUM_CONTEXTS = 1 << 17  # that rotate
 
-Rows = Float[np.ndarray, "n f"]
+Rows = Float[np.ndarray, "_ _"]  # of any number and width
 
 
 @dataclass(frozen=True, kw_only=True)

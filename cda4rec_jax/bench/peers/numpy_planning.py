@@ -13,7 +13,7 @@ from cda4rec_jax.planner.costs import MAX_DEVICE_EVENTS, MAX_RELEASED_EVENTS, MI
 from cda4rec_jax.planner.plan_space import STANDARD
 from cda4rec_jax.planner.serving import CONTEXT_FIELDS
 
-Rows = Float[np.ndarray, "n f"]
+Rows = Float[np.ndarray, "_ _"]  # of any number and width
 
 
 @dataclass(frozen=True, kw_only=True)
