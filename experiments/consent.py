@@ -187,7 +187,7 @@ def executed_requests(count: int, seed: int, console: Console) -> dict[str, dict
     draws = np.random.default_rng(seed)
     plans = [plan for plan in PLANS if plan.uses_link]
     fields = ("requests", "withdrawn", "bytes_before", "bytes_after", "without_slate")
-    found = {moment: Counter(dict.fromkeys(fields, 0)) for moment in MOMENTS}
+    found: dict[str, Counter[str]] = {moment: Counter(dict.fromkeys(fields, 0)) for moment in MOMENTS}
     service = cloud()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for number in progress.track(range(count), description="withdrawing"):

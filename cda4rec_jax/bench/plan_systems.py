@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -108,7 +108,8 @@ def _requests(scales: WeightScales) -> Rows:
 
 def network_of(policy: Policy) -> Network:
     """The policy's quality network with its plan tower multiplied into the last layer, which spares others a product."""
-    dense = [(np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])) for layer in policy.context_tower.layers]
+    layers = policy.context_tower.layers
+    dense = [(np.asarray(layer.kernel[...]), np.asarray(layer(jnp.zeros((1, layer.in_features))))[0]) for layer in layers]
     scale = np.float32(policy.quality_scale[...]) / np.float32(policy.config.rank**0.5)
     plans = np.asarray(policy.plan_vectors()).T * scale
     kernel, bias = dense[-1]
@@ -138,13 +139,15 @@ def systems_of(setting: Setting, batch: int, peers: Sequence[str], threads: int)
     others = _networks(network, peers, threads if batch > 1 else 1)
     for peer, quality in others.items():
         off = _off(quality(setting.features[:BLOCK]), qualities)
-        found.append(_peer(f"{peer}, network alone", peer, quality, features, NETWORK, off))
+        # The aim sets our whole decision against onnxruntime's network.
+        against = (NETWORK, DECISION) if peer == "onnxruntime" else (NETWORK,)
+        found.append(_peer(f"{peer}, network alone", peer, quality, features, against, off))
     for peer, quality in others.items():
         if peer != "torch":
             plain = NumpyDecision(quality, network.tau, setting.profile, setting.exposure_by_level, setting.sizes)
             name = "numpy, whole decision" if peer == "numpy" else f"{peer} and numpy, whole decision"
             off = _off(plain(setting.requests[:BLOCK]), scores)
-            found.append(_peer(name, peer, plain if batch == 1 else plain.choices, requests, DECISION, off))
+            found.append(_peer(name, peer, plain if batch == 1 else plain.choices, requests, (DECISION,), off))
     for one in found:
         if not one.difference <= TOLERANCE:
             raise UserError(
@@ -178,14 +181,14 @@ def _peer(
     off: float,
 ) -> System:
     version = f"{package} {importlib.metadata.version(package)}"
-    return System(name=name, version=version, against=(against,), run=run, inputs=inputs, difference=off)
+    return System(name=name, version=version, against=against, run=run, inputs=inputs, difference=off)
 
 
 def _started(one: System) -> System:
     """After its first call, which compiles."""
     start = time.perf_counter()
     one.run(one.inputs[0])
-    return System(**vars(one) | {"first_call_seconds": time.perf_counter() - start})
+    return replace(one, first_call_seconds=time.perf_counter() - start)
 
 
 def _rotating(rows: Rows, batch: int) -> list[Rows]:

@@ -128,8 +128,8 @@ class NumpyDecision:
         )
         energy = profile["device_power_w"][tier][:, None] * device_ms + radio
         exposure = self._exposure[self._egress(enums["cache_level"][:, None]) * table.uses_link]
-        prices = (at[name][:, None] for name in ("utility_per_ms", "utility_per_mj", "utility_per_exposure"))
-        return sum(price * cost for price, cost in zip(prices, (latency, energy, exposure), strict=True))
+        price = {name: at[f"utility_per_{name}"][:, None] for name in ("ms", "mj", "exposure")}
+        return price["ms"] * latency + price["mj"] * energy + price["exposure"] * exposure
 
 
 def features(at: dict[str, np.ndarray], enums: dict[str, np.ndarray]) -> Rows:
