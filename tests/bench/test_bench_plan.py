@@ -15,6 +15,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.planner.serving import ServedPlanner
 from cda4rec_jax.timing import TimingConfig
 
+CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
 FEW_ROUNDS = TimingConfig(rounds=3, block_seconds=1e-6, warm_up_turns=2, attempts=1)
 
 
@@ -24,11 +25,11 @@ def few_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_measures_a_runs_policy_and_writes_json_and_charts(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "installed", lambda peer: peer == "numpy")
     monkeypatch.setattr("cda4rec_jax.timing.TimingConfig", lambda rounds: dataclasses.replace(FEW_ROUNDS, rounds=rounds))
-    arguments = ["--run", str(tiny_run), "--batches", "1", "64", "--rounds", "3", "--out", str(tmp_path)]
+    arguments = ["--run", str(CHECKPOINT), "--batches", "1", "64", "--rounds", "3", "--out", str(tmp_path)]
     assert main(["bench", "plan", *arguments]) == 0
     told = capsys.readouterr().out
     assert DECISION in told and NETWORK in told and "null" in told and "not installed: onnxruntime, torch" in told
