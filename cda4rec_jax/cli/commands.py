@@ -241,6 +241,47 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainPlanner:
+    """Train the planner anew on the frozen agents of a finished run, into a run directory of its own."""
+
+    run_directory: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run directory of a finished training; it stays as it is."""
+    out: Path | None = None
+    """Run directory to write; that of --run with -planner-OBJECTIVE at its end if not given."""
+    objective: Literal["exact", "gumbel", "regression"] = "exact"
+    """What the planner learns from: the expected utility over all plans, that of sampled plans (straight-through Gumbel-softmax), or the
+    quality of plans alone."""
+    profile: Literal["deployment", "measured"] = "deployment"
+    """Costs of sub-tasks to train with: of a declared deployment (modelled), or as measured on this machine."""
+    steps: int | None = None
+    """Steps of training; a few hundred if not given."""
+    seed: int = 0
+    """Of the weights, of who trains and who selects, and of all draws."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+    def run(self) -> None:
+        """See ``train_planner_run``."""
+        _require_positive(self.steps, "--steps")
+        _require_positive(self.seed, "--seed", or_zero=True)
+        set_up_process()
+        from cda4rec_jax.planner import Objective
+        from cda4rec_jax.training import PlannerTraining, train_planner_run
+
+        changes = {} if self.steps is None else {"steps": self.steps}
+        config = PlannerTraining(objective=Objective(self.objective), seed=self.seed, **changes)
+        given = self.run_directory.expanduser()
+        out = self.out or given.with_name(f"{given.name}-planner-{self.objective}")
+        console = Console()
+        with StagesView(console) as view:
+            run, trained = train_planner_run(
+                given, out, config, profile=self.profile, overwrite=self.overwrite, progress=view.progress
+            )
+        for line in (*trained.lines(), f"trained: {run.path}"):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measure a trained run on the held-out events of all users: every plan, every planner, and the baselines."""
 
@@ -257,12 +298,19 @@ class Evaluate:
     """Which held-out event of every user to predict."""
     profile: Literal["deployment", "measured"] = "deployment"
     """Costs of sub-tasks: of a declared deployment (modelled), or as measured on this machine."""
+    budget: tuple[str, ...] = ()
+    """Budgets that the policy shall keep, each on its own: calls=3 (cloud calls per user and day), p95_ms=250, exposure=0.2. The price
+    that keeps one is calibrated on validation events."""
+    requests_per_day: float = 10.0
+    """Requests of a user in a day: an assumption, which turns calls per request into calls per day."""
 
     def run(self) -> None:
         """Print the report of ``evaluate_run``."""
         set_up_process()
         from cda4rec_jax.evaluation import evaluate_run
+        from cda4rec_jax.planner.budgets import Budget
 
+        budgets = [Budget.parse(text, self.requests_per_day) for text in self.budget]
         console = Console()
         with StagesView(console) as view:
             report = evaluate_run(
@@ -271,6 +319,7 @@ class Evaluate:
                 plans="all" if "all" in self.plan else self.plan,
                 baseline=self.baseline,
                 profile=self.profile,
+                budgets=budgets,
                 json_file=self.json,
                 progress=view.progress,
             )
@@ -326,6 +375,7 @@ COMMANDS: Mapping[str, Callable[..., Command]] = {
     "prepare": Prepare,
     "encode": Encode,
     "train": Train,
+    "train-planner": TrainPlanner,
     "evaluate": Evaluate,
     "recommend": Recommend,
     "plan": PlanCommand,

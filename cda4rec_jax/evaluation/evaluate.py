@@ -14,6 +14,7 @@ from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.accuracy import popularity_ranks
 from cda4rec_jax.evaluation.answers import Logits, answer, fixed_name
+from cda4rec_jax.evaluation.budgets import budget_row, calibrated
 from cda4rec_jax.evaluation.gate import best_fixed, check_gate
 from cda4rec_jax.evaluation.report import Report
 from cda4rec_jax.evaluation.rows import (
@@ -31,6 +32,7 @@ from cda4rec_jax.evaluation.rows import (
 from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
 from cda4rec_jax.planner import RandomPlanner, RulesPlanner
+from cda4rec_jax.planner.budgets import Budget, Budgeted
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import SASREC, TrainedSystem, load_trained
 
@@ -67,6 +69,7 @@ def evaluate_run(
     draws: int = CONTEXTS_PER_EVENT,
     users: int | None = None,
     seed: int = 0,
+    budgets: Sequence[Budget] = (),
     json_file: Path | str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
@@ -90,12 +93,13 @@ def evaluate_run(
         draws: contexts of each event.
         users: at most so many users, a sample that ``seed`` draws; None takes all.
         seed: of the sample, of the halves of the context oracle and of the random planner.
+        budgets: that the policy keeps in a row of its own each, at a price that is calibrated on validation events.
         json_file: where to write the report too. A run's ``results.json`` is the last report on the test split and all users.
         progress: hears (stage, done, total).
 
     Raises:
         UserError: no finished run, a baseline of another kind or on other data, an unknown plan, split or profile, a number that
-            is too small, or a file that cannot be written (found before the work starts).
+            is too small, or a file that cannot be written (found before the work starts); a budget that no price keeps.
     """
     _check_options(split, plans, profile, draws, users)
     if json_file is not None:
@@ -103,6 +107,10 @@ def evaluate_run(
     trained = load_trained(run_path)
     for name in () if plans == "all" else plans:
         trained.config.space.index(name)
+    if budgets and trained.system.policy is None:
+        raise UserError(
+            f"{trained.run.path} is a run of kind {trained.run.kind!r}, without a planner to keep budgets: leave them out"
+        )
     job = _Job(
         trained=trained,
         baseline=_baseline(trained, baseline),
@@ -112,7 +120,7 @@ def evaluate_run(
         seed=seed,
         progress=progress,
     )
-    report = _evaluate(job, plans, profile)
+    report = _evaluate(job, plans, profile, budgets)
     if job.split is Split.TEST and users is None:
         report.write_json(trained.run.path / "results.json")
     if json_file is not None:
@@ -163,19 +171,24 @@ def _sample(num_users: int, at_most: int | None, seed: int) -> Int[np.ndarray, "
     return np.sort(np.random.default_rng(seed).permutation(num_users)[:at_most])
 
 
-def _evaluate(job: _Job, plans: str | Sequence[str], profile: str) -> Report:
+def _evaluate(job: _Job, plans: str | Sequence[str], profile: str, budgets: Sequence[Budget]) -> Report:
     trained = job.trained
     interactions = trained.corpus.interactions
     is_joint = trained.system.device is not None
     systems = _system_ranks(job)
     reference = systems.get(SASREC_ROW)
-    of_plans, of_planners, best, gate, scales = [], [], None, None, {}
+    of_plans, of_planners, of_budgets, best, gate, scales = [], [], [], None, None, {}
     if is_joint:
         world = trained.world(profile)
         scales = {name: float(value) for name, value in vars(world.scales).items()}
         # What validation events decide: means of the plug-in planner, the best fixed plan, and the gate.
         records = _records(job, world, Split.VALIDATION, job.selection_users)
         means, planners = plug_in_means(records), _planners(job)
+        policy = job.trained.system.policy
+        prices = [calibrated(records, planners[POLICY], budget) for budget in budgets]
+        for price in prices:
+            kept = Budgeted(planner=policy, limited=price.budget.limited, multiplier=price.multiplier)
+            planners[f"{POLICY}, {price.budget.name}"] = kept.logits
         answers = answer(records, planners, means, seed=job.seed)
         best, gate = best_fixed(answers), check_gate(answers, scales["quality_gap"])
         records = _records(job, world, job.split, job.users)
@@ -183,6 +196,7 @@ def _evaluate(job: _Job, plans: str | Sequence[str], profile: str) -> Report:
         wanted = trained.config.space.names if plans == "all" else list(plans)
         of_plans = plan_rows(records, wanted, reference)
         of_planners = planner_rows(answers, best, wanted)
+        of_budgets = [budget_row(price, records, planners[POLICY]) for price in prices]
     return Report(
         dataset=interactions.name,
         dataset_fingerprint=interactions.fingerprint,
@@ -201,6 +215,7 @@ def _evaluate(job: _Job, plans: str | Sequence[str], profile: str) -> Report:
         exposure_by_level=trained.run.read_json("exposure")["exposure"] if is_joint else [],
         training_seconds=_training_seconds(job),
         provenance=provenance(dataset_fingerprint=interactions.fingerprint),
+        budgets=of_budgets,
     )
 
 

@@ -9,6 +9,7 @@ import msgspec
 from rich.console import Console
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.evaluation.budgets import BudgetRow
 from cda4rec_jax.evaluation.gate import Gate
 from cda4rec_jax.evaluation.tables import Table, interval_text, markdown, number, print_table
 from cda4rec_jax.metrics import Interval
@@ -69,6 +70,7 @@ class Report:
     exposure_by_level: list[float]
     training_seconds: dict[str, float]  # wall time of the run and of the baseline
     provenance: dict[str, Any]
+    budgets: list[BudgetRow] = field(default_factory=list)  # that the policy was asked to keep
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""
@@ -124,6 +126,7 @@ class Report:
         machine = f"{origin['cores']} cores of {origin['cpu_model']}"
         return [
             *gate,
+            *(f"budget: {row.line()}" for row in self.budgets),
             *([f"trained for: {seconds}"] if seconds else []),
             f"protocol: {self.protocol}",
             f"data {self.dataset_fingerprint[:12]}, commit {commit}, {machine}, {origin['time']}",

@@ -57,7 +57,13 @@ def planner_rows(answers: Answers, best: str, wanted: Sequence[str]) -> list[Pla
     policy, *utilities = (np.asarray(answers.of(name, "utility"), np.float64)[None, :, None] for name in (POLICY, *others))
     gains = dict(zip(others, paired_intervals(policy - np.concatenate(utilities), np.zeros_like(policy)), strict=True))
     return [
-        _planner_row(answers, name, "best fixed" if name == best else KINDS.get(name, "fixed"), gains.get(name)) for name in names
+        _planner_row(
+            answers,
+            name,
+            "best fixed" if name == best else "fixed" if name in FIXED_NAMES else KINDS.get(name, "policy"),
+            gains.get(name),
+        )
+        for name in names
     ]
 
 

@@ -11,6 +11,7 @@ from cda4rec_jax.training.planner_only import (
     planner_examples,
     train_planner,
 )
+from cda4rec_jax.training.planner_run import train_planner_run
 from cda4rec_jax.training.step import StepConfig
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "planner_examples",
     "refit_deciders",
     "train_planner",
+    "train_planner_run",
     "train_run",
 ]

@@ -48,9 +48,9 @@ class PlannerTraining:
     """How a planner is trained alone."""
 
     objective: Objective = Objective.EXACT
-    steps: int = 1000
+    steps: int = 400
     users_per_step: int = 256
-    context_draws: int = 2  # contexts of each user in a step
+    context_draws: int = 1  # contexts of each user in a step
     learning_rate: float = 2e-3  # Adam, falling to 0 along a cosine
     clip_norm: float = 5.0
     entropy: float = 0.005  # beta, in units of dQ
@@ -109,6 +109,16 @@ class TrainedPlanner:
     minus_plug_in: Interval
     minus_best_fixed: Interval
     seconds: float
+
+    def lines(self) -> list[str]:
+        """What was found, in words."""
+        names = ", ".join(f"{name} {value:.4f}" for name, value in self.utility.items())
+        compared = (("plug-in", self.minus_plug_in), (f"best fixed ({self.best_fixed})", self.minus_best_fixed))
+        return [
+            f"utility on validation events of {self.minus_plug_in.num_users:,} users who did not train: {names}",
+            *(f"policy - {name}: {gain.mean_difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]" for name, gain in compared),
+            f"best weights at step {self.best_step:,}; {self.seconds:.0f} s of training",
+        ]
 
 
 def planner_examples(

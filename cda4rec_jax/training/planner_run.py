@@ -1,0 +1,81 @@
+"""A run directory with the agents of a finished run and a planner that was trained anew."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.runs import RunDirectory, provenance
+from cda4rec_jax.runs.artifacts import JOINT, TrainedSystem, load_trained, save_weights
+from cda4rec_jax.training.planner_only import PlannerTraining, Report, TrainedPlanner, planner_examples, train_planner
+
+_COPIED = ("data", "index", "text.npz", "statistics.npz", "exposure.json", "planner.json", "cost_profile.json")
+
+
+def train_planner_run(
+    path: Path | str,
+    out: Path | str,
+    config: PlannerTraining | None = None,
+    *,
+    profile: str = "deployment",
+    overwrite: bool = False,
+    progress: Report = lambda stage, done, total: None,
+) -> tuple[RunDirectory, TrainedPlanner]:
+    """Train the policy of a finished run from its start on the frozen agents, and write a run that needs nothing else.
+
+    The run at ``path`` stays as it is, and what ``out`` holds is replaced only when the policy has been trained. The new run has the
+    same data, agents, index, costs and scales, and can be evaluated and asked for recommendations like any other.
+
+    Args:
+        path: the finished run.
+        out: the new run; not that of ``path``.
+        config: None takes the defaults.
+        profile: "deployment" or "measured", the costs to train with.
+        overwrite: replace the run that ``out`` holds.
+        progress: hears (stage, done, total).
+
+    Raises:
+        UserError: no finished run, one without a planner, ``out`` is that run or holds another without ``overwrite``, too few users.
+    """
+    config = config or PlannerTraining()
+    given = RunDirectory.open(path)
+    if given.kind != JOINT:
+        raise UserError(f"{given.path} is a run of kind {given.kind!r}, which has no planner: name a joint run")
+    out = Path(out).expanduser().resolve()
+    if out == given.path:
+        raise UserError(f"--out is the run itself, {out}, whose planner would be lost: name another directory")
+    RunDirectory.check_destination(out, overwrite)
+    trained = load_trained(given.path)
+    world = trained.world(profile)
+    config = _with_sizes_of(trained, config)
+    examples = planner_examples(trained, world, config, progress)
+    found = train_planner(examples, world, config, progress=progress)
+    origin = {"run": str(given.path), "profile": profile, "training": config}
+    configs = {name: given.read_config(name, Any) for name in ("run", "system", "source", "text")}
+    run = RunDirectory.create(out, {**configs, "planner": origin}, JOINT, overwrite)
+    for name in _COPIED:
+        copy = shutil.copytree if (given.path / name).is_dir() else shutil.copy
+        copy(given.path / name, run.path / name)
+    save_weights(run, _with_policy(trained, found.policy))
+    for row in found.curve:
+        run.append_metric({"phase": "planner", **row, "step": int(row["step"])})
+    run.write_json("planner_training", {name: value for name, value in vars(found).items() if name != "policy"})
+    run.write_json("provenance", provenance(dataset_fingerprint=trained.corpus.interactions.fingerprint))
+    run.write_json("training", {"seconds": found.seconds, "best_step": found.best_step})
+    return run, found
+
+
+def _with_sizes_of(trained: TrainedSystem, config: PlannerTraining) -> PlannerTraining:
+    """The sizes of the policy are those of the run, whose weights it becomes a part of."""
+    return PlannerTraining(**{**vars(config), "policy": trained.config.policy})
+
+
+def _with_policy(trained: TrainedSystem, policy: Any) -> Any:
+    """The weights of a system, with this policy in the place of its own."""
+    system = nnx.merge(trained.graph, trained.weights)
+    nnx.update(system.policy, nnx.state(policy))
+    return jax.tree.map(np.asarray, nnx.state(system))
