@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner import ContextConfig, WeightScales, context_features, sample_contexts, typical_contexts, user_facts
 from cda4rec_jax.planner.contexts import NUM_CONTEXT_FEATURES, weight_features
@@ -128,3 +129,23 @@ def test_user_facts_of_hand_made_histories():
     np.testing.assert_allclose(facts.rare_share, [1 / 3, 0.0])
     np.testing.assert_allclose(facts.session_count, [1.0, 0.0])
     np.testing.assert_allclose(facts.hours_since_last, [2.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("link", "tier"), [(Link.WIFI, DeviceTier.LOW), (Link.THREE_G, DeviceTier.MID), (Link.OFFLINE, DeviceTier.HIGH)]
+)
+def test_what_has_a_share_of_0_never_occurs_and_the_others_keep_their_proportions(facts, scales, link, tier):
+    """Wherever it stands in its order: a link and a tier that a planner shall not be trained on."""
+    links = tuple(0.0 if kind is link else 1.0 + kind for kind in Link)
+    tiers = tuple(0.0 if kind is tier else 1.0 + kind for kind in DeviceTier)
+    drawn = sample(facts, jnp.arange(4000), scales, 0, config=ContextConfig(link_shares=links, tier_shares=tiers))
+    for column, wanted, left_out in ((drawn.link, links, link), (drawn.tier, tiers, tier)):
+        found = shares(column, len(wanted))
+        assert found[left_out] == 0.0
+        np.testing.assert_allclose(found, np.asarray(wanted) / sum(wanted), atol=0.03)
+
+
+@pytest.mark.parametrize("tiers", [(0.0, 0.0, 0.0), (1.0, -0.1, 0.1), (0.5, 0.5)])
+def test_shares_that_are_no_distribution_are_refused(tiers):
+    with pytest.raises(UserError, match=r"tier_shares.*expected 3 shares.*low, mid, high"):
+        ContextConfig(tier_shares=tiers)
