@@ -1,5 +1,10 @@
-"""Budgets of a planner: calibrated on validation requests, and what they use of others."""
+"""Budgets of a planner: what it is to be calibrated on, and what a calibrated planner uses of other requests.
 
+What a request spends depends on its context and not on the models' answers. So budgets are taken over many contexts of each event, each with
+a cache and a consent of its own: those of ``PlanRecords`` share them, and a mean over them is as uncertain as one over few users.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -7,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cda4rec_jax.array_typing import PlanLogits, PlanValues
-from cda4rec_jax.evaluation.answers import BLOCK_USERS, Logits, happened_latency_ms
+from cda4rec_jax.array_typing import PlanLogits, PlanMask, PlanValues
+from cda4rec_jax.evaluation.answers import Logits, happened_latency_ms
 from cda4rec_jax.pipeline.decisions import Requests
-from cda4rec_jax.pipeline.full_ranking import in_batches
-from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.planner.budgets import Budget, Calibration, KnownRequests, Limited, calibrate, priced_units
+from cda4rec_jax.planner.budgets import Calibration, KnownRequests, Limited, priced_units
+
+BUDGET_DRAWS = 16  # contexts of each event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,37 +48,25 @@ class BudgetRow:
         )
 
 
-def known_requests(records: PlanRecords, logits: Logits, limited: Limited) -> KnownRequests:
-    """All requests of ``records`` in all their contexts, as a planner with these ``logits`` scores them."""
-    draws, num_users = records.requests.failed.shape
-    blocks = []
-    for index in in_batches(num_users, min(BLOCK_USERS, num_users)):
-        size = len(np.unique(index))
-        requests = jax.tree.map(lambda leaf, index=index: leaf[:, index].reshape(-1, *leaf.shape[2:]), records.requests)
-        found = _scored(requests, logits=logits, limited=limited)
-        blocks.append([np.asarray(leaf).reshape(draws, len(index), -1)[:, :size] for leaf in found])
-    scores, units, spent = (np.concatenate(parts, axis=1).reshape(draws * num_users, -1) for parts in zip(*blocks, strict=True))
-    mask = np.asarray(records.requests.mask).reshape(draws * num_users, -1)
+def known_requests(requests: Iterable[Requests], logits: Logits, limited: Limited) -> KnownRequests:
+    """Batches of requests, as a planner with these ``logits`` scores them, in one."""
+    found = [_scored(batch, logits=logits, limited=limited) for batch in requests]
+    scores, mask, units, spent = (np.concatenate([np.asarray(leaf) for leaf in leaves]) for leaves in zip(*found, strict=True))
     return KnownRequests(logits=scores, mask=mask, units=units, spent=spent)
 
 
 @partial(jax.jit, static_argnames=("logits", "limited"))
-def _scored(requests: Requests, *, logits: Logits, limited: Limited) -> tuple[PlanLogits, PlanValues, PlanValues]:
-    """Logits, priced units, and what is really spent: latency as ``realised_utility`` counts it, where a failed link costs a timeout."""
+def _scored(requests: Requests, *, logits: Logits, limited: Limited) -> tuple[PlanLogits, PlanMask, PlanValues, PlanValues]:
+    """Logits, mask, priced units, and what is really spent: latency as ``realised_utility`` has it, where a failed link costs a timeout."""
     units = jnp.asarray(priced_units(limited, requests.predicted))
     spent = happened_latency_ms(requests) if limited is Limited.P95_MS else priced_units(limited, requests.realised)
-    return logits(requests.context, requests.predicted, requests.mask), units, jnp.broadcast_to(spent, units.shape)
+    scores = logits(requests.context, requests.predicted, requests.mask)
+    return scores, requests.mask, units, jnp.broadcast_to(spent, units.shape)
 
 
-def calibrated(validation: PlanRecords, logits: Logits, budget: Budget) -> Calibration:
-    """The price of ``budget`` on validation requests. Raises UserError where no price keeps it."""
-    return calibrate(known_requests(validation, logits, budget.limited), budget)
-
-
-def budget_row(calibration: Calibration, records: PlanRecords, logits: Logits) -> BudgetRow:
-    """What the calibrated planner uses of its budget on the requests of ``records``."""
+def budget_row(calibration: Calibration, known: KnownRequests) -> BudgetRow:
+    """What the calibrated planner uses of its budget in other requests."""
     budget = calibration.budget
-    known = known_requests(records, logits, budget.limited)
     return BudgetRow(
         name=budget.name,
         unit=budget.limited.unit,

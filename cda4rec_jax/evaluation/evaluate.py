@@ -14,7 +14,7 @@ from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.accuracy import popularity_ranks
 from cda4rec_jax.evaluation.answers import Logits, answer, fixed_name
-from cda4rec_jax.evaluation.budgets import budget_row, calibrated
+from cda4rec_jax.evaluation.budgets import BUDGET_DRAWS, budget_row, known_requests
 from cda4rec_jax.evaluation.gate import best_fixed, check_gate
 from cda4rec_jax.evaluation.report import Report
 from cda4rec_jax.evaluation.rows import (
@@ -32,7 +32,7 @@ from cda4rec_jax.evaluation.rows import (
 from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
 from cda4rec_jax.planner import RandomPlanner, RulesPlanner
-from cda4rec_jax.planner.budgets import Budget, Budgeted
+from cda4rec_jax.planner.budgets import Budget, Budgeted, KnownRequests, calibrate
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import SASREC, TrainedSystem, load_trained
 
@@ -185,7 +185,7 @@ def _evaluate(job: _Job, plans: str | Sequence[str], profile: str, budgets: Sequ
         records = _records(job, world, Split.VALIDATION, job.selection_users)
         means, planners = plug_in_means(records), _planners(job)
         policy = job.trained.system.policy
-        prices = [calibrated(records, planners[POLICY], budget) for budget in budgets]
+        prices = [calibrate(_known(job, world, Split.VALIDATION, job.selection_users, budget), budget) for budget in budgets]
         for price in prices:
             kept = Budgeted(planner=policy, limited=price.budget.limited, multiplier=price.multiplier)
             planners[f"{POLICY}, {price.budget.name}"] = kept.logits
@@ -196,7 +196,7 @@ def _evaluate(job: _Job, plans: str | Sequence[str], profile: str, budgets: Sequ
         wanted = trained.config.space.names if plans == "all" else list(plans)
         of_plans = plan_rows(records, wanted, reference)
         of_planners = planner_rows(answers, best, wanted)
-        of_budgets = [budget_row(price, records, planners[POLICY]) for price in prices]
+        of_budgets = [budget_row(price, _known(job, world, job.split, job.users, price.budget)) for price in prices]
     return Report(
         dataset=interactions.name,
         dataset_fingerprint=interactions.fingerprint,
@@ -244,6 +244,14 @@ def _records(job: _Job, world: PlanningWorld, split: Split, users: np.ndarray) -
         draws=job.draws,
         progress=partial(job.progress, f"{split} requests"),
     )
+
+
+def _known(job: _Job, world: PlanningWorld, split: Split, users: np.ndarray, budget: Budget) -> KnownRequests:
+    """Requests of these users, as the policy scores them, with what they spend of a budget."""
+    policy, positions = job.trained.system.policy, job.trained.corpus.target_positions(split)[users]
+    assert policy is not None
+    requests = job.trained.population.requests(world, users, positions, draws=BUDGET_DRAWS)
+    return known_requests(requests, policy.logits, budget.limited)
 
 
 def _planners(job: _Job) -> dict[str, Logits]:

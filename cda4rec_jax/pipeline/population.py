@@ -62,6 +62,7 @@ class Population:
         self._catalogue = partial(_catalogue, graph)
         self._first = partial(_first_requests, **static)
         self._moments = partial(_feature_moments, **static)
+        self._draw = partial(_drawn, **options)
         self._redraw = partial(_redrawn, contexts=options["contexts"], links=options["links"])
         self._full = partial(_full_ranks, graph=graph, config=config)
 
@@ -99,6 +100,16 @@ class Population:
         merged = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *requests)
         all_ranks = np.concatenate(ranks)
         return PlanRecords(users=users, ranks=all_ranks, quality=np.asarray(plan_quality(all_ranks)), requests=merged)
+
+    def requests(self, world: PlanningWorld, users: np.ndarray, positions: np.ndarray, *, draws: int) -> Iterator[Requests]:
+        """Requests of ``users`` before the events at ``positions`` alone, a batch of them in one draw at a time.
+
+        No model runs. So each draw has its own cache and consent, unlike those of ``records``, and many of them cost little.
+        """
+        for _, history, size in self._batches(users, positions):
+            for draw in range(draws):
+                drawn = self._draw(world, history, self.tables, draw)
+                yield jax.tree.map(lambda leaf, size=size: leaf[:size], drawn)
 
     def feature_moments(
         self, weights: Any, world: PlanningWorld, users: np.ndarray, positions: np.ndarray
@@ -153,6 +164,7 @@ class Population:
             yield int(index[-1]) + 1, history, size
 
 
+_drawn = jax.jit(draw_requests, static_argnames=("max_cache_age", "contexts", "links"))
 _redrawn = jax.jit(redraw_requests, static_argnames=("contexts", "links"))
 
 

@@ -26,6 +26,7 @@ from cda4rec_jax.planner import (
     plan_index,
     sample_contexts,
 )
+from cda4rec_jax.planner.budgets import Budget
 from cda4rec_jax.runs.artifacts import load_trained
 from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.training import PlannerExamples, PlannerTraining, new_policy, planner_examples, train_planner, train_planner_run
@@ -128,8 +129,11 @@ def test_a_new_planner_becomes_a_run_that_evaluates_and_recommends_and_the_old_r
     jax.tree.map(np.testing.assert_array_equal, nnx.state(old.system.device), nnx.state(new.system.device))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(new.system.policy), nnx.state(found.policy))
     assert [row["step"] for row in run.metrics()] == [row["step"] for row in found.curve]
-    report = evaluate_run(run.path, users=30, draws=1, split="validation")
-    assert {"policy", "plug-in"} <= {row.name for row in report.planners}
+    report = evaluate_run(run.path, users=60, draws=1, budgets=[Budget.parse("exposure=0.1")])
+    assert {"policy", "policy, exposure=0.1", "plug-in"} <= {row.name for row in report.planners}
+    (budget,) = report.budgets
+    assert budget.on_validation <= 0.1 and budget.on_split == pytest.approx(0.1, rel=0.25)  # 60 users
+    assert any("exposure=0.1 (mean exposure)" in line for line in report.notes())
     with Recommender(new) as recommender:
         assert recommender.recommend(new.corpus.interactions.user_ids[0], k=5).to_json()
     with pytest.raises(UserError, match="already holds a run"):
