@@ -1,7 +1,7 @@
 """Budgets of a planner: what it is to be calibrated on, and what a calibrated planner uses of other requests.
 
-What a request spends depends on its context and not on the models' answers. So budgets are taken over many contexts of each event, each with
-a cache and a consent of its own: those of ``PlanRecords`` share them, and a mean over them is as uncertain as one over few users.
+What a request spends depends on its context and not on the models' answers. So budgets are taken over many contexts of each event, each
+with a cache and a consent of its own: those of ``PlanRecords`` share them, and a mean over them is as uncertain as one over few users.
 """
 
 from collections.abc import Iterable

@@ -55,7 +55,8 @@ def train_planner_run(
     examples = planner_examples(trained, world, config, progress)
     found = train_planner(examples, world, config, progress=progress)
     origin = {"run": str(given.path), "profile": profile, "training": config}
-    configs = {name: given.read_config(name, Any) for name in ("run", "system", "source", "text")}
+    kinds = {"run": dict, "system": dict, "source": str, "text": dict}
+    configs = {name: given.read_config(name, kind) for name, kind in kinds.items()}
     run = RunDirectory.create(out, {**configs, "planner": origin}, JOINT, overwrite)
     for name in _COPIED:
         copy = shutil.copytree if (given.path / name).is_dir() else shutil.copy
