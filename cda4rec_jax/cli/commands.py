@@ -16,6 +16,7 @@ from cda4rec_jax.cli.calibrate import Calibrate
 from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
 from cda4rec_jax.cli.plan import PlanCommand
 from cda4rec_jax.cli.process import join_processes, set_up_process
+from cda4rec_jax.cli.train_planner import TrainPlanner
 from cda4rec_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -238,47 +239,6 @@ class Train:
         if self.overwrite or self.k_core or self.text or self.planner or self._changes():
             raise UserError("--resume goes on as the run began: leave --overwrite and the settings of training out")
         return RunDirectory.open(out).read_config("run", RunConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainPlanner:
-    """Train the planner anew on the frozen agents of a finished run, into a run directory of its own."""
-
-    run_directory: Annotated[Path, tyro.conf.arg(name="run")]
-    """Run directory of a finished training; it stays as it is."""
-    out: Path | None = None
-    """Run directory to write; that of --run with -planner-OBJECTIVE at its end if not given."""
-    objective: Literal["exact", "gumbel", "regression"] = "exact"
-    """What the planner learns from: the expected utility over all plans, that of sampled plans (straight-through Gumbel-softmax), or the
-    quality of plans alone."""
-    profile: Literal["deployment", "measured"] = "deployment"
-    """Costs of sub-tasks to train with: of a declared deployment (modelled), or as measured on this machine."""
-    steps: int | None = None
-    """Steps of training; a few hundred if not given."""
-    seed: int = 0
-    """Of the weights, of who trains and who selects, and of all draws."""
-    overwrite: bool = False
-    """Replace the run in --out."""
-
-    def run(self) -> None:
-        """See ``train_planner_run``."""
-        _require_positive(self.steps, "--steps")
-        _require_positive(self.seed, "--seed", or_zero=True)
-        set_up_process()
-        from cda4rec_jax.planner import Objective
-        from cda4rec_jax.training import PlannerTraining, train_planner_run
-
-        changes = {} if self.steps is None else {"steps": self.steps}
-        config = PlannerTraining(objective=Objective(self.objective), seed=self.seed, **changes)
-        given = self.run_directory.expanduser()
-        out = self.out or given.with_name(f"{given.name}-planner-{self.objective}")
-        console = Console()
-        with StagesView(console) as view:
-            run, trained = train_planner_run(
-                given, out, config, profile=self.profile, overwrite=self.overwrite, progress=view.progress
-            )
-        for line in (*trained.lines(), f"trained: {run.path}"):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ def calibrate(known: KnownRequests, budget: Budget) -> Calibration:
     if least > budget.limit:
         raise UserError(
             f"no planner of this system keeps a budget of {budget.limit:g} {budget.limited.unit}: these requests need at least "
-            f"{least:.4g}. Ask for {least:.4g} or more."
+            f"{least:.4g}. Ask for a little more than that."
         )
     low, high = 0.0, 1.0
     while (used := known.used(budget, high)) > budget.limit:

@@ -45,7 +45,11 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PlannerTraining:
-    """How a planner is trained alone."""
+    """How a planner is trained alone.
+
+    Raises:
+        UserError: a number that is too small.
+    """
 
     objective: Objective = Objective.EXACT
     steps: int = 400
@@ -63,6 +67,14 @@ class PlannerTraining:
     users: int | None = 8192  # at most so many
     cache_draws: int = 4  # draws of the cached embedding of each user; outcomes are computed for each
     selection_share: float = 0.3  # of the users, who do not train
+
+    def __post_init__(self):
+        least = {"steps": 1, "users_per_step": 1, "context_draws": 1, "cache_draws": 1, "seed": 0}
+        bad = [f"{name}={getattr(self, name)}, at least {low}" for name, low in least.items() if getattr(self, name) < low]
+        if not self.learning_rate > 0:
+            bad.append(f"learning_rate={self.learning_rate}, above 0")
+        if bad:
+            raise UserError(f"training a planner was told {'; '.join(bad)} expected")
 
 
 @jax.tree_util.register_dataclass
@@ -130,16 +142,16 @@ def planner_examples(
     cache are drawn by ``config.contexts``.
 
     Raises:
-        UserError: too few users, or no cache.
+        UserError: too few users.
     """
     corpus = trained.corpus
     random = np.random.default_rng([config.seed, 41])
     users = np.sort(random.permutation(corpus.interactions.num_users)[: config.users])
     num_selecting = round(config.selection_share * len(users))
-    if min(num_selecting, len(users) - num_selecting) < MIN_USERS or config.cache_draws < 1:
+    if min(num_selecting, len(users) - num_selecting) < MIN_USERS:
         raise UserError(
-            f"{len(users) - num_selecting} users to train on, {num_selecting} to select on and {config.cache_draws} caches: expected "
-            f"at least {MIN_USERS}, {MIN_USERS} and 1. Take more users, another share that selects, or a larger dataset."
+            f"{len(users) - num_selecting} users to train on and {num_selecting} to select on: expected at least {MIN_USERS} each. "
+            "Take more users, another share that selects, or a larger dataset."
         )
     selects = np.zeros(len(users), bool)
     selects[random.permutation(len(users))[:num_selecting]] = True
@@ -191,7 +203,7 @@ def train_planner(
         progress: hears (stage, done, total).
 
     Raises:
-        UserError: steps or users that are not positive; a regression on the quality of a planner that predicts none.
+        UserError: a regression on the quality of a planner that predicts none; a loss that is not finite.
     """
     started = time.monotonic()
     _check(config, policy)
@@ -234,9 +246,6 @@ def train_planner(
 
 
 def _check(config: PlannerTraining, policy: Any) -> None:
-    numbers = {name: getattr(config, name) for name in ("steps", "users_per_step", "context_draws", "learning_rate")}
-    if bad := [f"{name}={value}" for name, value in numbers.items() if not value > 0]:
-        raise UserError(f"training a planner needs positive numbers, got {', '.join(bad)}")
     regressed = config.objective is Objective.REGRESSION or config.quality_regression > 0
     if policy is not None and regressed and not hasattr(policy, "quality"):
         raise UserError(

@@ -28,9 +28,9 @@ def calls(requests: KnownRequests) -> KnownRequests:
 
 def test_what_is_used_by_hand():
     spent = np.asarray([0.0, 1.0, 1.0, 0.0])
-    assert Budget(limited=Limited.CALLS, limit=3, requests_per_day=8).used(spent) == 4.0
+    assert Budget(limited=Limited.CALLS, limit=3.0, requests_per_day=8.0).used(spent) == 4.0
     assert Budget(limited=Limited.EXPOSURE, limit=0.2).used(spent) == 0.5
-    assert Budget(limited=Limited.P95_MS, limit=100).used(np.arange(101.0)) == 95.0
+    assert Budget(limited=Limited.P95_MS, limit=100.0).used(np.arange(101.0)) == 95.0
 
 
 @pytest.mark.parametrize("budget", [Budget(limited=Limited.CALLS, limit=3.0), Budget(limited=Limited.P95_MS, limit=200.0)])

@@ -95,9 +95,9 @@ def test_a_planner_that_predicts_no_quality_learns_from_utility_alone(examples, 
     assert trained.curve[-1]["utility"] > trained.curve[0]["utility"]
 
 
-def test_bad_settings_are_the_users_error(examples, world):
-    with pytest.raises(UserError, match="steps=0"):
-        train_planner(examples, world, replace(CONFIG, steps=0))
+def test_bad_settings_are_the_users_error():
+    with pytest.raises(UserError, match=r"steps=0, at least 1; seed=-1, at least 0; learning_rate=0\.0, above 0 expected"):
+        PlannerTraining(steps=0, seed=-1, learning_rate=0.0)
 
 
 def test_further_caches_are_other_draws_of_the_same_events(tiny_run: Path):

@@ -1,0 +1,50 @@
+"""The sub-command ``train-planner``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.process import set_up_process
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlanner:
+    """Train the planner anew on the frozen agents of a finished run, into a run directory of its own."""
+
+    run_directory: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run directory of a finished training; it stays as it is."""
+    out: Path | None = None
+    """Run directory to write; that of --run with -planner-OBJECTIVE at its end if not given."""
+    objective: Literal["exact", "gumbel", "regression"] = "exact"
+    """What the planner learns from: the expected utility over all plans, that of sampled plans (straight-through Gumbel-softmax), or the
+    quality of plans alone."""
+    profile: Literal["deployment", "measured"] = "deployment"
+    """Costs of sub-tasks to train with: of a declared deployment (modelled), or as measured on this machine."""
+    steps: int | None = None
+    """Steps of training; a few hundred if not given."""
+    seed: int = 0
+    """Of the weights, of who trains and who selects, and of all draws."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+    def run(self) -> None:
+        """See ``train_planner_run``."""
+        set_up_process()
+        from cda4rec_jax.planner import Objective
+        from cda4rec_jax.training import PlannerTraining, train_planner_run
+
+        changes = {} if self.steps is None else {"steps": self.steps}
+        config = PlannerTraining(objective=Objective(self.objective), seed=self.seed, **changes)
+        given = self.run_directory.expanduser()
+        out = self.out or given.with_name(f"{given.name}-planner-{self.objective}")
+        console = Console()
+        with StagesView(console) as view:
+            run, trained = train_planner_run(
+                given, out, config, profile=self.profile, overwrite=self.overwrite, progress=view.progress
+            )
+        for line in (*trained.lines(), f"trained: {run.path}"):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
