@@ -138,8 +138,8 @@ def _world(run: Path | None) -> World:
         )
     trained = load_trained(run)
     policy = trained.system.policy
-    if policy is None:
-        raise UserError(f"{run} holds a baseline without a planner: --run takes a joint run")
+    if not isinstance(policy, Policy):
+        raise UserError(f"{run} has no planner of class Policy: --run takes a joint run with one")
     world = trained.world()
     return World(
         name=trained.corpus.interactions.name,

@@ -69,6 +69,10 @@ def setting_of(run: Path | None) -> Setting:
         trained = load_trained(run)
         if trained.system.policy is None:
             raise UserError(f"{run} holds a baseline without a planner: --run takes a joint run")
+        if not isinstance(trained.system.policy, Policy):
+            raise UserError(
+                f"{run} has a planner of its own ({type(trained.system.policy).__name__}): --run takes one with Policy"
+            )
         world = trained.world()
         name, policy = trained.corpus.interactions.name, trained.system.policy
         profile, exposure, sizes, scales = world.profile, world.exposure_by_level, world.sizes, world.scales

@@ -1,6 +1,6 @@
 """The sub-command ``train-planner``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +22,8 @@ class TrainPlanner:
     objective: Literal["exact", "gumbel", "regression"] = "exact"
     """What the planner learns from: the expected utility over all plans, that of sampled plans (straight-through Gumbel-softmax), or the
     quality of plans alone."""
+    planner: str | None = None
+    """A planner of your own, package.module:Class, from an installed package or this folder; that of --run if not given."""
     profile: Literal["deployment", "measured"] = "deployment"
     """Costs of sub-tasks to train with: of a declared deployment (modelled), or as measured on this machine."""
     steps: int | None = None
@@ -37,14 +39,15 @@ class TrainPlanner:
         from cda4rec_jax.planner import Objective
         from cda4rec_jax.training import PlannerTraining, train_planner_run
 
-        changes = {} if self.steps is None else {"steps": self.steps}
-        config = PlannerTraining(objective=Objective(self.objective), seed=self.seed, **changes)
+        config = PlannerTraining(objective=Objective(self.objective), seed=self.seed)
+        if self.steps is not None:
+            config = replace(config, steps=self.steps)
         given = self.run_directory.expanduser()
         out = self.out or given.with_name(f"{given.name}-planner-{self.objective}")
         console = Console()
         with StagesView(console) as view:
             run, trained = train_planner_run(
-                given, out, config, profile=self.profile, overwrite=self.overwrite, progress=view.progress
+                given, out, config, planner=self.planner, profile=self.profile, overwrite=self.overwrite, progress=view.progress
             )
         for line in (*trained.lines(), f"trained: {run.path}"):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -60,7 +60,7 @@ def planner_rows(answers: Answers, best: str, wanted: Sequence[str]) -> list[Pla
         _planner_row(
             answers,
             name,
-            "best fixed" if name == best else "fixed" if name in FIXED_NAMES else KINDS.get(name, "policy"),
+            "best fixed" if name == best else "fixed" if name in answers.fixed_names else KINDS.get(name, "policy"),
             gains.get(name),
         )
         for name in names

@@ -144,10 +144,10 @@ class WeightScales:
           costs: predicted.
           mask: ``allowed(context)``.
         """
-        uses_link, allowed = costs.space.table.uses_link, np.asarray(mask)
-        online = (allowed & uses_link[None]).any(axis=1)
+        uses_link, permitted = costs.space.table.uses_link, np.asarray(mask)
+        online = np.any(permitted & uses_link[None], axis=1)
         tables = (costs.latency_ms, costs.energy_mj, costs.exposure)
-        latency, energy, exposure = (_spread(np.asarray(table), allowed, online) for table in tables)
+        latency, energy, exposure = (_spread(np.asarray(table), permitted, online) for table in tables)
         return cls.of(
             quality_gap=max(_cloud_gain(np.asarray(quality, np.float64), np.asarray(possible), uses_link), MIN_QUALITY_GAP),
             latency_gap_ms=max(latency, MIN_LATENCY_GAP_MS),

@@ -272,7 +272,7 @@ def _requests(recommender: Recommender, histories: Sequence[HistoryBatch]) -> di
         history = histories[(number // len(LINKS) + number + plan_index) % len(histories)]
         return recommender.answer(history, situation, plan_index, draw=None)
 
-    return {index: lambda number, index=index: ask(index, number) for index in range(recommender.num_plans)}
+    return {index: lambda number, index=index: ask(index, number) for index in range(recommender.space.num_plans)}
 
 
 def _as_planned(answered: Answered, plan_index: int) -> bool:

@@ -7,7 +7,7 @@ from cda4rec_jax.training.planner_only import (
     PlannerExamples,
     PlannerTraining,
     TrainedPlanner,
-    new_policy,
+    new_planner,
     planner_examples,
     train_planner,
 )
@@ -24,7 +24,7 @@ __all__ = [
     "TrainConfig",
     "TrainedPlanner",
     "Trainer",
-    "new_policy",
+    "new_planner",
     "planner_examples",
     "refit_deciders",
     "train_planner",

@@ -30,7 +30,7 @@ from cda4rec_jax.metrics import Interval, paired_interval
 from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests, redraw_requests
 from cda4rec_jax.pipeline.planners import PlugIn, mean_quality, possible_plans
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, Population
-from cda4rec_jax.planner import ContextConfig, FixedPlan, Objective, Policy, PolicyConfig, realised_utility
+from cda4rec_jax.planner import ContextConfig, FixedPlan, LearnedPlanner, Objective, Policy, PolicyConfig, realised_utility
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.training.losses import decision_loss
 
@@ -174,19 +174,23 @@ def planner_examples(
     )
 
 
-def new_policy(examples: PlannerExamples, world: PlanningWorld, config: PlannerTraining) -> Policy:
-    """A policy that is plug-in so far: it knows the mean quality of each plan over the users who train."""
-    policy = Policy(config.policy, rngs=nnx.Rngs(config.seed))
-    policy.quality_scale[...] = jnp.asarray(world.scales.quality_gap, jnp.float32)
-    policy.mean_quality[...] = jnp.asarray(examples.of(selecting=False).mean_quality(), jnp.float32)
-    return policy
+def new_planner(
+    examples: PlannerExamples, world: PlanningWorld, config: PlannerTraining, kind: type[LearnedPlanner] = Policy
+) -> LearnedPlanner:
+    """A planner that has learned nothing yet, and has heard dQ and the mean quality of each plan over the users who train.
+
+    ``Policy`` is plug-in then.
+    """
+    planner = kind(config.policy, space=world.space, rngs=nnx.Rngs(config.seed))  # pyright: ignore[reportCallIssue]
+    planner.standardise(world.scales.quality_gap, jnp.asarray(examples.of(selecting=False).mean_quality(), jnp.float32))
+    return planner
 
 
 def train_planner(
     examples: PlannerExamples,
     world: PlanningWorld,
     config: PlannerTraining,
-    policy: Any = None,
+    policy: LearnedPlanner | None = None,
     progress: Report = lambda stage, done, total: None,
 ) -> TrainedPlanner:
     """A planner trained on ``examples``; what it starts from stays as it is.
@@ -199,7 +203,7 @@ def train_planner(
         examples: of ``planner_examples``.
         world: costs, prices and exposure.
         config: objective and optimisation.
-        policy: an NNX module with ``logits``, and with ``quality`` where that is regressed; None is ``new_policy``.
+        policy: what to start from; None is ``new_planner``.
         progress: hears (stage, done, total).
 
     Raises:
@@ -207,7 +211,7 @@ def train_planner(
     """
     started = time.monotonic()
     _check(config, policy)
-    start = new_policy(examples, world, config) if policy is None else policy
+    start = new_planner(examples, world, config) if policy is None else policy
     graph, params, rest = nnx.split(start, nnx.Param, ...)
     training, selecting = examples.of(selecting=False), examples.of(selecting=True)
     bank = _bank(selecting, world, config)
@@ -245,12 +249,12 @@ def train_planner(
     return _concluded(found, curve, best_step, bank, training.mean_quality(), time.monotonic() - started)
 
 
-def _check(config: PlannerTraining, policy: Any) -> None:
-    regressed = config.objective is Objective.REGRESSION or config.quality_regression > 0
-    if policy is not None and regressed and not hasattr(policy, "quality"):
+def _check(config: PlannerTraining, policy: LearnedPlanner | None) -> None:
+    silent = policy is not None and type(policy).quality is LearnedPlanner.quality
+    if silent and config.objective is Objective.REGRESSION:
         raise UserError(
-            f"{type(policy).__name__} predicts no quality (it has no method quality(features)), so there is nothing to regress on: "
-            f"train it with objective exact or gumbel and quality_regression=0"
+            f"{type(policy).__name__} tells no quality (it has no quality(features) of its own), so there is nothing to regress on: "
+            "train it with objective exact or gumbel"
         )
 
 

@@ -1,6 +1,7 @@
 """A run directory with the agents of a finished run and a planner that was trained anew."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,18 @@ import numpy as np
 from flax import nnx
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.pipeline.system import with_planner
+from cda4rec_jax.planner import Policy
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import JOINT, TrainedSystem, load_trained, save_weights
-from cda4rec_jax.training.planner_only import PlannerTraining, Report, TrainedPlanner, planner_examples, train_planner
+from cda4rec_jax.training.planner_only import (
+    PlannerTraining,
+    Report,
+    TrainedPlanner,
+    new_planner,
+    planner_examples,
+    train_planner,
+)
 
 _COPIED = ("data", "index", "text.npz", "statistics.npz", "exposure.json", "planner.json", "cost_profile.json")
 
@@ -21,6 +31,7 @@ def train_planner_run(
     out: Path | str,
     config: PlannerTraining | None = None,
     *,
+    planner: str | None = None,
     profile: str = "deployment",
     overwrite: bool = False,
     progress: Report = lambda stage, done, total: None,
@@ -34,12 +45,13 @@ def train_planner_run(
         path: the finished run.
         out: the new run; not that of ``path``.
         config: None takes the defaults.
+        planner: ``package.module:Class`` to learn; None takes the class of the run.
         profile: "deployment" or "measured", the costs to train with.
         overwrite: replace the run that ``out`` holds.
         progress: hears (stage, done, total).
 
     Raises:
-        UserError: no finished run, one without a planner, ``out`` is that run or holds another without ``overwrite``, too few users.
+        UserError: no finished run, one without a planner, a class that is no planner, ``out`` is that run or holds another without ``overwrite``, too few users.
     """
     config = config or PlannerTraining()
     given = RunDirectory.open(path)
@@ -50,13 +62,18 @@ def train_planner_run(
         raise UserError(f"--out is the run itself, {out}, whose planner would be lost: name another directory")
     RunDirectory.check_destination(out, overwrite)
     trained = load_trained(given.path)
+    if planner is not None:
+        trained = replace(trained, config=with_planner(trained.config, planner))
+    own = trained.config.planner
     world = trained.world(profile)
     config = _with_sizes_of(trained, config)
     examples = planner_examples(trained, world, config, progress)
-    found = train_planner(examples, world, config, progress=progress)
+    start = new_planner(examples, world, config, Policy if own is None else own.load())
+    found = train_planner(examples, world, config, start, progress)
     origin = {"run": str(given.path), "profile": profile, "training": config}
     kinds = {"run": dict, "system": dict, "source": str, "text": dict}
     configs = {name: given.read_config(name, kind) for name, kind in kinds.items()}
+    configs |= {"system": trained.config, "run": {**configs["run"], "system": trained.config}}
     run = RunDirectory.create(out, {**configs, "planner": origin}, JOINT, overwrite)
     for name in _COPIED:
         copy = shutil.copytree if (given.path / name).is_dir() else shutil.copy
@@ -78,5 +95,5 @@ def _with_sizes_of(trained: TrainedSystem, config: PlannerTraining) -> PlannerTr
 def _with_policy(trained: TrainedSystem, policy: Any) -> Any:
     """The weights of a system, with this policy in the place of its own."""
     system = nnx.merge(trained.graph, trained.weights)
-    nnx.update(system.policy, nnx.state(policy))
+    system.policy = policy
     return jax.tree.map(np.asarray, nnx.state(system))

@@ -149,7 +149,7 @@ def test_changed_plans_are_counted_by_pair_with_what_they_gain(
     found = replay_traces(trained, stored)
     planned = [recommender.planner.of_context(batch_contexts([trace.context])) for trace in stored]
     best = [int(each.logits[0].argmax()) for each in planned]
-    tau = float(planned[0].tau)
+    tau = float(np.asarray(planned[0].tau))
     gains = [
         tau * float(each.logits[0, plan] - each.logits[0, plan_index(last_resort)])
         for each, plan in zip(planned, best, strict=True)
@@ -224,7 +224,7 @@ def test_every_flip_flips_where_it_says_and_not_before(recommender: Recommender)
     user = recommender.user_ids[1]
     found = explain_request(recommender, user, Situation(), Departures())
     history = recommender.history(user)
-    context = recommender.planner.decide(history, Situation()).context
+    context = recommender.planner.plan(history, Situation()).context
     base = found.decision.chosen.plan_index
     numbers = [flip for flip in found.flips if isinstance(flip.to, float)]
     assert len(numbers) >= 3

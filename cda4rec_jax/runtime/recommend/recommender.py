@@ -3,7 +3,7 @@
 import difflib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import TracebackType
 from typing import TypeVar
@@ -78,7 +78,7 @@ class Recommender:
             system.policy, trained.tables, self._trained_for, trained.world("measured"), trained.config.max_cache_age
         )
         self.service = CloudService(self.cloud)
-        self._corpus, self._stored_events, self._space = corpus, trained.config.stored_events, trained.config.space
+        self._corpus, self._stored_events, self.space = corpus, trained.config.stored_events, trained.config.space
         self._rows = {user_id: row for row, user_id in enumerate(corpus.interactions.user_ids)}
         self._ledger = Ledger()
         self._real_delay, self._traces = real_delay, traces
@@ -131,7 +131,7 @@ class Recommender:
         )
         if not 1 <= k <= self.functions.num_items:
             raise UserError(f"asked for {k} items of a catalogue of {self.functions.num_items:,}; expected 1 to that many")
-        wanted = None if plan is None else self._space.index(plan)
+        wanted = None if plan is None else self.space.index(plan)
         return self._tell(user_id, k, self.answer(self.history(user_id), situation, wanted, k=k, draw=draw))
 
     def answer(
@@ -176,7 +176,7 @@ class Recommender:
         self, history: HistoryBatch, planned: Planned, choice: Choice, planning_ms: float, k: int, draw: int | None
     ) -> tuple[Request, Answer]:
         """Execute what was chosen: what the executor was asked, and the answer. Without a draw the link is as it was estimated."""
-        plans = self._space.plans
+        plans = self.space.plans
         plan, fallback = plans[choice.plan_index], plans[int(planned.fallback[0, choice.plan_index])]
         state = self.state(history, planned)
         met = self.planner.estimated(planned) if draw is None else self.planner.meet(planned, history.event_ids, draw)
@@ -215,7 +215,7 @@ class Recommender:
             if (plan, k) in self._compiled:
                 continue
             ledger = Ledger()
-            local = next(other for other in reversed(self._space.plans) if not other.uses_link)
+            local = next(other for other in reversed(self.space.plans) if not other.uses_link)
             trial = Request(plan=plan, fallback=local, link=NO_DELAY, deadline_ms=WARM_DEADLINE_MS)
             self._execute(state, EgressLevel.FULL, ledger, trial, k, real_delay=False)
             ledger.close()
