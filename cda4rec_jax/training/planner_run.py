@@ -51,7 +51,8 @@ def train_planner_run(
         progress: hears (stage, done, total).
 
     Raises:
-        UserError: no finished run, one without a planner, a class that is no planner, ``out`` is that run or holds another without ``overwrite``, too few users.
+        UserError: no finished run, one without a planner, a class that is no planner, ``out`` is that run or holds another without
+            ``overwrite``, too few users.
     """
     config = config or PlannerTraining()
     given = RunDirectory.open(path)

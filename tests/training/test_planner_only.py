@@ -29,7 +29,7 @@ from cda4rec_jax.planner import (
 from cda4rec_jax.planner.budgets import Budget
 from cda4rec_jax.runs.artifacts import load_trained
 from cda4rec_jax.runtime.recommend import Recommender
-from cda4rec_jax.training import PlannerExamples, PlannerTraining, new_policy, planner_examples, train_planner, train_planner_run
+from cda4rec_jax.training import PlannerExamples, PlannerTraining, new_planner, planner_examples, train_planner, train_planner_run
 
 USERS, CACHES = 240, 2
 CONFIG = PlannerTraining(steps=60, users_per_step=64, learning_rate=0.01, average_decay=0.9)
@@ -80,7 +80,7 @@ def test_every_objective_learns_for_whom_a_plan_is_worth_its_price(examples, wor
 
 
 def test_training_gives_the_same_again_and_leaves_the_planner_that_it_starts_from_as_it_was(examples, world):
-    short, start = replace(CONFIG, steps=4), new_policy(examples, world, CONFIG)
+    short, start = replace(CONFIG, steps=4), new_planner(examples, world, CONFIG)
     before = jax.tree.map(np.asarray, nnx.state(start))
     one, other = (train_planner(examples, world, short, start) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(one.policy), nnx.state(other.policy))
