@@ -47,7 +47,7 @@ from cda4rec_jax.planner.plan_space import (
 from cda4rec_jax.planner.policy import DirectPolicy, LearnedPlanner, Planner, Policy, PolicyConfig, choose, permitted
 from cda4rec_jax.planner.relaxation import Objective, choice_weights, entropy, expected_utility, masked_softmax
 from cda4rec_jax.planner.simple import FixedPlan, RandomPlanner, RulesPlanner, fixed_planners
-from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, plan_quality, realised_utility, utility
+from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, expected_regret, plan_quality, realised_utility, utility
 
 __all__ = [
     "NUM_PLANS",
@@ -85,6 +85,7 @@ __all__ = [
     "cost_in_utility",
     "deployment_profile",
     "entropy",
+    "expected_regret",
     "expected_utility",
     "explain_decision",
     "fixed_planners",

@@ -67,6 +67,12 @@ def utility(quality: PlanValues, costs: PlanCosts, context: Context) -> PlanValu
     return quality - cost_in_utility(costs, context)
 
 
+def expected_regret(utilities: PlanValues, mask: PlanMask) -> PlanValues:
+    """How much less each plan is expected to be worth than the best allowed one: max over the mask of U, minus U; [b, p]."""
+    best = jnp.max(jnp.where(mask, utilities, -jnp.inf), axis=1, keepdims=True)
+    return best - utilities
+
+
 def realised_utility(
     quality: PlanValues,
     costs: PlanCosts,

@@ -1,5 +1,6 @@
 """Runs the plan of one request: two branches side by side, one deadline, a local plan in reserve, always exactly one slate."""
 
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ class ExecutorConfig:
             deadline the device stops waiting.
         surprise_ratio: measured time over predicted time from which on the trace is flagged...
         surprise_margin_ms: ... if it is also so much longer: dispatch takes a multiple of the smallest predictions.
+        high_regret: expected regret of the plan from which on the trace is flagged, in units of dQ (what asking the cloud is worth).
         workers: threads; two for each request that runs at the same time.
     """
 
@@ -41,6 +43,7 @@ class ExecutorConfig:
     local_p99_ms: float = 25.0
     surprise_ratio: float = 2.0
     surprise_margin_ms: float = 5.0
+    high_regret: float = 0.5
     workers: int = 8
 
 
@@ -54,6 +57,7 @@ class Prediction:
     subtask_ms: Mapping[Subtask, float]
     link_ms: float  # both directions
     latency_ms: float
+    regret: float = 0.0  # expected utility of the best allowed plan minus that of this one, in units of dQ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +167,12 @@ class Executor:
 
         Latency, on the request's clock: planning + max(cloud or cache branch, structured on the device) + ranking. If the cloud
         branch fails, the local plan's branch and ranking follow the failure; if it is not back ``local_p99_ms`` before the
-        deadline, they follow that moment. Structured modelling that is late then is left out.
+        deadline, they follow that moment. Structured modelling that is late then, or out of memory, is left out.
 
         Flags of the trace: ``link_failed``, ``cloud_failed``, ``egress_denied``, ``cache_missing``, ``deadline_hedged`` say why
-        the executed plan is another; ``regret_high``, ``context_shift``, ``device_exhausted`` that latency, link or device took
-        more than ``surprise_ratio`` times what was predicted.
+        the executed plan is another; ``context_shift`` that link or cloud, ``device_exhausted`` that the device took more than
+        ``surprise_ratio`` times what was predicted (or had no memory); ``regret_high`` that the plan was a poor choice, expected to be
+        worth less than the best allowed one by more than ``high_regret``.
 
         Raises:
             UserError: the deadline is shorter than planning and the local plan take.
@@ -320,6 +325,10 @@ class Executor:
             run.clock.advance_to(run.hedge_at_ms)
             run.flags.extend(flag for flag in ("deadline_hedged", "device_exhausted") if flag not in run.flags)
             return replace(plan, structured=Placement.SKIP), None
+        except MemoryError:
+            run.clock.advance_to(structuring.clock.now_ms())
+            run.flags.append("device_exhausted")
+            return replace(plan, structured=Placement.SKIP), None
         run.spans.append(span)
         run.clock.advance_to(span.end_ms)
         return plan, state
@@ -336,7 +345,7 @@ class Executor:
         if np.isnan(scores).any():
             raise ValueError("ranking gave a score that is not a number")
         prediction = run.request.prediction
-        run.flags.extend(flag for flag in _surprises(run, latency_ms, self._config) if flag not in run.flags)
+        run.flags.extend(flag for flag in _surprises(run, self._config) if flag not in run.flags)
         trace = Trace(
             plan=run.request.plan,
             executed_plan=plan,
@@ -373,8 +382,8 @@ def _cloud_spans(run: _Run, exchanged: Exchange) -> list[Span]:
     return spans
 
 
-def _surprises(run: _Run, latency_ms: float, config: ExecutorConfig) -> list[str]:
-    """Flags for what took much longer than predicted."""
+def _surprises(run: _Run, config: ExecutorConfig) -> list[str]:
+    """Flags for a poor choice, and for what took much longer than predicted."""
     prediction = run.request.prediction
     if prediction is None:
         return []
@@ -382,15 +391,15 @@ def _surprises(run: _Run, latency_ms: float, config: ExecutorConfig) -> list[str
     def surprising(taken_ms: float, predicted_ms: float) -> bool:
         return taken_ms > max(config.surprise_ratio * predicted_ms, predicted_ms + config.surprise_margin_ms)
 
-    device = [
-        span
-        for span in run.spans
-        if span.placement in (Placement.DEVICE, Placement.DEVICE_CACHE) and span.subtask is not Subtask.PLANNING
-    ]
-    measured_ms = sum(span.end_ms - span.start_ms for span in device)
+    def surprises_at(*placements: Placement) -> bool:
+        spans = [span for span in run.spans if span.placement in placements and span.subtask is not Subtask.PLANNING]
+        return surprising(
+            math.fsum(span.end_ms - span.start_ms for span in spans), math.fsum(span.predicted_ms for span in spans)
+        )
+
     surprises = {
-        "regret_high": surprising(latency_ms, prediction.latency_ms),
-        "context_shift": surprising(run.log.transfer_ms, prediction.link_ms),
-        "device_exhausted": surprising(measured_ms, sum(span.predicted_ms for span in device)),
+        "regret_high": prediction.regret > config.high_regret,
+        "context_shift": surprising(run.log.transfer_ms, prediction.link_ms) or surprises_at(Placement.CLOUD),
+        "device_exhausted": surprises_at(Placement.DEVICE, Placement.DEVICE_CACHE),
     }
     return [flag for flag, is_raised in surprises.items() if is_raised]

@@ -11,6 +11,7 @@ from cda4rec_jax.planner import (
     PlanCosts,
     WeightScales,
     allowed,
+    expected_regret,
     plan_index,
     plan_quality,
     realised_utility,
@@ -42,6 +43,14 @@ def test_utility_by_hand(make_context):
     context = make_context(1, utility_per_ms=0.001, utility_per_mj=0.002, utility_per_exposure=0.5)
     worth = utility(jnp.full((1, NUM_PLANS), 0.9), costs_of(1, 100.0, 50.0, 0.4), context)
     np.testing.assert_allclose(worth, 0.9 - 0.1 - 0.1 - 0.2, rtol=1e-5)
+
+
+def test_expected_regret_is_measured_from_the_best_allowed_plan():
+    utilities = jnp.full((1, NUM_PLANS), 0.1).at[0, 3].set(0.9).at[0, 5].set(0.4)
+    mask = jnp.ones((1, NUM_PLANS), bool).at[0, 3].set(False)
+    regret = np.asarray(expected_regret(utilities, mask))[0]
+    assert regret[5] == 0
+    assert regret[0] == pytest.approx(0.3)
 
 
 def test_a_failed_link_gives_the_quality_of_the_local_repair_plan_after_a_timeout(make_context):

@@ -326,16 +326,50 @@ def test_failures_of_the_device_are_raised_and_not_hidden():
         setting.run(fresh())
 
 
+def predicted(**changed) -> Prediction:
+    """A prediction that nothing exceeds, with changes."""
+    return Prediction(**{"subtask_ms": dict.fromkeys(Subtask, 1e6), "link_ms": 1e6, "latency_ms": 1e6, **changed})
+
+
 def test_surprises_are_flagged_against_the_prediction():
-    prediction = Prediction(subtask_ms={Subtask.STRUCTURED: 1e6}, link_ms=10.0, latency_ms=10.0)
+    prediction = predicted(subtask_ms={Subtask.STRUCTURED: 1e6}, link_ms=10.0, latency_ms=10.0)
     with Setting() as setting:
         trace = setting.run(fresh(), link=slow_link(500, 500), prediction=prediction).trace
-    assert trace.flags == ("regret_high", "context_shift")
+    assert trace.flags == ("context_shift",)
     assert trace.predicted_ms == 10.0
     assert span_of(trace, Subtask.STRUCTURED).predicted_ms == 1e6
-    expected = Prediction(subtask_ms=dict.fromkeys(Subtask, 1e6), link_ms=1000.0, latency_ms=1e6)
     with Setting() as setting:
-        assert setting.run(fresh(), link=slow_link(500, 500), prediction=expected).trace.flags == ()
+        assert setting.run(fresh(), link=slow_link(500, 500), prediction=predicted(link_ms=1000.0)).trace.flags == ()
+
+
+def test_a_slow_cloud_shifts_the_context_and_does_not_exhaust_the_device():
+    prediction = predicted(subtask_ms=dict.fromkeys(Subtask, 1e6) | {Subtask.SEMANTIC: 1.0, Subtask.RETRIEVAL: 1.0})
+    with Setting(cloud={"encode": sleeping(embedding(2))}) as setting:
+        assert setting.run(fresh(), prediction=prediction).trace.flags == ("context_shift",)
+
+
+def test_a_slow_device_is_exhausted_and_does_not_shift_the_context():
+    prediction = predicted(subtask_ms=dict.fromkeys(Subtask, 1.0) | {Subtask.SEMANTIC: 1e6})
+    with Setting(device={"structured": sleeping("state")}) as setting:
+        assert setting.run(fresh(), prediction=prediction).trace.flags == ("device_exhausted",)
+
+
+@pytest.mark.parametrize(("regret", "flags"), [(0.49, ()), (0.51, ("regret_high",))])
+def test_a_plan_that_gives_away_half_a_quality_gap_is_a_poor_choice(regret: float, flags: tuple[str, ...]):
+    with Setting() as setting:
+        assert setting.run(fresh(), prediction=predicted(regret=regret)).trace.flags == flags
+
+
+def test_structured_modelling_without_memory_is_left_out():
+    def fail():
+        raise MemoryError
+
+    with Setting(device={"structured": fail}) as setting:
+        answer = setting.run(fresh())
+    assert answer.slate.items.shape == (1, K)
+    assert answer.trace.flags == ("device_exhausted",)
+    assert answer.trace.executed_plan == fresh(structured=Placement.SKIP)
+    assert setting.device.states == [None]
 
 
 def test_many_requests_at_once_get_their_own_answers():

@@ -23,6 +23,7 @@ from cda4rec_jax.planner import (
     TransferTimes,
     allowed,
     context_features,
+    expected_regret,
     explain_decision,
     local_repair,
     permitted,
@@ -32,6 +33,7 @@ from cda4rec_jax.planner import (
     sample_contexts,
     subtask_ms,
     typical_contexts,
+    utility,
 )
 from cda4rec_jax.planner.serving import Served, ServedPlanner, pack
 from cda4rec_jax.runtime.clock import LinkRealisation, realised_link
@@ -57,6 +59,7 @@ class Planned:
     Attributes:
         context, mask, costs, logits: of the policy, which plans for the deployment that it was trained for.
         quality, tau: of a policy that tells them, else None.
+        regret: of every plan: expected utility of the best allowed plan minus its own, in units of dQ, [1, p]; None without quality.
         repaired: for every plan, what answers in its place where the mask forbids it; [p].
         fallback: for every plan, the local plan that answers where its link fails; [1, p].
         subtask_ms: expected compute time here, [1, p, subtask].
@@ -70,6 +73,7 @@ class Planned:
     quality: PlanValues | None
     logits: PlanLogits
     tau: jax.Array | np.ndarray | None
+    regret: PlanValues | None
     repaired: jax.Array | np.ndarray
     fallback: jax.Array | np.ndarray
     subtask_ms: jax.Array | np.ndarray
@@ -212,6 +216,7 @@ def prediction_of(planned: Planned, plan_index: int) -> Prediction:
         subtask_ms=_by_subtask(planned.subtask_ms[0, plan_index]),
         link_ms=float(planned.transfer.uplink_ms[0, plan_index] + planned.transfer.downlink_ms[0, plan_index]),
         latency_ms=float(planned.here.latency_ms[0, plan_index]),
+        regret=0.0 if planned.regret is None else float(planned.regret[0, plan_index]),
     )
 
 
@@ -241,6 +246,10 @@ def _planned(policy: LearnedPlanner, trained_for: PlanningWorld, measured: Plann
     # The times were measured on this machine, whatever device the situation names: only the highest tier is taken as it is.
     here = replace(context, tier=jnp.full_like(context.tier, int(DeviceTier.HIGH)))
     transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes, space), measured.profile.queue_ms)
+    regret = None
+    if scores.quality is not None:
+        worth = utility(scores.quality, scores.costs, context)
+        regret = expected_regret(worth, scores.mask) / trained_for.scales.quality_gap
     return Planned(
         context=context,
         mask=scores.mask,
@@ -248,6 +257,7 @@ def _planned(policy: LearnedPlanner, trained_for: PlanningWorld, measured: Plann
         quality=scores.quality,
         logits=scores.logits,
         tau=policy.tau(),
+        regret=regret,
         repaired=repair(jnp.arange(space.num_plans), jnp.broadcast_to(scores.mask, (space.num_plans, space.num_plans)), space),
         fallback=local_repair(scores.mask, space),
         subtask_ms=subtask_ms(measured.profile, here, space),

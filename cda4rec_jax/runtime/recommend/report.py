@@ -31,9 +31,9 @@ _FLAGS = {
     "egress_denied": "the gate let nothing out, so the device answered alone",
     "cache_missing": "there was no embedding to reuse, so the device answered alone",
     "deadline_hedged": "the cloud would have missed the deadline, so the device answered alone",
-    "regret_high": "the request took much longer than expected",
-    "context_shift": "the link took much longer than its estimate",
-    "device_exhausted": "the device computed much longer than expected",
+    "regret_high": "the plan was expected to be worth much less than the best one that is allowed",
+    "context_shift": "link or cloud took much longer than estimated",
+    "device_exhausted": "the device computed much longer than expected, or had no memory left",
 }
 _TERMS = ("quality", "time", "energy", "exposure")
 
