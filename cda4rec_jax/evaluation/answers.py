@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask, PlanRanks, PlanValues
 from cda4rec_jax.evaluation.accuracy import METRICS
@@ -97,33 +97,49 @@ def _play(
         PlugIn(quality=jnp.tile(jnp.broadcast_to(values, (num_users, space.num_plans)), (draws, 1))) for values in estimates
     ]
     context, mask = flat.context, flat.mask
-    gained = realised_utility(quality, flat.realised, context, failed=flat.failed, mask=mask)
+    gained = _gained(flat, quality)
 
     fixed = jax.vmap(lambda plan: repair(jnp.broadcast_to(plan, flat.failed.shape), mask, space))(jnp.arange(space.num_plans))
     scores = [logits(context, flat.predicted, mask) for logits in (*planners, *(plug_in.logits for plug_in in plug_ins))]
     scores.append(jnp.where(mask, gained, -jnp.inf))
     choices = jnp.concatenate([fixed, jnp.stack([choose(score, mask, space) for score in scores])])
 
-    def chosen(values: PlanValues | PlanRanks) -> Array:
-        return jnp.take_along_axis(values, choices.T, axis=1).T
-
-    answering = jnp.where(_link_fails(flat), local_repair(mask, space), jnp.arange(space.num_plans)[None, :])
-    answered_ranks = chosen(jnp.take_along_axis(ranks, answering, axis=1))
-    latency_ms = chosen(happened_latency_ms(flat))
-    quantities = {
-        "utility": chosen(gained),
-        "energy_mj": chosen(flat.realised.energy_mj),
-        "exposure": chosen(flat.realised.exposure),
-        "uplink_bytes": chosen(flat.realised.uplink_bytes),
-        "downlink_bytes": chosen(flat.realised.downlink_bytes),
-        **{name: metric(answered_ranks) for name, metric in METRICS.items()},
-    }
+    quantities = happened(flat, quality, ranks, choices)
 
     def by_draw(values: Array) -> Array:
         return values.reshape(-1, draws, num_users)
 
     means = {name: by_draw(values).mean(axis=1) for name, values in quantities.items()}
-    return by_draw(choices).astype(jnp.uint8), by_draw(latency_ms), means
+    return by_draw(choices).astype(jnp.uint8), by_draw(quantities["latency_ms"]), means
+
+
+def happened(
+    requests: Requests, quality: PlanValues, ranks: PlanRanks, choices: Int[Array, "q b"]
+) -> dict[str, Float[Array, "q b"]]:
+    """What ``q`` choices of a plan for each of ``b`` requests really bring, by name of the quantity; jittable."""
+
+    def chosen(values: PlanValues | PlanRanks) -> Array:
+        return jnp.take_along_axis(values, choices.T, axis=1).T
+
+    space = requests.predicted.space
+    answering = jnp.where(_link_fails(requests), local_repair(requests.mask, space), jnp.arange(space.num_plans)[None, :])
+    answered_ranks = chosen(jnp.take_along_axis(ranks, answering, axis=1))
+    uplink_bytes = chosen(requests.realised.uplink_bytes)
+    return {
+        "utility": chosen(_gained(requests, quality)),
+        "latency_ms": chosen(happened_latency_ms(requests)),
+        "energy_mj": chosen(requests.realised.energy_mj),
+        "exposure": chosen(requests.realised.exposure),
+        "uplink_bytes": uplink_bytes,
+        "downlink_bytes": chosen(requests.realised.downlink_bytes),
+        "cloud_calls": (uplink_bytes > 0).astype(jnp.float32),
+        **{name: metric(answered_ranks) for name, metric in METRICS.items()},
+    }
+
+
+def _gained(requests: Requests, quality: PlanValues) -> PlanValues:
+    """Realised utility of every plan, [b, p]."""
+    return realised_utility(quality, requests.realised, requests.context, failed=requests.failed, mask=requests.mask)
 
 
 def _link_fails(requests: Requests) -> Array:

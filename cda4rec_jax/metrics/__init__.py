@@ -1,7 +1,7 @@
 """Metrics: pure functions, per user first."""
 
 from cda4rec_jax.metrics.ranking import MISS_RANK, check_no_nan, hit_rate, mrr, ndcg, target_rank
-from cda4rec_jax.metrics.significance import Interval, paired_interval, paired_intervals
+from cda4rec_jax.metrics.significance import Interval, paired_interval, paired_intervals, resampled_means
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ndcg",
     "paired_interval",
     "paired_intervals",
+    "resampled_means",
     "summarise_latency",
     "target_rank",
 ]

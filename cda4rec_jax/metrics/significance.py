@@ -56,7 +56,7 @@ def paired_intervals(
     if np.isnan(differences).any():
         raise ValueError("values or baseline hold NaN; expected a number for each system, user and context.")
     means = differences.mean(axis=0)
-    resampled = _resampled_means(differences - means[None], num_resamples, seed) + means[None]
+    resampled = resampled_means(differences - means[None], num_resamples=num_resamples, seed=seed) + means[None]
     tail = (1 - confidence) / 2
     lows, highs = np.quantile(resampled, [tail, 1 - tail], axis=0)
     return [
@@ -85,8 +85,12 @@ def paired_interval(
     return paired_intervals(values[None], baseline[None], **options)[0]
 
 
-def _resampled_means(columns: Float[np.ndarray, "u q"], num_resamples: int, seed: int) -> Float[np.ndarray, "r q"]:
-    """Means of each column over users drawn with replacement, as counts @ columns, a block of resamples at a time."""
+def resampled_means(columns: Float[np.ndarray, "u q"], *, num_resamples: int = 2000, seed: int = 0) -> Float[np.ndarray, "r q"]:
+    """Means of each column over users drawn with replacement: what intervals of any function of means are made of.
+
+    All columns see the same resamples, so that ratios and differences of them are paired.
+    """
+    # counts @ columns, a block of resamples at a time.
     rng = np.random.default_rng(seed)
     num_users = columns.shape[0]
     blocks = []
