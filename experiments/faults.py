@@ -165,8 +165,8 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
                 colour = "white" if rates[place, column] > 0.5 else "black"
                 weight = "bold" if flag == row["flag"] else "normal"
                 matrix.text(column, place, text, ha="center", va="center", color=colour, fontsize=8, weight=weight)
-    matrix.set_xticks(range(len(FLAGS)), FLAGS, fontsize=9)
-    matrix.set_title(f"{result['dataset']}: share of traces with each flag (bold: must be raised)", fontsize=10)
+    matrix.set_xticks(range(len(FLAGS)), [flag.replace("_", "_\n") for flag in FLAGS], fontsize=9)
+    matrix.set_title(f"{result['dataset']}: share of traces with each flag\n(bold: must be raised)", fontsize=10)
     names = [name for name in rows if name != NONE]
     means, bars = error_bars([rows[name]["utility_lost"] for name in names])
     lost.errorbar(means, names, xerr=bars, fmt="o", capsize=3, color="tab:blue")
