@@ -56,7 +56,7 @@ COSTS = {
 }
 ONE, SAME, SINGLE, PLUG_IN, FIXED = (
     "one policy",
-    "one policy at the trained prices",
+    "one policy, trained alone, at the same prices",
     "policies for single prices",
     "plug-in",
     "fixed plans",
