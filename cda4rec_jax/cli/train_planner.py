@@ -27,7 +27,7 @@ class TrainPlanner:
     profile: Literal["deployment", "measured"] = "deployment"
     """Costs of sub-tasks to train with: of a declared deployment (modelled), or as measured on this machine."""
     steps: int | None = None
-    """Steps of training; a few hundred if not given."""
+    """Steps of training; 400 if not given."""
     seed: int = 0
     """Of the weights, of who trains and who selects, and of all draws."""
     overwrite: bool = False
