@@ -11,6 +11,7 @@
 """
 
 from cda4rec_jax.planner.contexts import (
+    NUM_CONTEXT_FEATURES,
     ContextConfig,
     UserFacts,
     context_features,
@@ -50,6 +51,7 @@ from cda4rec_jax.planner.simple import FixedPlan, RandomPlanner, RulesPlanner, f
 from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, expected_regret, plan_quality, realised_utility, utility
 
 __all__ = [
+    "NUM_CONTEXT_FEATURES",
     "NUM_PLANS",
     "PLANS",
     "STANDARD",
