@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 
+from cda4rec_jax.messages import EgressLevel, Placement
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
 from cda4rec_jax.pipeline.outcomes import Scores, View, fusion_cross_entropy, plan_group, plan_slates, target_ranks, view_name
 from cda4rec_jax.pipeline.subtasks import rank_slate, unseen
-from cda4rec_jax.planner import PLANS, plan_index
+from cda4rec_jax.planner import PLANS, PlanSpace, fresh_plan, plan_index
 
 
 def views_and_scores(items, allowed, scores) -> tuple[dict[str, View], Scores]:
@@ -77,3 +78,17 @@ def test_full_catalogue_rank_skips_padding_and_seen_items():
 def test_batches_have_one_shape_and_cover_everything_in_order():
     batches = in_batches(7, 3)
     assert [list(batch) for batch in batches] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+
+
+def test_a_plan_of_50_candidates_answers_between_those_of_20_and_of_100():
+    space = PlanSpace(plans=(*PLANS, fresh_plan(EgressLevel.FULL, 50, Placement.DEVICE)))
+    generator = np.random.default_rng(0)
+    items = np.stack([generator.permutation(120) + 1 for _ in range(200)])
+    views, scores = views_and_scores(items, generator.random((200, 120)) < 0.9, generator.random((200, 120), np.float32))
+    ranks = np.asarray(target_ranks(scores, views, jnp.full(200, 7), space))
+    few, own, many = (ranks[:, space.index(f"fresh-full-{count}-device")] for count in (20, 50, 100))
+    found = [column < MISS_RANK for column in (few, own, many)]
+    assert found[0].sum() < found[1].sum() < found[2].sum()
+    assert np.all(found[0] <= found[1]) and np.all(found[1] <= found[2])
+    assert np.all(few[found[0]] <= own[found[0]]) and np.all(own[found[1]] <= many[found[1]])
+    np.testing.assert_array_equal(ranks[:, :32], target_ranks(scores, views, jnp.full(200, 7)))

@@ -188,10 +188,10 @@ def test_a_decision_is_explained_by_terms_that_sum_to_its_logit(policy, contexts
     logits = policy.logits(contexts, costs, mask)
     decision = explain_decision(logits, quality, costs, contexts, tau=float(policy.tau()), row=11)
     ordered = np.sort(np.asarray(logits)[11])[::-1]
-    assert decision.chosen.plan_index == int(np.argmax(logits[11]))
     assert decision.tau is not None and decision.chosen.utility is not None
+    assert decision.chosen.plan_index == int(np.argmax(logits[11]))
     assert decision.chosen.utility / decision.tau == pytest.approx(float(ordered[0]), rel=1e-4)
-    assert decision.runner_up is not None and decision.margin is not None and decision.runner_up.utility is not None
+    assert decision.runner_up is not None and decision.runner_up.utility is not None and decision.margin is not None
     assert decision.runner_up.utility / decision.tau == pytest.approx(float(ordered[1]), rel=1e-4)
     assert decision.margin >= 0 and decision.chosen.time <= 0
     assert decision.chosen.name == PLANS[decision.chosen.plan_index].name

@@ -19,7 +19,7 @@ from cda4rec_jax.pipeline.corpus import build_corpus
 from cda4rec_jax.pipeline.outcomes import outcomes
 from cda4rec_jax.pipeline.request import RequestFunctions
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import PLANS, plan_index
+from cda4rec_jax.planner import OwnPlanner, PolicyConfig
 from cda4rec_jax.privacy.gate import Gate
 from cda4rec_jax.privacy.ledger import Ledger
 from cda4rec_jax.privacy.levels import UplinkFields
@@ -47,7 +47,9 @@ CONFIG = SystemConfig(
     device=DeviceConfig(decoder=decoder(8), history_length=12),
     profile_events=20,
     max_cache_age=6,
+    planner=OwnPlanner.find("tests.planner.own_planner:Priced", PolicyConfig()),  # so that plans of a user's own are among them
 )
+PLANS = CONFIG.space.plans
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def execute(shop: SimpleNamespace, row: int, plan):
         ledger = Ledger()
         client = DeviceClient(service.handle, Gate(EgressLevel.FULL, ledger))
         with Executor(device_functions(shop.functions, shop.states[row], K), client) as executor:
-            fallback = PLANS[plan_index("local-skip-skip")]
+            fallback = PLANS[CONFIG.space.last_resort]
             answer = executor.execute(Request(plan=plan, fallback=fallback, link=NO_DELAY, deadline_ms=120_000.0))
         ledger.close()
     return answer
