@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,20 @@ def test_an_unknown_user_is_told_the_closest_ids(recommender, user):
 def test_what_does_not_fit_is_refused_with_what_would(recommender, user, wrong, message):
     with pytest.raises(UserError, match=message):
         recommender.recommend(user, **wrong)
+
+
+def test_a_planner_that_tells_no_quality_is_shown_with_its_prices_and_its_logit(recommender, user):
+    found = recommender.recommend(user, link="lte")
+    decision = found.choice.decision
+    silent = {
+        "chosen": replace(decision.chosen, quality=None),
+        "runner_up": replace(decision.runner_up, quality=None),
+        "tau": None,
+    }
+    text = " ".join(printed(replace(found, choice=replace(found.choice, decision=replace(decision, **silent)))).split())
+    assert "This planner tells no quality, so its logit cannot be taken apart" in text
+    assert "price of time" in text and "logit, as the planner gives it" in text
+    assert "expected quality" not in text and "utility = their sum" not in text
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
