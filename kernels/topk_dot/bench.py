@@ -1,0 +1,108 @@
+"""Every implementation that runs here, and what one would use instead: ``python -m cda4rec_jax.kernels.topk_dot.bench``.
+
+By the method of ``cda4rec_jax.timing``: peers get as many threads as JAX, and must find the same items. An exclamation mark stands behind
+a null that is outside of .95 to 1.05 after three attempts: the machine was too busy, run again.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cda4rec_jax.kernels.topk_dot import topk_dot
+from cda4rec_jax.kernels.topk_dot.cases import WORKLOAD_CASES, Case
+from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.timing import Contestant, measure
+
+NUM_BATCHES = 8  # of queries, which take turns; the items of a big catalogue do not fit into a cache either
+LEAST_AGREEMENT = 0.9999  # of found items: sums in another order may swap neighbours
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+Search = Callable[[np.ndarray], np.ndarray]
+
+
+def systems(case: Case, items: np.ndarray) -> dict[str, Search]:
+    """Searches that return found rows as NumPy arrays; row 0 of ``items`` is a vector like any other, but never found by ours."""
+    table = jnp.asarray(items)
+
+    def compiled(function: Callable) -> Search:
+        program = jax.jit(function)
+        return lambda queries: np.asarray(jax.block_until_ready(program(table, jnp.asarray(queries)))[0])
+
+    def plain(items: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores, found = jax.lax.top_k((queries @ items.T).at[:, 0].set(-jnp.inf), case.k)
+        return found, scores
+
+    def by_partition(queries: np.ndarray) -> np.ndarray:
+        scores = queries @ items[1:].T
+        found = np.argpartition(-scores, case.k - 1, axis=1)[:, : case.k]
+        order = np.argsort(-np.take_along_axis(scores, found, axis=1), axis=1)
+        return 1 + np.take_along_axis(found, order, axis=1)
+
+    names = (None, "xla") + (("native",) if native_problem() is None else ())
+    found = {name or "topk_dot": compiled(partial(topk_dot, k=case.k, implementation=name)) for name in names}
+    return found | {"plain jax": compiled(plain), "numpy": by_partition} | _peers(case, items)
+
+
+def _peers(case: Case, items: np.ndarray) -> dict[str, Search]:
+    found: dict[str, Search] = {}
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(THREADS)
+        transposed = torch.from_numpy(items[1:]).T
+        found["torch"] = lambda queries: 1 + torch.topk(torch.from_numpy(queries) @ transposed, case.k).indices.numpy()
+    if importlib.util.find_spec("faiss") is not None:
+        import faiss  # type: ignore[import-not-found]
+
+        faiss.omp_set_num_threads(THREADS)
+        index = faiss.IndexFlatIP(items.shape[1])
+        index.add(items[1:])
+        found["faiss flat"] = lambda queries: 1 + index.search(queries, case.k)[1]
+    return found
+
+
+def contestant(name: str, search: Search, batches: list[np.ndarray]) -> Contestant:
+    """One call is one batch of queries."""
+
+    def call(number: int) -> float:
+        search(batches[number % len(batches)])
+        return 1.0
+
+    return Contestant(name=name, call=call)
+
+
+def measured(case: Case) -> list[str]:
+    """The lines of a table."""
+    rng = np.random.default_rng(0)
+    items = rng.normal(size=(case.num_rows, case.width)).astype(np.float32)
+    batches = [rng.normal(size=(case.queries, case.width)).astype(np.float32) for _ in range(NUM_BATCHES)]
+    searches = systems(case, items)
+    expected = searches["plain jax"](batches[0])
+    for name, search in searches.items():
+        agreement = (np.sort(search(batches[0])) == np.sort(expected)).mean()
+        assert agreement >= LEAST_AGREEMENT, f"{name} finds {agreement:.4%} of the items of plain jax"
+    contestants = [contestant(name, search, batches) for name, search in searches.items()]
+    found = measure(contestants, [("topk_dot", name) for name in searches if name != "topk_dot"])
+    null = f"null {found.nulls['topk_dot']:.3f}{'' if found.accepted else '!'}"
+    lines = [f"\n{case.name}: {case.num_rows - 1:,} x {case.width}, {case.queries} queries, k = {case.k}; {null}"]
+    lines.append(f"{'topk_dot':12} {1e3 / found.rates['topk_dot'].median:9.3f} ms")
+    for comparison in found.comparisons:
+        ratio, time_ms = comparison.ratio, 1e3 / found.rates[comparison.other].median
+        spread = f"[{ratio.p10:.2f}, {ratio.p90:.2f}]"
+        lines.append(f"{comparison.other:12} {time_ms:9.3f} ms, topk_dot is {ratio.median:5.2f} {spread} times as fast")
+    return lines
+
+
+def main() -> None:
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.platform} {device.device_kind}, {THREADS} threads, float32, numpy to numpy")
+    for case in WORKLOAD_CASES:
+        print("\n".join(measured(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

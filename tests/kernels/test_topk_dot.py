@@ -1,0 +1,251 @@
+"""Contract of topk_dot: every implementation against the specification, the choice among them, and lowering without the hardware."""
+
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.topk_dot import api, native, topk_dot
+from cda4rec_jax.kernels.topk_dot.cases import CONTRACT_CASES, Case
+from cda4rec_jax.kernels.topk_dot.pallas import topk_dot_pallas
+from tests.kernels.contract import assert_trees_equal, temporary_bytes
+
+needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
+ON_CPU = ["xla", pytest.param("native", marks=needs_compiler)]
+WAYS = ["reference", *ON_CPU, "triton", "tpu"]
+SMALL = Case(name="small", num_rows=150, queries=9, width=6, k=12, chunk_size=40)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "chunk_size", "implementation"))
+def found_by(items, queries, k, allowed=None, excluded=None, *, chunk_size=16384, implementation=None):
+    interpret = implementation in ("triton", "tpu")
+    options = {"chunk_size": chunk_size, "implementation": implementation, "interpret": interpret}
+    return topk_dot(items, queries, k, allowed=allowed, excluded=excluded, **options)
+
+
+def make_inputs(case: Case, seed: int = 0):
+    """Small whole numbers: products are exact in every dtype and order of summation, and ties abound. Padding would win."""
+    rng = np.random.default_rng(seed)
+    items = rng.integers(-9, 10, (case.num_rows, case.width)).astype(np.float32)
+    items[0] = 50.0
+    queries = rng.integers(-9, 10, (case.queries, case.width)).astype(np.float32)
+    return jnp.asarray(items), jnp.asarray(queries)
+
+
+def make_filters(case: Case, seed: int = 1, share: float = 0.5, num_excluded: int = 7):
+    rng = np.random.default_rng(seed)
+    allowed = rng.random(case.num_rows) < share
+    excluded = rng.integers(0, case.num_rows, (case.queries, num_excluded)).astype(np.int32)
+    return jnp.asarray(allowed), jnp.asarray(excluded)
+
+
+def sorted_by_hand(items, queries, k, allowed=None, excluded=None):
+    scores = np.asarray(queries, np.float64) @ np.asarray(items, np.float64).T
+    scores[:, 0] = -np.inf
+    if allowed is not None:
+        scores[:, ~np.asarray(allowed)] = -np.inf
+    for row, gone in zip(scores, () if excluded is None else np.asarray(excluded), strict=excluded is not None):
+        row[gone] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(scores, order, axis=1)
+    return np.where(best > -np.inf, order, 0), best
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
+def test_items_scores_and_ties_equal_sorting(case, implementation):
+    items, queries = make_inputs(case)
+    found, scores = found_by(items, queries, case.k, chunk_size=case.chunk_size, implementation=implementation)
+    assert (found.dtype, scores.dtype) == (jnp.int32, jnp.float32)
+    assert_trees_equal((found, scores), sorted_by_hand(items, queries, case.k))
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("case", (SMALL, CONTRACT_CASES[5]), ids=lambda case: case.name)
+def test_filtered_items_make_room_for_others(case, implementation):
+    items, queries = make_inputs(case)
+    filters = make_filters(case)
+    actual = found_by(items, queries, case.k, *filters, chunk_size=case.chunk_size, implementation=implementation)
+    assert_trees_equal(actual, sorted_by_hand(items, queries, case.k, *filters))
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_excluding_the_whole_top_finds_the_next_items(implementation):
+    """The excluded items fill the best groups, so that a search which only drops them afterwards comes back short."""
+    items, queries = make_inputs(SMALL)
+    excluded, _ = sorted_by_hand(items, queries, 60)
+    actual = found_by(items, queries, SMALL.k, None, jnp.asarray(excluded, jnp.int32), implementation=implementation)
+    assert_trees_equal(actual, sorted_by_hand(items, queries, SMALL.k, None, excluded))
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_where_too_few_items_remain_the_rest_is_item_0_at_minus_infinity(implementation):
+    items, queries = make_inputs(SMALL)
+    allowed = jnp.zeros(SMALL.num_rows, bool).at[jnp.array([0, 3, 77])].set(True)
+    found, scores = found_by(
+        items, queries, SMALL.k, allowed, jnp.full((SMALL.queries, 1), 77), chunk_size=40, implementation=implementation
+    )
+    np.testing.assert_array_equal(found, np.pad(np.full((SMALL.queries, 1), 3), ((0, 0), (0, SMALL.k - 1))))
+    assert np.all(np.isfinite(scores[:, 0])) and np.all(np.asarray(scores)[:, 1:] == -np.inf)
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_among_equal_items_the_lower_index_comes_first(implementation):
+    found, _ = found_by(jnp.ones((2500, 3)), jnp.ones((9, 3)), 20, chunk_size=700, implementation=implementation)
+    np.testing.assert_array_equal(found, np.broadcast_to(np.arange(1, 21), (9, 20)))
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_scores_are_within_float32_rounding_of_float64(implementation):
+    rng = np.random.default_rng(3)
+    items, queries = rng.normal(size=(400, 33)), rng.normal(size=(10, 33))
+    found, scores = found_by(
+        jnp.asarray(items, jnp.float32), jnp.asarray(queries, jnp.float32), 25, implementation=implementation
+    )
+    expected, best = sorted_by_hand(items, queries, 25)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(scores, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_float64_inputs_give_float64_scores(implementation):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        items, queries = jnp.asarray(rng.normal(size=(90, 5))), jnp.asarray(rng.normal(size=(9, 5)))
+        _, scores = found_by(items, queries, 7, chunk_size=40, implementation=implementation)
+        assert scores.dtype == jnp.float64
+        np.testing.assert_allclose(scores, sorted_by_hand(items, queries, 7)[1], rtol=1e-14)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "triton", "tpu", None])
+def test_bfloat16_inputs_give_float32_scores(implementation):
+    items, queries = make_inputs(SMALL)
+    narrow = (items.astype(jnp.bfloat16), queries.astype(jnp.bfloat16))
+    actual = found_by(*narrow, SMALL.k, implementation=implementation)
+    assert actual[1].dtype == jnp.float32
+    assert_trees_equal(actual, sorted_by_hand(items, queries, SMALL.k))
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_vmap_equals_a_loop(implementation):
+    items, queries = make_inputs(SMALL)
+    search = functools.partial(topk_dot, k=SMALL.k, implementation=implementation)
+    tables = jnp.stack([items, items[::-1]])
+    together = jax.jit(jax.vmap(lambda table, query: search(table, query)))(tables, jnp.stack([queries, 2 * queries]))
+    for row, inputs in enumerate(((items, queries), (items[::-1], 2 * queries))):
+        assert_trees_equal(jax.tree.map(lambda array, row=row: array[row], together), search(*inputs))
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_no_query_gives_no_row(implementation):
+    found, scores = found_by(jnp.ones((30, 3)), jnp.ones((0, 3)), 4, implementation=implementation)
+    assert found.shape == scores.shape == (0, 4)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_two_runs_agree_bit_for_bit(implementation):
+    rng = np.random.default_rng(4)
+    items, queries = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5000, 16), (40, 16)))
+    assert_trees_equal(*(found_by(items, queries, 50, implementation=implementation) for _ in range(2)))
+
+
+@needs_compiler
+def test_native_scores_do_not_depend_on_the_batch():
+    """Tiles differ with the number of queries; the order of a score's sum does not."""
+    rng = np.random.default_rng(5)
+    items, queries = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3000, 16), (70, 16)))
+    whole = found_by(items, queries, 30, implementation="native")
+    for size in (1, 20, 40):
+        part = found_by(items, queries[:size], 30, implementation="native")
+        assert_trees_equal(part, jax.tree.map(lambda array, size=size: array[:size], whole))
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", ("rising", "falling", "equal"))
+def test_native_is_right_whatever_the_order_of_the_scores(order):
+    """Rising scores pass every threshold; equal ones none."""
+    scores = {"rising": np.arange(4000), "falling": -np.arange(4000), "equal": np.zeros(4000)}[order]
+    items, queries = jnp.asarray(scores[:, None], jnp.float32), jnp.asarray([[1.0], [-1.0], [0.0]])
+    actual = found_by(items, queries, 70, implementation="native")
+    assert_trees_equal(actual, sorted_by_hand(items, queries, 70))
+
+
+def test_scores_of_xla_have_the_gradients_of_the_reference():
+    items, queries = make_inputs(Case(name="gradients", num_rows=330, queries=8, width=3, k=2))
+
+    def gradients(implementation):
+        def total(items, queries):
+            return jnp.sum(jnp.sin(topk_dot(items, queries, 2, implementation=implementation)[1]))
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(items, queries)
+
+    for actual, expected in zip(gradients("xla"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_temporary_memory_does_not_grow_with_the_catalogue(implementation):
+    items, queries = jnp.zeros((40_000, 2)), jnp.zeros((32, 2))
+    search = functools.partial(topk_dot, k=10, chunk_size=500, implementation=implementation)
+    assert temporary_bytes(search, items, queries) < items.shape[0] * queries.shape[0] * 4 / 8
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize(
+    ("backend", "platform", "mark"), (("triton", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call"))
+)
+def test_pallas_kernels_lower_without_the_hardware(backend, platform, mark, dtype):
+    items, queries = jnp.zeros((1000, 24), dtype), jnp.zeros((3, 24), dtype)
+    search = functools.partial(topk_dot_pallas, k=10, backend=backend, interpret=False)
+
+    def program(items, queries, allowed, excluded):
+        return search(items, queries, allowed=allowed, excluded=excluded)
+
+    traced = jax.jit(program).trace(items, queries, jnp.ones(1000, bool), jnp.zeros((3, 2), jnp.int32))
+    assert mark in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@needs_compiler
+def test_none_chooses_native_from_eight_float32_queries_on():
+    def program(queries, dtype=jnp.float32):
+        search = functools.partial(topk_dot, k=3)
+        return str(jax.make_jaxpr(search)(jnp.zeros((20, 2), dtype), jnp.zeros((queries, 2), dtype)))
+
+    assert "ffi_call" in program(8)
+    assert "ffi_call" not in program(7)
+    assert "ffi_call" not in program(8, jnp.bfloat16)
+
+
+def test_without_a_compiler_none_chooses_xla_and_native_raises(monkeypatch):
+    monkeypatch.setattr(api, "native_problem", lambda: "there is no C++ compiler")
+    items, queries = make_inputs(SMALL)
+    assert "ffi_call" not in str(jax.make_jaxpr(lambda *inputs: topk_dot(*inputs, 3))(items, queries))
+    with pytest.raises(UserError, match=r"'native' cannot be had: there is no C\+\+ compiler"):
+        topk_dot(items, queries, 3, implementation="native")
+
+
+def test_what_stands_in_the_way_of_compiling_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    assert "cannot be compiled or loaded" in str(native.native_problem.__wrapped__())
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "no C++ compiler" in str(native.native_problem.__wrapped__())
+
+
+def test_bad_arguments_raise_a_user_error():
+    items, queries = make_inputs(SMALL)
+    for k in (0, 150):
+        with pytest.raises(UserError, match=f"asked for {k} items of a catalogue of 149"):
+            topk_dot(items, queries, k)
+    with pytest.raises(UserError, match="chunk_size is 0"):
+        topk_dot(items, queries, 3, chunk_size=0)
+    with pytest.raises(UserError, match="'native' takes float32"):
+        topk_dot(items.astype(jnp.bfloat16), queries, 3, implementation="native")
+    for implementation, backend in (("triton", "GPU"), ("tpu", "TPU")):
+        with pytest.raises(UserError, match=f"runs on a {backend}, and JAX is on cpu"):
+            topk_dot(items, queries, 3, implementation=implementation)
