@@ -11,7 +11,8 @@ import numpy as np
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
-from cda4rec_jax.retrieval.index import Index, Queries, Vectors, read_implementation
+from cda4rec_jax.retrieval.index import Index, Queries
+from cda4rec_jax.retrieval.rows import Vectors, read_meta
 from cda4rec_jax.retrieval.scann import ScannIndex
 
 Implementation = Literal["exact", "scann"]
@@ -42,7 +43,7 @@ def load_index(directory: Path, implementation: Implementation | None = None) ->
     Raises:
       UserError: The folder is no index, damaged or of another version, or needs ScaNN and ScaNN is not installed.
     """
-    return _class_of(implementation or read_implementation(directory)).load(directory)
+    return _class_of(implementation or read_meta(directory)[0]).load(directory)
 
 
 @dataclass(frozen=True, kw_only=True)

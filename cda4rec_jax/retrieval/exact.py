@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_k, check_search, check_vectors, read_vectors, write_common
+from cda4rec_jax.kernels.topk_dot import topk_dot
+from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_k, check_search
+from cda4rec_jax.retrieval.rows import ItemRows, read_rows, write_rows
+
+_LEAST_EXCLUDED = 8
 
 
 def exact_search(
@@ -17,67 +21,78 @@ def exact_search(
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
     """The ``k`` items with the greatest ``q . e_i`` among rows 1 to i - 1, best first; among equals the lower index first.
 
-    Pure and usable inside ``jax.jit`` (``k`` and ``chunk_size`` static). Only [b, chunk_size] scores exist at a time.
+    Pure and usable inside ``jax.jit`` (``k`` and ``chunk_size`` static). Only [b, chunk_size] scores exist at a time. Always by XLA, for
+    training and evaluation: the same rounding with or without a compiler on the machine, and programs that a mesh can partition.
 
     Raises:
       UserError: ``k`` exceeds the catalogue.
     """
-    num_rows = item_vectors.shape[0]
-    check_k(k, num_rows - 1)
-    chunk_size = min(chunk_size, num_rows)
-
-    def best_of_chunk(chunk: int | Array) -> tuple[Int[Array, "b n"], Float[Array, "b n"]]:
-        first_new = chunk * chunk_size
-        # The last chunk overlaps the one before it instead of padding, which would copy the whole table.
-        start = jnp.minimum(first_new, num_rows - chunk_size)
-        scores = queries @ jax.lax.dynamic_slice_in_dim(item_vectors, start, chunk_size).T
-        rows = start + jnp.arange(chunk_size)[None]
-        scores = jnp.where(rows >= jnp.maximum(first_new, 1), scores, -jnp.inf).astype(jnp.float32)
-        best, positions = jax.lax.top_k(scores, min(k, chunk_size))
-        return (start + positions).astype(jnp.int32), best
-
-    def merge(chunk: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        items, scores = (jnp.concatenate(pair, axis=1) for pair in zip(found, best_of_chunk(chunk), strict=True))
-        best, positions = jax.lax.top_k(scores, k)
-        return jnp.take_along_axis(items, positions, axis=1), best
-
-    if chunk_size == num_rows:
-        return best_of_chunk(0)
-    none = (jnp.zeros((queries.shape[0], k), jnp.int32), jnp.full((queries.shape[0], k), -jnp.inf, jnp.float32))
-    return jax.lax.fori_loop(0, -(-num_rows // chunk_size), merge, none)
+    check_k(k, item_vectors.shape[0] - 1)
+    items, scores = topk_dot(item_vectors, queries, k, chunk_size=chunk_size, implementation="xla")
+    return items, scores.astype(jnp.float32)
 
 
-_search = partial(jax.jit, static_argnames=("k",))(exact_search)
+@partial(jax.jit, static_argnames=("k",))
+def _search(
+    vectors: Float[Array, "i d"],
+    queries: Float[Array, "b d"],
+    k: int,
+    allowed: Bool[Array, "i"] | None,
+    excluded: Int[Array, "b s"] | None,
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    return topk_dot(vectors, queries, k, allowed=allowed, excluded=excluded)
 
 
 class ExactIndex:
-    """Index that computes every inner product, compiled once for each batch size and ``k``."""
+    """Index that computes every inner product, compiled once for each batch size, ``k`` and power of two of excluded items."""
 
     implementation = "exact"
 
-    def __init__(self, item_vectors: Vectors) -> None:
-        self._vectors = jnp.asarray(check_vectors(item_vectors))
+    def __init__(self, rows: ItemRows) -> None:
+        self._rows = rows
+        self._vectors = jnp.asarray(rows.vectors)
 
     @classmethod
     def build(cls, item_vectors: Vectors) -> "ExactIndex":
         """Index of ``item_vectors``, where row 0 is padding; UserError if a value is not finite."""
-        return cls(item_vectors)
+        return cls(ItemRows.of(item_vectors))
 
     @property
     def num_items(self) -> int:
-        return self._vectors.shape[0] - 1
+        return self._rows.num_items
 
-    def search(self, queries: Queries, k: int) -> Found:
+    def search(
+        self,
+        queries: Queries,
+        k: int,
+        *,
+        allowed: Bool[np.ndarray, "i"] | None = None,
+        excluded: Int[np.ndarray, "b s"] | None = None,
+    ) -> Found:
         """See ``Index.search``."""
-        check_search(queries, k, self.num_items, self._vectors.shape[1])
-        items, scores = _search(self._vectors, jnp.asarray(queries, jnp.float32), k)
+        check_search(queries, k, self._rows, allowed, excluded)
+        if excluded is not None:
+            # Widths are rounded up, so that few programs are compiled.
+            width = max(_LEAST_EXCLUDED, 1 << max(0, excluded.shape[1] - 1).bit_length())
+            excluded = np.pad(excluded, ((0, 0), (0, width - excluded.shape[1])))
+        usable = self._rows.usable(allowed)
+        items, scores = _search(self._vectors, jnp.asarray(queries, jnp.float32), k, usable, excluded)
         return np.asarray(items), np.asarray(scores)
+
+    def upsert(self, items: Int[np.ndarray, "n"], vectors: Vectors) -> None:
+        """See ``Index.upsert``. Copies the table; a table that grew is compiled for again."""
+        self._rows = self._rows.upserted(items, vectors)
+        self._vectors = jnp.asarray(self._rows.vectors)
+
+    def delete(self, items: Int[np.ndarray, "n"]) -> None:
+        """See ``Index.delete``."""
+        self._rows = self._rows.without(items)
 
     def save(self, directory: Path) -> None:
         """See ``Index.save``."""
-        write_common(directory, self.implementation, np.asarray(self._vectors))
+        write_rows(directory, self.implementation, self._rows)
 
     @classmethod
     def load(cls, directory: Path) -> "ExactIndex":
         """Exact index from the folder of any index."""
-        return cls(read_vectors(directory))
+        return cls(read_rows(directory))

@@ -11,19 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.retrieval.index import (
-    Found,
-    Queries,
-    Vectors,
-    check_search,
-    check_vectors,
-    read_implementation,
-    read_vectors,
-    write_common,
-)
+from cda4rec_jax.retrieval.exact import ExactIndex
+from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_search
+from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
 
 _FILES = "scann"
 _CONFIG = "config.json"
@@ -43,16 +36,22 @@ class ScannConfig:
     reorder_factor: int = 6  # exactly rescored items for each one that is asked for
     min_reorder: int = 256
     quantisation_threshold: float = 0.2  # of anisotropic quantisation, as the authors recommend
+    oversampling: int = 2  # items asked of ScaNN for each one that is wanted where a filter may take some away
+    rebuild_share: float = 0.1  # of all rows: when more were upserted since the last build, upsert builds again
 
 
 class ScannIndex:
-    """ScaNN index. Two builds of the same vectors may differ in the last items found; a saved index does not change."""
+    """ScaNN index. Two builds of the same vectors may differ in the last items found; a saved index does not change.
+
+    Filters act on more items than are asked for. A query that has fewer than ``k`` left is searched exactly among the items that the
+    filters allow, so a filtered search finds ``k`` items wherever there are so many. Items upserted since the last build are scored
+    exactly beside ScaNN's, which knows their old vectors only.
+    """
 
     implementation = "scann"
 
-    def __init__(self, vectors: Float[np.ndarray, "i d"], searcher: Any, config: ScannConfig) -> None:
-        self._vectors = vectors
-        self._searcher = searcher
+    def __init__(self, rows: ItemRows, searcher: Any, config: ScannConfig) -> None:
+        self._adopt(rows, searcher)
         self._config = config
 
     @classmethod
@@ -62,42 +61,57 @@ class ScannIndex:
         Raises:
           UserError: ScaNN is not installed, there is no item, or a value is not finite.
         """
-        config = config or ScannConfig()
-        vectors = check_vectors(item_vectors)
-        items = vectors[1:]
-        num_items = items.shape[0]
-        builder = _scann_ops().builder(items, min(100, num_items), "dot_product")
-        if num_items <= config.brute_force_items:
-            return cls(vectors, _built(builder.score_brute_force()), config)
-        if num_items > config.tree_items:
-            num_leaves = math.isqrt(num_items)
-            builder = builder.tree(num_leaves, max(1, round(num_leaves * config.leaf_share)), training_sample_size=num_items)
-        builder = builder.score_ah(2, anisotropic_quantization_threshold=config.quantisation_threshold)
-        return cls(vectors, _built(builder.reorder(min(config.min_reorder, num_items))), config)
+        config, rows = config or ScannConfig(), ItemRows.of(item_vectors)
+        return cls(rows, _searcher(rows.vectors[1:], config), config)
 
     @property
     def num_items(self) -> int:
-        return self._vectors.shape[0] - 1
+        return self._rows.num_items
 
-    def search(self, queries: Queries, k: int) -> Found:
-        """See ``Index.search``. Rows are shorter than ``k`` only where the searched part of the partition holds fewer items."""
-        check_search(queries, k, self.num_items, self._vectors.shape[1])
+    def search(
+        self,
+        queries: Queries,
+        k: int,
+        *,
+        allowed: Bool[np.ndarray, "i"] | None = None,
+        excluded: Int[np.ndarray, "b s"] | None = None,
+    ) -> Found:
+        """See ``Index.search``. Without filters, rows are shorter than ``k`` only where the searched leaves hold fewer items."""
+        check_search(queries, k, self._rows, allowed, excluded)
         rows = np.ascontiguousarray(queries, np.float32)
-        reorder = min(self.num_items, max(self._config.min_reorder, self._config.reorder_factor * k))
-        options = {"final_num_neighbors": k}
-        if self.num_items > self._config.brute_force_items:
-            options["pre_reorder_num_neighbors"] = reorder
         if rows.shape[0] == 0:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-        if rows.shape[0] == 1:
-            positions, scores = self._searcher.search(rows[0], **options)
-            return _padded(positions[None], scores[None], k)
-        positions, scores = self._searcher.search_batched_parallel(rows, **options)
-        return _padded(positions, scores, k)
+        if self._rows.usable(allowed) is None and excluded is None and self._changed.size == 0:
+            return self._search_built(rows, k)
+        if excluded is None:
+            excluded = np.zeros((rows.shape[0], 0), np.int32)
+        usable = self._rows.present if allowed is None else self._rows.present & allowed
+        items, scores = self._search_filtered(rows, k, usable, excluded)
+        short = scores[:, -1] == -np.inf
+        if short.any():
+            if self._exact is None:
+                self._exact = ExactIndex(self._rows)
+            items[short], scores[short] = self._exact.search(rows[short], k, allowed=usable, excluded=excluded[short])
+        return items, scores
+
+    def upsert(self, items: Int[np.ndarray, "n"], vectors: Vectors) -> None:
+        """See ``Index.upsert``. Builds again when more than ``rebuild_share`` of the rows have changed since the last build."""
+        rows = self._rows.upserted(items, vectors)
+        changed = np.union1d(self._changed, np.asarray(items))
+        if len(changed) > self._config.rebuild_share * rows.vectors.shape[0]:
+            self._adopt(rows, _searcher(rows.vectors[1:], self._config))
+        else:
+            self._rows, self._changed, self._exact = rows, changed, None
+
+    def delete(self, items: Int[np.ndarray, "n"]) -> None:
+        """See ``Index.delete``."""
+        self._rows, self._exact = self._rows.without(items), None
 
     def save(self, directory: Path) -> None:
-        """See ``Index.save``."""
-        write_common(directory, self.implementation, self._vectors)
+        """See ``Index.save``. Builds again first where items were upserted since the last build."""
+        if self._changed.size:
+            self._adopt(self._rows, _searcher(self._rows.vectors[1:], self._config))
+        write_rows(directory, self.implementation, self._rows)
         (directory / _FILES).mkdir(exist_ok=True)
         (directory / _FILES / _CONFIG).write_text(json.dumps(asdict(self._config), indent=2) + "\n")
         self._searcher.serialize(str(directory / _FILES), relative_path=True)
@@ -105,7 +119,7 @@ class ScannIndex:
     @classmethod
     def load(cls, directory: Path) -> "ScannIndex":
         """See ``Index.load``; UserError where ScaNN is not installed, or the folder was written by another implementation."""
-        implementation = read_implementation(directory)
+        implementation, _ = read_meta(directory)
         if implementation != cls.implementation:
             raise UserError(f"{directory} holds an index of implementation {implementation!r}; expected 'scann'.")
         scann_ops = _scann_ops()
@@ -114,7 +128,56 @@ class ScannIndex:
             searcher = scann_ops.load_searcher(str(directory / _FILES))
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{directory / _FILES} is missing or damaged ({error}). Build the index again.") from error
-        return cls(read_vectors(directory), searcher, config)
+        return cls(read_rows(directory), searcher, config)
+
+    def _adopt(self, rows: ItemRows, searcher: Any) -> None:
+        """Rows that the searcher was built from."""
+        self._rows, self._searcher = rows, searcher
+        self._num_built = rows.vectors.shape[0] - 1
+        self._changed = np.zeros(0, np.int64)  # items upserted since then
+        self._exact: ExactIndex | None = None
+
+    def _search_built(self, rows: Float[np.ndarray, "b d"], k: int) -> Found:
+        """What ScaNN finds among the vectors that it was built from."""
+        reorder = min(self._num_built, max(self._config.min_reorder, self._config.reorder_factor * k))
+        options = {"final_num_neighbors": k}
+        if self._num_built > self._config.brute_force_items:
+            options["pre_reorder_num_neighbors"] = reorder
+        if rows.shape[0] == 1:
+            positions, scores = self._searcher.search(rows[0], **options)
+            return _padded(positions[None], scores[None], k)
+        positions, scores = self._searcher.search_batched_parallel(rows, **options)
+        return _padded(positions, scores, k)
+
+    def _search_filtered(
+        self, rows: Float[np.ndarray, "b d"], k: int, usable: Bool[np.ndarray, "i"], excluded: Int[np.ndarray, "b s"]
+    ) -> Found:
+        """The best usable items among what ScaNN finds and what has changed; -inf where fewer than ``k`` are left."""
+        found, found_scores = self._search_built(rows, min(self._num_built, self._config.oversampling * k + excluded.shape[1]))
+        from_built = usable.copy()
+        from_built[self._changed] = False
+        changed = np.broadcast_to(self._changed.astype(np.int32), (rows.shape[0], self._changed.size))
+        items = np.concatenate([found, changed], axis=1)
+        scores = np.concatenate([found_scores, rows @ self._rows.vectors[self._changed].T], axis=1)
+        keep = np.concatenate([from_built[found], usable[changed]], axis=1)
+        keep &= ~(items[:, :, None] == excluded[:, None, :]).any(axis=2)
+        scores = np.pad(np.where(keep, scores, -np.inf), ((0, 0), (0, k)), constant_values=-np.inf)
+        items = np.where(scores > -np.inf, np.pad(items, ((0, 0), (0, k))), 0)
+        order = np.lexsort((items, -scores), axis=1)[:, :k]
+        return np.take_along_axis(items, order, axis=1), np.take_along_axis(scores, order, axis=1).astype(np.float32)
+
+
+def _searcher(items: Float[np.ndarray, "n d"], config: ScannConfig) -> Any:
+    """ScaNN's searcher over all rows but padding, by catalogue size."""
+    num_items = items.shape[0]
+    builder = _scann_ops().builder(items, min(100, num_items), "dot_product")
+    if num_items <= config.brute_force_items:
+        return _built(builder.score_brute_force())
+    if num_items > config.tree_items:
+        num_leaves = math.isqrt(num_items)
+        builder = builder.tree(num_leaves, max(1, round(num_leaves * config.leaf_share)), training_sample_size=num_items)
+    builder = builder.score_ah(2, anisotropic_quantization_threshold=config.quantisation_threshold)
+    return _built(builder.reorder(min(config.min_reorder, num_items)))
 
 
 def _scann_ops() -> Any:

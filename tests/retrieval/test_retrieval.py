@@ -46,6 +46,23 @@ def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.nd
     return order + 1, np.take_along_axis(scores, order, axis=1)
 
 
+def filtered_brute_force(vectors, queries, k, allowed=None, excluded=None) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries @ vectors.T
+    scores[:, 0] = -np.inf
+    if allowed is not None:
+        scores[:, ~allowed] = -np.inf
+    if excluded is not None:
+        np.put_along_axis(scores, excluded.astype(np.int64), -np.inf, axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(scores, order, axis=1)
+    return np.where(best > -np.inf, order, 0), best
+
+
+def assert_found(found, expected) -> None:
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
 def without_scann(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str):
         raise ImportError(f"No module named {name!r}")
@@ -229,3 +246,97 @@ def test_comparing_on_no_query_raises():
     index = ExactIndex.build(make_vectors(5))
     with pytest.raises(UserError, match="no queries"):
         compare(index, index, make_queries(0), 3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_filters_act_inside_of_the_search(implementation):
+    """Seen items are the 40 best of each query, and the allow-list holds a third: what a search drops afterwards leaves nothing."""
+    vectors, queries = make_vectors(300), make_queries(9)
+    allowed = np.arange(301) % 3 == 1
+    seen, _ = filtered_brute_force(vectors, queries, 40, allowed)
+    index = build_index(vectors, implementation)
+    for filters in ({"allowed": allowed}, {"excluded": seen}, {"allowed": allowed, "excluded": seen}):
+        found = index.search(queries, 12, **filters)
+        assert np.all(found[0] > 0)
+        assert_found(found, filtered_brute_force(vectors, queries, 12, **filters))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_where_filters_leave_fewer_than_k_the_rest_is_item_0(implementation):
+    vectors, queries = make_vectors(100), make_queries(2)
+    allowed = np.isin(np.arange(101), (0, 5, 60, 99))
+    seen = np.array([[60, 0], [0, 0]], np.int32)
+    items, scores = build_index(vectors, implementation).search(queries, 6, allowed=allowed, excluded=seen)
+    assert_found((items, scores), filtered_brute_force(vectors, queries, 6, allowed, seen))
+    np.testing.assert_array_equal((items > 0).sum(axis=1), [2, 3])
+
+
+@needs_scann
+def test_filtered_quantised_search_keeps_recall_and_k():
+    vectors, queries = make_vectors(3000), make_queries(20)
+    seen, _ = brute_force(vectors, queries, 50)
+    allowed = np.arange(3001) % 2 == 1
+    items, _ = ScannIndex.build(vectors).search(queries, 100, allowed=allowed, excluded=seen)
+    expected, _ = filtered_brute_force(vectors, queries, 100, allowed, seen)
+    assert np.all(allowed[items]) and not (items[:, :, None] == seen[:, None]).any()
+    assert np.mean([np.isin(*rows).mean() for rows in zip(expected, items, strict=True)]) >= 0.95
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_changed", (5, 60), ids=("few", "enough to build again"))
+def test_upserted_and_deleted_items_are_searched_as_they_are_now(implementation, num_changed, tmp_path):
+    """Changed items get the best scores there are; one of them is deleted, and so is one that was never changed."""
+    vectors, queries = make_vectors(200), make_queries(9)
+    index = build_index(vectors, implementation)
+    new = 2 * queries[np.arange(num_changed) % 9]
+    items = np.concatenate([[202], np.arange(10, 9 + num_changed)])  # 202 grows the index and leaves 201 empty
+    index.upsert(items, new)
+    index.delete(np.array([10, 150]))
+    now = np.pad(vectors, ((0, 2), (0, 0)))
+    now[items] = new
+    exists = ~np.isin(np.arange(203), (0, 10, 150, 201))
+    assert index.num_items == 199
+    assert_found(index.search(queries, 20), filtered_brute_force(now, queries, 20, exists))
+    index.save(tmp_path)
+    for loaded in (load_index(tmp_path), load_index(tmp_path, "exact")):
+        assert loaded.num_items == 199
+        assert_found(loaded.search(queries, 20), filtered_brute_force(now, queries, 20, exists))
+    index.upsert(np.array([10, 201]), vectors[[10, 20]])
+    now[[10, 201]], exists[[10, 201]] = vectors[[10, 20]], True
+    seen = items[None, :3].repeat(9, axis=0).astype(np.int32)
+    assert_found(index.search(queries, 20, excluded=seen), filtered_brute_force(now, queries, 20, exists, seen))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bad_filters_and_changes_raise_and_change_nothing(implementation):
+    vectors, queries = make_vectors(30), make_queries(2)
+    index = build_index(vectors, implementation)
+    with pytest.raises(UserError, match=r"allowed has shape \(30,\)"):
+        index.search(queries, 3, allowed=np.ones(30, bool))
+    with pytest.raises(UserError, match="outside of 0 to 30"):
+        index.search(queries, 3, excluded=np.full((2, 1), 31, np.int32))
+    for items in ([0], [4, 4]):
+        with pytest.raises(UserError, match="index below 1 or the same index twice"):
+            index.upsert(np.array(items), vectors[: len(items)])
+    with pytest.raises(UserError, match=r"shape \(1, 9\); expected \(1, 16\)"):
+        index.upsert(np.array([3]), make_vectors(1, width=9)[1:])
+    with pytest.raises(UserError, match="NaN"):
+        index.upsert(np.array([3]), np.full((1, 16), np.nan, np.float32))
+    for items in ([0], [31], [-1]):
+        with pytest.raises(UserError, match="not in the index, which holds 30"):
+            index.delete(np.array(items))
+    index.delete(np.array([3]))
+    with pytest.raises(UserError, match="not in the index, which holds 29"):
+        index.delete(np.array([3]))
+    with pytest.raises(UserError, match="asked for 30 items of a catalogue of 29"):
+        index.search(queries, 30)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_folder_of_version_1_is_read(implementation, tmp_path):
+    vectors, queries = make_vectors(40), make_queries(3)
+    build_index(vectors, implementation).save(tmp_path)
+    (tmp_path / "present.npy").unlink()
+    meta = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(meta | {"version": 1}))
+    assert_found(load_index(tmp_path).search(queries, 5), brute_force(vectors, queries, 5))

@@ -80,7 +80,7 @@ def shop() -> SimpleNamespace:
     levels = np.asarray([int(level) for level, _ in CACHES], np.int32)
     ages = np.asarray([age for _, age in CACHES], np.float32)
     expected = np.asarray(jax.jit(answer)(state, catalogue, history, levels, ages))
-    functions = RequestFunctions(system, catalogue, CONFIG, ExactIndex(catalogue.vectors))
+    functions = RequestFunctions(system, catalogue, CONFIG, ExactIndex.build(catalogue.vectors))
     cloud = cloud_functions(functions, history.attributes.shape[1])
     states = []
     for row, (level, age) in enumerate(CACHES):

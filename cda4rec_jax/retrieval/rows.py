@@ -1,0 +1,119 @@
+"""The items of an index: their vectors, which of them exist, and the files that every index writes.
+
+An index folder holds ``index.json`` (implementation, version, sizes), ``vectors.npy`` and ``present.npy``, so that the exact index can be
+loaded from any of them; an approximate index adds its own files. Folders of version 1 have no ``present.npy``: all their items exist.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from cda4rec_jax.errors import UserError
+
+INDEX_VERSION = 2
+_READABLE = (1, 2)
+_META = "index.json"
+_VECTORS = "vectors.npy"
+_PRESENT = "present.npy"
+
+Vectors = Float[Array, "i d"] | Float[np.ndarray, "i d"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemRows:
+    """Row i is item i; row 0 is padding, and never present. Nothing changes in place."""
+
+    vectors: Float[np.ndarray, "i d"]  # contiguous float32
+    present: Bool[np.ndarray, "i"]
+
+    @classmethod
+    def of(cls, vectors: Vectors, present: Bool[np.ndarray, "i"] | None = None) -> "ItemRows":
+        """All items but row 0, or those that are ``present``; UserError if there is no item or a value is not finite."""
+        rows = np.ascontiguousarray(vectors, np.float32)
+        if rows.shape[0] < 2:
+            raise UserError(f"item vectors have {rows.shape[0]} rows; expected row 0 (padding) and at least one item.")
+        if not np.isfinite(rows[1:]).all():
+            raise UserError("item vectors hold NaN or infinite values; expected finite numbers. Did training diverge?")
+        present = np.ones(rows.shape[0], bool) if present is None else present.copy()
+        present[0] = False
+        return cls(vectors=rows, present=present)
+
+    @property
+    def num_items(self) -> int:
+        return int(self.present.sum())
+
+    def usable(self, allowed: Bool[np.ndarray, "i"] | None) -> Bool[np.ndarray, "i"] | None:
+        """Items that exist and are allowed; None where that is all rows but row 0."""
+        usable = self.present if allowed is None else self.present & allowed
+        return None if usable[1:].all() else usable
+
+    def upserted(self, items: Int[np.ndarray, "n"], vectors: Vectors) -> "ItemRows":
+        """With these vectors; item indices past the end make the table longer. UserError on a bad index, width or value."""
+        items, new = np.asarray(items), np.asarray(vectors, np.float32)
+        if items.size == 0:
+            return self
+        if items.min() < 1 or len(np.unique(items)) < len(items):
+            raise UserError("items to upsert hold an index below 1 or the same index twice; expected distinct indices from 1 on.")
+        if new.shape != (len(items), self.vectors.shape[1]):
+            raise UserError(f"vectors to upsert have shape {new.shape}; expected {(len(items), self.vectors.shape[1])}.")
+        growth = max(0, int(items.max()) + 1 - self.vectors.shape[0])
+        table = np.pad(self.vectors, ((0, growth), (0, 0)))
+        present = np.pad(self.present, (0, growth))
+        table[items], present[items] = new, True
+        return ItemRows.of(table, present)
+
+    def without(self, items: Int[np.ndarray, "n"]) -> "ItemRows":
+        """Without these items, whose indices stay theirs; UserError if one does not exist."""
+        items = np.asarray(items)
+        known = (items >= 1) & (items < len(self.present))
+        if not known.all() or not self.present[items].all():
+            raise UserError(
+                f"cannot delete items that are not in the index, which holds {self.num_items}; asked for {items[:10]}."
+            )
+        present = self.present.copy()
+        present[items] = False
+        return ItemRows(vectors=self.vectors, present=present)
+
+
+def write_rows(directory: Path, implementation: str, rows: ItemRows) -> None:
+    """Write the files that every index has."""
+    directory.mkdir(parents=True, exist_ok=True)
+    np.save(directory / _VECTORS, rows.vectors)
+    np.save(directory / _PRESENT, rows.present)
+    size, width = rows.vectors.shape
+    meta = {"implementation": implementation, "version": INDEX_VERSION, "rows": size, "width": width}
+    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def read_meta(directory: Path) -> tuple[str, int]:
+    """Implementation that wrote an index folder, and the version; UserError if the folder is no index, or of another version."""
+    path = directory / _META
+    try:
+        meta = json.loads(path.read_text())
+        implementation, version = meta["implementation"], meta["version"]
+    except OSError as error:
+        raise UserError(f"{directory} is no index: {path} cannot be read ({error.strerror}). Build the index again.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Build the index again.") from error
+    if version not in _READABLE:
+        raise UserError(f"{directory} has index version {version}; this package reads versions {_READABLE}. Build it again.")
+    return implementation, version
+
+
+def read_rows(directory: Path) -> ItemRows:
+    """Items of an index folder of any implementation."""
+    _, version = read_meta(directory)
+    path = directory / _VECTORS
+    try:
+        vectors = np.load(path, allow_pickle=False)
+        path = directory / _PRESENT
+        present = np.load(path, allow_pickle=False) if version > 1 else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}). Build the index again.") from error
+    if present is not None and present.shape != vectors.shape[:1]:
+        raise UserError(f"{path} is missing or damaged (shape {present.shape} for {vectors.shape}). Build the index again.")
+    return ItemRows.of(vectors, present)
