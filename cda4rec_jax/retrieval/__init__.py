@@ -3,12 +3,14 @@
 from cda4rec_jax.retrieval.build import Comparison, build_index, compare, load_index, scann_available
 from cda4rec_jax.retrieval.exact import ExactIndex, exact_search
 from cda4rec_jax.retrieval.index import Index
+from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.scann import ScannConfig, ScannIndex
 
 __all__ = [
     "Comparison",
     "ExactIndex",
     "Index",
+    "QuantisedIndex",
     "ScannConfig",
     "ScannIndex",
     "build_index",

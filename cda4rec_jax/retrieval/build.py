@@ -12,10 +12,11 @@ import numpy as np
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Index, Queries
+from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.rows import Vectors, read_meta
 from cda4rec_jax.retrieval.scann import ScannIndex
 
-Implementation = Literal["exact", "scann"]
+Implementation = Literal["exact", "quantised", "scann"]
 _logger = logging.getLogger(__name__)
 
 
@@ -38,7 +39,7 @@ def build_index(item_vectors: Vectors, implementation: Implementation | None = N
 
 
 def load_index(directory: Path, implementation: Implementation | None = None) -> Index:
-    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; ``exact`` reads any index folder.
+    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; ``exact`` and ``quantised`` read any.
 
     Raises:
       UserError: The folder is no index, damaged or of another version, or needs ScaNN and ScaNN is not installed.
@@ -82,9 +83,11 @@ def compare(index: Index, exact: Index, queries: Queries, k: int) -> Comparison:
     )
 
 
-def _class_of(implementation: str) -> type[ExactIndex] | type[ScannIndex]:
+def _class_of(implementation: str) -> type[ExactIndex] | type[QuantisedIndex] | type[ScannIndex]:
     if implementation == "exact":
         return ExactIndex
+    if implementation == "quantised":
+        return QuantisedIndex
     if implementation == "scann":
         return ScannIndex
-    raise UserError(f"index implementation {implementation!r} is unknown; expected 'exact' or 'scann'.")
+    raise UserError(f"index implementation {implementation!r} is unknown; expected 'exact', 'quantised' or 'scann'.")

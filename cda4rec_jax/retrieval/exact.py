@@ -43,6 +43,14 @@ def _search(
     return topk_dot(vectors, queries, k, allowed=allowed, excluded=excluded)
 
 
+def padded_excluded(excluded: Int[np.ndarray, "b s"] | None) -> Int[np.ndarray, "b padded"] | None:
+    """With a width rounded up to a power of two, so that few programs are compiled."""
+    if excluded is None:
+        return None
+    width = max(_LEAST_EXCLUDED, 1 << max(0, excluded.shape[1] - 1).bit_length())
+    return np.pad(excluded, ((0, 0), (0, width - excluded.shape[1])))
+
+
 class ExactIndex:
     """Index that computes every inner product, compiled once for each batch size, ``k`` and power of two of excluded items."""
 
@@ -71,12 +79,8 @@ class ExactIndex:
     ) -> Found:
         """See ``Index.search``."""
         check_search(queries, k, self._rows, allowed, excluded)
-        if excluded is not None:
-            # Widths are rounded up, so that few programs are compiled.
-            width = max(_LEAST_EXCLUDED, 1 << max(0, excluded.shape[1] - 1).bit_length())
-            excluded = np.pad(excluded, ((0, 0), (0, width - excluded.shape[1])))
-        usable = self._rows.usable(allowed)
-        items, scores = _search(self._vectors, jnp.asarray(queries, jnp.float32), k, usable, excluded)
+        rows = jnp.asarray(queries, jnp.float32)
+        items, scores = _search(self._vectors, rows, k, self._rows.usable(allowed), padded_excluded(excluded))
         return np.asarray(items), np.asarray(scores)
 
     def upsert(self, items: Int[np.ndarray, "n"], vectors: Vectors) -> None:

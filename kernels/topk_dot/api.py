@@ -94,7 +94,7 @@ def _check_native(items: Array, queries: Array) -> None:
         raise UserError(f"implementation 'native' cannot be had: {problem}. Choose 'xla', which gives the same items.")
 
 
-def _check_pallas(implementation: str, interpret: bool) -> None:
+def _check_pallas(implementation: Literal["triton", "tpu"], interpret: bool) -> None:
     backend = {"triton": "gpu", "tpu": "tpu"}[implementation]
     if jax.default_backend() != backend and not interpret:
         raise UserError(

@@ -16,6 +16,7 @@ import numpy as np
 from cda4rec_jax.kernels.topk_dot import topk_dot
 from cda4rec_jax.kernels.topk_dot.cases import WORKLOAD_CASES, Case
 from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.kernels.topk_dot.quantised import quantise_items, topk_dot_quantised
 from cda4rec_jax.timing import Contestant, measure
 
 NUM_BATCHES = 8  # of queries, which take turns; the items of a big catalogue do not fit into a cache either
@@ -44,6 +45,10 @@ def systems(case: Case, items: np.ndarray) -> dict[str, Search]:
 
     names = (None, "xla") + (("native",) if native_problem() is None else ())
     found = {name or "topk_dot": compiled(partial(topk_dot, k=case.k, implementation=name)) for name in names}
+    if native_problem() is None:
+        codes = quantise_items(items)
+        search = jax.jit(partial(topk_dot_quantised, k=case.k))
+        found["8-bit codes"] = lambda queries: np.asarray(jax.block_until_ready(search(codes, jnp.asarray(queries)))[0])
     return found | {"plain jax": compiled(plain), "numpy": by_partition} | _peers(case, items)
 
 
@@ -86,14 +91,16 @@ def measured(case: Case) -> list[str]:
         agreement = (np.sort(search(batches[0])) == np.sort(expected)).mean()
         assert agreement >= LEAST_AGREEMENT, f"{name} finds {agreement:.4%} of the items of plain jax"
     contestants = [contestant(name, search, batches) for name, search in searches.items()]
-    found = measure(contestants, [("topk_dot", name) for name in searches if name != "topk_dot"])
-    null = f"null {found.nulls['topk_dot']:.3f}{'' if found.accepted else '!'}"
-    lines = [f"\n{case.name}: {case.num_rows - 1:,} x {case.width}, {case.queries} queries, k = {case.k}; {null}"]
-    lines.append(f"{'topk_dot':12} {1e3 / found.rates['topk_dot'].median:9.3f} ms")
+    ours = [name for name in ("topk_dot", "8-bit codes") if name in searches]
+    found = measure(contestants, [(name, other) for name in ours for other in searches if other not in ours])
+    null = ", ".join(f"{name} {value:.3f}" for name, value in found.nulls.items()) + ("" if found.accepted else "!")
+    lines = [f"\n{case.name}: {case.num_rows - 1:,} x {case.width}, {case.queries} queries, k = {case.k}; null: {null}"]
+    lines.extend(f"{name:12} {1e3 / rate.median:9.3f} ms" for name, rate in found.rates.items())
     for comparison in found.comparisons:
-        ratio, time_ms = comparison.ratio, 1e3 / found.rates[comparison.other].median
-        spread = f"[{ratio.p10:.2f}, {ratio.p90:.2f}]"
-        lines.append(f"{comparison.other:12} {time_ms:9.3f} ms, topk_dot is {ratio.median:5.2f} {spread} times as fast")
+        ratio = comparison.ratio
+        lines.append(
+            f"{comparison.name} is {ratio.median:.2f} [{ratio.p10:.2f}, {ratio.p90:.2f}] times as fast as {comparison.other}"
+        )
     return lines
 
 

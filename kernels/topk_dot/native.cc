@@ -337,7 +337,155 @@ ffi::Error topk_dot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Bu
   return ffi::Error::Success();
 }
 
+// Items in blocks of 16: codes [block, width, 16], and for each item its scale s, |e - s c| and |e|, rounded up.
+constexpr int kBlock = 16;
+typedef int8_t Codes __attribute__((vector_size(kBlock), aligned(1), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * kBlock)));
+typedef float Scores __attribute__((vector_size(4 * kBlock), aligned(4), may_alias));
+
+inline Scores widened(const int8_t* codes) {
+#if defined(__AVX512F__)
+  return (Scores)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Whole), Scores);
+#endif
+}
+
+struct Quantised {
+  const int8_t* codes;
+  const float *scales, *residuals, *norms;
+};
+
+// A query as codes: q = scale * codes + rest. Sums of products of codes are whole numbers below 2^24, hence exact in float32.
+struct QueryCodes {
+  QueryCodes(const float* query, int64_t width) : codes(width, 0.0f) {
+    double largest = 0, whole = 0, coded = 0, rest = 0;
+    for (int64_t x = 0; x < width; ++x) largest = std::max(largest, std::abs(double(query[x])));
+    scale = float(largest / 127);
+    for (int64_t x = 0; x < width; ++x) {
+      codes[x] = scale > 0 ? std::nearbyint(query[x] / scale) : 0.0f;
+      double value = double(scale) * codes[x];
+      whole += double(query[x]) * query[x], coded += value * value, rest += (query[x] - value) * (query[x] - value);
+    }
+    // |q . e - s_q s_i (c_q . c_i)| <= |s_q c_q| |e - s_i c_i| + |q - s_q c_q| |e|, by Cauchy-Schwarz. The last term of `per_norm` is the
+    // rounding of the float32 score itself, and of the bound.
+    per_residual = float(std::sqrt(coded) * 1.00001);
+    per_norm = float(std::sqrt(rest) * 1.00001 + std::sqrt(whole) * (width + 16) * 0x1p-23);
+  }
+  std::vector<float> codes;
+  float scale, per_residual, per_norm;
+};
+
+struct Candidate {
+  float lower, upper;  // of its float32 score
+  int32_t item;
+};
+
+// Drops what k others are certain to beat; returns what a score must be able to reach.
+float prune(std::vector<Candidate>& candidates, int64_t k) {
+  if (int64_t(candidates.size()) < k) return -kInfinity;
+  std::vector<float> lower(candidates.size());
+  for (size_t i = 0; i < candidates.size(); ++i) lower[i] = candidates[i].lower;
+  std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<float>());
+  float reach = lower[k - 1];
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), [=](const Candidate& c) { return c.upper < reach; }),
+                   candidates.end());
+  return reach;
+}
+
+// One step of a score, rounded as in `score_tile`; a plain loop may be compiled to products that are rounded before they are added.
+inline float chained(float a, float b, float sum) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+// Candidates of one query among the blocks [begin, end), by rising index.
+std::vector<Candidate> scan_codes(const Problem& p, const Quantised& table, const QueryCodes& query, int64_t number, int64_t begin,
+                                  int64_t end) {
+  std::vector<Candidate> found;
+  size_t most = 2 * p.k + 256;
+  float below = -kInfinity;  // an upper bound must exceed it
+  for (int64_t block = begin; block < end; ++block) {
+    const int8_t* codes = table.codes + block * p.width * kBlock;
+    Scores sums[4] = {};
+    int64_t x = 0;
+    for (; x + 4 <= p.width; x += 4)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+        sums[j] += widened(codes + (x + j) * kBlock) * query.codes[x + j];
+    for (; x < p.width; ++x)
+      sums[0] += widened(codes + x * kBlock) * query.codes[x];
+    auto of = [block](const float* values) { return *reinterpret_cast<const Scores*>(values + block * kBlock); };
+    Scores score = (sums[0] + sums[1] + sums[2] + sums[3]) * (of(table.scales) * query.scale);
+    Scores error = of(table.residuals) * query.per_residual + of(table.norms) * query.per_norm;
+    Scores lower = score - error, upper = score + error;
+    for (int part = 0; part < kBlock / kLanes; ++part) {
+      uint32_t passed = above(load(reinterpret_cast<float*>(&upper) + part * kLanes), Vector{} + below);
+      for (; passed; passed &= passed - 1) {
+        int lane = part * kLanes + __builtin_ctz(passed);
+        int64_t item = block * kBlock + lane;
+        if (item < p.num_rows && p.is_allowed(number, item)) found.push_back({lower[lane], upper[lane], int32_t(item)});
+      }
+    }
+    if (found.size() > most) {
+      below = std::nextafter(prune(found, p.k), -kInfinity);
+      most = std::max(most, 2 * found.size());
+    }
+  }
+  return found;
+}
+
+ffi::Error topk_dot_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> items, ffi::Buffer<ffi::S8> codes,
+                         ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> residuals, ffi::Buffer<ffi::F32> norms,
+                         ffi::Buffer<ffi::PRED> allowed, ffi::Buffer<ffi::S32> excluded, ffi::ResultBuffer<ffi::S32> found,
+                         ffi::ResultBuffer<ffi::F32> scores) {
+  Problem p{items.typed_data(), queries.typed_data(), allowed.typed_data(), excluded.typed_data(),
+            items.dimensions()[0], items.dimensions()[1], queries.dimensions()[0], excluded.dimensions()[1], found->dimensions()[1]};
+  if (p.num_queries == 0) return ffi::Error::Success();
+  Quantised table{codes.typed_data(), scales.typed_data(), residuals.typed_data(), norms.typed_data()};
+  int64_t blocks = codes.dimensions()[0], pieces = std::max<int64_t>(1, std::min(pool.num_threads(), blocks / 64));
+  int64_t blocks_each = (blocks + pieces - 1) / pieces;
+  std::vector<QueryCodes> coded;
+  for (int64_t q = 0; q < p.num_queries; ++q) coded.emplace_back(p.queries + q * p.width, p.width);
+  std::vector<std::vector<Candidate>> candidates(p.num_queries * pieces);
+  run_pieces(pool, p.num_queries * pieces, [&](int64_t piece) {
+    int64_t q = piece / pieces, begin = piece % pieces * blocks_each;
+    candidates[piece] = scan_codes(p, table, coded[q], q, begin, std::min(begin + blocks_each, blocks));
+  });
+  run_pieces(pool, p.num_queries, [&](int64_t q) {
+    std::vector<Candidate> all;
+    for (int64_t piece = q * pieces; piece < (q + 1) * pieces; ++piece) all.insert(all.end(), candidates[piece].begin(), candidates[piece].end());
+    prune(all, p.k);
+    Best best(p.k);
+    for (const Candidate& candidate : all) {
+      float score = 0.0f;
+      for (int64_t x = 0; x < p.width; ++x) score = chained(p.items[candidate.item * p.width + x], p.queries[q * p.width + x], score);
+      if (best.full()) best.cut(p.k);
+      best.add(key_of(score), candidate.item);
+    }
+    best.write(found->typed_data() + q * p.k, scores->typed_data() + q * p.k);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TopkDotInt8, topk_dot_int8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TopkDot, topk_dot,
                               ffi::Ffi::Bind()

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int8
 
 _SOURCE = Path(__file__).with_name("native.cc")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _COMPILE_SECONDS = 120
-_TARGET = "cda4rec_jax_topk_dot"
+_TARGET, _INT8_TARGET = "cda4rec_jax_topk_dot", "cda4rec_jax_topk_dot_int8"
 _logger = logging.getLogger(__name__)
 
 
@@ -32,11 +32,31 @@ def topk_dot_native(
     excluded: Int[Array, "b s"],
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
     """As the reference, of float32 on a CPU; row 0 must not be allowed. ``native_problem`` must have returned None."""
-    shape = (queries.shape[0], k)
-    results = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32))
-    call = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")
+    call = jax.ffi.ffi_call(_TARGET, _results(queries, k), vmap_method="sequential")
     found, scores = call(queries, items, allowed, excluded.astype(jnp.int32))
     return found, scores
+
+
+def topk_dot_int8_native(
+    items: Float[Array, "i d"],
+    codes: Int8[Array, "blocks d block"],
+    scales: Float[Array, "codes"],
+    residuals: Float[Array, "codes"],
+    norms: Float[Array, "codes"],
+    queries: Float[Array, "b d"],
+    k: int,
+    allowed: Bool[Array, "i"],
+    excluded: Int[Array, "b s"],
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    """What ``topk_dot_native`` finds, bit for bit, by way of the codes; see ``cda4rec_jax.kernels.topk_dot.quantised``."""
+    call = jax.ffi.ffi_call(_INT8_TARGET, _results(queries, k), vmap_method="sequential")
+    found, scores = call(queries, items, codes, scales, residuals, norms, allowed, excluded.astype(jnp.int32))
+    return found, scores
+
+
+def _results(queries: Array, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    shape = (queries.shape[0], k)
+    return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 @functools.cache
@@ -49,11 +69,13 @@ def native_problem() -> str | None:
         library = _library(compiler)
         if not library.is_file():
             _compile(compiler, library)
-        symbol = ctypes.cdll.LoadLibrary(str(library)).TopkDot
+        loaded = ctypes.cdll.LoadLibrary(str(library))
+        symbols = {_TARGET: loaded.TopkDot, _INT8_TARGET: loaded.TopkDotInt8}
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         return f"{_SOURCE.name} cannot be compiled or loaded ({error}{': ' + output.strip()[-300:] if output else ''})"
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(symbol), platform="cpu")
+    for target, symbol in symbols.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
     return None
 
 

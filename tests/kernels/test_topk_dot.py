@@ -12,6 +12,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot import api, native, topk_dot
 from cda4rec_jax.kernels.topk_dot.cases import CONTRACT_CASES, Case
 from cda4rec_jax.kernels.topk_dot.pallas import topk_dot_pallas
+from cda4rec_jax.kernels.topk_dot.quantised import quantise_items, topk_dot_quantised
 from tests.kernels.contract import assert_trees_equal, temporary_bytes
 
 needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
@@ -162,6 +163,20 @@ def test_native_scores_do_not_depend_on_the_batch():
     for size in (1, 20, 40):
         part = found_by(items, queries[:size], 30, implementation="native")
         assert_trees_equal(part, jax.tree.map(lambda array, size=size: array[:size], whole))
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", (2, 16, 17, 3000))
+def test_search_by_codes_equals_native_bit_for_bit(rows):
+    rng = np.random.default_rng(6)
+    norms = rng.lognormal(size=(rows, 1))
+    items, queries = (norms * rng.normal(size=(rows, 19))).astype(np.float32), rng.normal(size=(5, 19)).astype(np.float32)
+    k = min(40, rows - 1)
+    filters = make_filters(Case(name="codes", num_rows=rows, queries=5, width=19, k=k), share=0.8)
+    expected = found_by(items, queries, k, *filters, implementation="native")
+    table = quantise_items(items)
+    actual = topk_dot_quantised(table, jnp.asarray(queries), k, allowed=filters[0], excluded=filters[1])
+    assert_trees_equal(actual, expected)
 
 
 @needs_compiler

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.topk_dot import quantised
+from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.retrieval import (
     ExactIndex,
     ScannConfig,
@@ -24,7 +26,8 @@ from cda4rec_jax.retrieval import (
 )
 
 needs_scann = pytest.mark.skipif(not scann_available(), reason="ScaNN is not installed here")
-IMPLEMENTATIONS = ["exact", pytest.param("scann", marks=needs_scann)]
+needs_compiler = pytest.mark.skipif(native_problem() is not None, reason="there is no C++ compiler here")
+IMPLEMENTATIONS = ["exact", pytest.param("quantised", marks=needs_compiler), pytest.param("scann", marks=needs_scann)]
 
 
 def make_vectors(num_items: int, width: int = 16, clusters: int = 0, seed: int = 0) -> np.ndarray:
@@ -340,3 +343,22 @@ def test_a_folder_of_version_1_is_read(implementation, tmp_path):
     meta = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(meta | {"version": 1}))
     assert_found(load_index(tmp_path).search(queries, 5), brute_force(vectors, queries, 5))
+
+
+@needs_compiler
+def test_quantised_search_is_exact_where_codes_tell_nothing():
+    """One huge value in each vector leaves a code of 0 for all others, which decide."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2001, 16)).astype(np.float32)
+    vectors[:, 3] = 1e4
+    queries = rng.normal(size=(3, 16)).astype(np.float32)
+    queries[:, 3] = 0.0
+    queries[2] = 0.0  # all scores are equal
+    found = build_index(vectors, "quantised").search(queries, 50)
+    assert_found(found, brute_force(vectors, queries, 50))
+
+
+def test_without_a_compiler_quantised_search_raises(monkeypatch):
+    monkeypatch.setattr(quantised, "native_problem", lambda: "there is no C++ compiler")
+    with pytest.raises(UserError, match=r"there is no C\+\+ compiler. Use the exact index"):
+        build_index(make_vectors(5), "quantised")
