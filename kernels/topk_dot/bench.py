@@ -55,13 +55,13 @@ def systems(case: Case, items: np.ndarray) -> dict[str, Search]:
 def _peers(case: Case, items: np.ndarray) -> dict[str, Search]:
     found: dict[str, Search] = {}
     if importlib.util.find_spec("torch") is not None:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(THREADS)
         transposed = torch.from_numpy(items[1:]).T
         found["torch"] = lambda queries: 1 + torch.topk(torch.from_numpy(queries) @ transposed, case.k).indices.numpy()
     if importlib.util.find_spec("faiss") is not None:
-        import faiss  # type: ignore[import-not-found]
+        import faiss  # pyright: ignore[reportMissingImports]
 
         faiss.omp_set_num_threads(THREADS)
         index = faiss.IndexFlatIP(items.shape[1])

@@ -9,11 +9,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax import Array
 from jaxtyping import Bool, Float, Int, Int8
 
@@ -82,7 +82,7 @@ def native_problem() -> str | None:
 def _library(compiler: str) -> Path:
     """Where the compiled library is or belongs: its name tells source, compiler, JAX and processor apart."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS).stdout
-    facts = (_SOURCE.read_text(encoding="utf-8"), compiler, version, jaxlib.__version__, *_FLAGS, _processor())
+    facts = (_SOURCE.read_text(encoding="utf-8"), compiler, version, metadata.version("jaxlib"), *_FLAGS, _processor())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"

@@ -215,10 +215,9 @@ def test_temporary_memory_does_not_grow_with_the_catalogue(implementation):
 )
 def test_pallas_kernels_lower_without_the_hardware(backend, platform, mark, dtype):
     items, queries = jnp.zeros((1000, 24), dtype), jnp.zeros((3, 24), dtype)
-    search = functools.partial(topk_dot_pallas, k=10, backend=backend, interpret=False)
 
     def program(items, queries, allowed, excluded):
-        return search(items, queries, allowed=allowed, excluded=excluded)
+        return topk_dot_pallas(items, queries, 10, allowed, excluded, backend, interpret=False)
 
     traced = jax.jit(program).trace(items, queries, jnp.ones(1000, bool), jnp.zeros((3, 2), jnp.int32))
     assert mark in traced.lower(lowering_platforms=(platform,)).as_text()
@@ -227,8 +226,8 @@ def test_pallas_kernels_lower_without_the_hardware(backend, platform, mark, dtyp
 @needs_compiler
 def test_none_chooses_native_from_eight_float32_queries_on():
     def program(queries, dtype=jnp.float32):
-        search = functools.partial(topk_dot, k=3)
-        return str(jax.make_jaxpr(search)(jnp.zeros((20, 2), dtype), jnp.zeros((queries, 2), dtype)))
+        traced = jax.make_jaxpr(lambda items, queries: topk_dot(items, queries, 3))
+        return str(traced(jnp.zeros((20, 2), dtype), jnp.zeros((queries, 2), dtype)))
 
     assert "ffi_call" in program(8)
     assert "ffi_call" not in program(7)
@@ -238,7 +237,7 @@ def test_none_chooses_native_from_eight_float32_queries_on():
 def test_without_a_compiler_none_chooses_xla_and_native_raises(monkeypatch):
     monkeypatch.setattr(api, "native_problem", lambda: "there is no C++ compiler")
     items, queries = make_inputs(SMALL)
-    assert "ffi_call" not in str(jax.make_jaxpr(lambda *inputs: topk_dot(*inputs, 3))(items, queries))
+    assert "ffi_call" not in str(jax.make_jaxpr(lambda items, queries: topk_dot(items, queries, 3))(items, queries))
     with pytest.raises(UserError, match=r"'native' cannot be had: there is no C\+\+ compiler"):
         topk_dot(items, queries, 3, implementation="native")
 
@@ -261,6 +260,7 @@ def test_bad_arguments_raise_a_user_error():
         topk_dot(items, queries, 3, chunk_size=0)
     with pytest.raises(UserError, match="'native' takes float32"):
         topk_dot(items.astype(jnp.bfloat16), queries, 3, implementation="native")
-    for implementation, backend in (("triton", "GPU"), ("tpu", "TPU")):
-        with pytest.raises(UserError, match=f"runs on a {backend}, and JAX is on cpu"):
-            topk_dot(items, queries, 3, implementation=implementation)
+    with pytest.raises(UserError, match="runs on a GPU, and JAX is on cpu"):
+        topk_dot(items, queries, 3, implementation="triton")
+    with pytest.raises(UserError, match="runs on a TPU, and JAX is on cpu"):
+        topk_dot(items, queries, 3, implementation="tpu")
