@@ -15,7 +15,7 @@ from cda4rec_jax.kernels.topk_dot.xla import topk_dot_xla
 
 Implementation = Literal["reference", "xla", "native", "triton", "tpu"]
 IMPLEMENTATIONS = ("reference", "xla", "native", "triton", "tpu")
-CHUNK_SIZE = 16384
+LEAST_CHUNK, CHUNK_SCORES = 16384, 2**20  # on a CPU a loop over chunks copies them, so few queries take large chunks
 LEAST_NATIVE_QUERIES = 8  # below, reading the items is what takes the time, and XLA reads them faster
 
 
@@ -26,7 +26,7 @@ def topk_dot(
     *,
     allowed: Bool[Array, "i"] | None = None,
     excluded: Int[Array, "b s"] | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
@@ -42,7 +42,8 @@ def topk_dot(
       k: Items to find, 1 to i - 1.
       allowed: False at items that no query may find. None allows all.
       excluded: Items that the query of this row must not find, 0 where there is none.
-      chunk_size: Items whose scores exist at the same time, for ``xla``.
+      chunk_size: Items whose scores exist at the same time, for ``xla``. None takes as many as have about a million scores, and at
+        least 16,384.
       implementation: ``reference`` materialises all scores. ``xla`` goes through chunks of items; the only one whose scores have
         gradients. ``native`` is a C++ custom call for float32 on a CPU; it needs a compiler on its first use. ``triton`` (GPU) and
         ``tpu`` are Pallas kernels that write the maxima of groups of items, and then score the best groups again. None chooses by
@@ -57,6 +58,8 @@ def topk_dot(
     num_items = items.shape[0] - 1
     if not 1 <= k <= num_items:
         raise UserError(f"asked for {k} items of a catalogue of {num_items}; expected 1 to {num_items}.")
+    if chunk_size is None:
+        chunk_size = max(LEAST_CHUNK, CHUNK_SCORES // max(1, queries.shape[0]))
     if chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}; expected at least 1.")
     wide = jnp.promote_types(jnp.result_type(items, queries), jnp.float32)
