@@ -16,7 +16,6 @@ from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, HistoryBatch,
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.decisions import draw_requests
 from cda4rec_jax.planner import (
-    PLANS,
     ContextConfig,
     PlanCosts,
     context_features,
@@ -108,7 +107,8 @@ class Lab:
         link_factor: float,
         slowdown: int,
     ):
-        self._recommender, self._link_factor, self._slowdown = recommender, link_factor, slowdown
+        self._recommender, self._plans = recommender, recommender.space.plans
+        self._link_factor, self._slowdown = link_factor, slowdown
         self._histories = trained.corpus.histories(users, positions, trained.config.stored_events)
         self._k = min(MAX_QUALITY_RANK, recommender.functions.num_items)
         self.asked = _asked(trained, self._histories)
@@ -133,7 +133,7 @@ class Lab:
 
     def _ask(self, row: int, state: DeviceState, scenario: str) -> Found:
         index = self._allocate(row, scenario)
-        plan, fallback = PLANS[index], PLANS[int(self.asked.fallback[row, index])]
+        plan, fallback = self._plans[index], self._plans[int(self.asked.fallback[row, index])]
         consent = EgressLevel(int(self.asked.context.consent[row]))
         functions = device_functions(self._recommender.functions, state, self._k)
         for each in {plan, replace(plan, structured=Placement.SKIP), fallback, replace(fallback, structured=Placement.SKIP)}:
@@ -160,7 +160,7 @@ class Lab:
         return int(np.nanargmin(worth)) if scenario == WORST else best
 
     def _meets(self, row: int, index: int, scenario: str) -> bool:
-        plan = PLANS[index]
+        plan = self._plans[index]
         if scenario in (POOR, WORST):
             return index != self._allocate(row, NONE)
         if scenario in (FAILED, SHIFT):

@@ -33,7 +33,7 @@ from planners import TRAINING, records_of, selected_on_validation, trained_alone
 
 from cda4rec_jax.data import Split
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.evaluation.answers import FIXED_NAMES, answer, fixed_name
+from cda4rec_jax.evaluation.answers import answer, fixed_name
 from cda4rec_jax.evaluation.choices import Choices, brings, choose, choose_by_quality
 from cda4rec_jax.evaluation.drawn import priced
 from cda4rec_jax.evaluation.pareto import hypervolume, pareto_front
@@ -147,7 +147,7 @@ def _of_seed(study: Study, seed: int, draws: int, strengths: tuple[float, ...], 
             name.removeprefix(fixed_name("")): _with_bytes(
                 {quantity: answers.of(name, quantity) for quantity in answers.per_user}
             )
-            for name in FIXED_NAMES
+            for name in answers.fixed_names
         }
     study.console.print(f"seed {seed}: {len(asked)} price vectors, {len(trainings)} policies for single ones")
     return found

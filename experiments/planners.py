@@ -18,7 +18,7 @@ from cda4rec_jax.evaluation.rows import plug_in_means
 from cda4rec_jax.messages import Context
 from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.training.planner_only import PlannerExamples, PlannerTraining, new_policy, planner_examples, train_planner
+from cda4rec_jax.training.planner_only import PlannerExamples, PlannerTraining, new_planner, planner_examples, train_planner
 
 TRAINING = PlannerTraining()
 
@@ -77,7 +77,7 @@ def _most_users(study: Study) -> int | None:
 def trained_alone(study: Study, seed: int, name: str, world: PlanningWorld, config: PlannerTraining, start: Any = None) -> Any:
     """The planner that ``config`` trains on ``examples_of``, from ``start`` or as plug-in; its weights are kept under ``name``."""
     config = replace(config, seed=seed)
-    planner = new_policy(examples_of(study, seed), world, config) if start is None else start
+    planner = new_planner(examples_of(study, seed), world, config) if start is None else start
     graph, state = nnx.split(planner)
     leaves, tree = jax.tree.flatten(state)
 

@@ -14,7 +14,8 @@ from cda4rec_jax.pipeline.decisions import Requests
 from cda4rec_jax.pipeline.full_ranking import in_batches
 from cda4rec_jax.pipeline.planners import PlugIn, context_cells, cross_fitted_quality, possible_plans
 from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.planner import NUM_PLANS, realised_utility
+from cda4rec_jax.planner import choose as choose_plan
+from cda4rec_jax.planner import realised_utility
 
 Choices = UInt8[np.ndarray, "draws n"]
 Quantities = dict[str, Float[np.ndarray, "draws n"]]
@@ -95,5 +96,5 @@ def _flat(requests: Requests) -> Requests:
 
 
 def _best(scores: PlanValues, requests: Requests) -> Array:
-    assert scores.shape[1] == NUM_PLANS
-    return jnp.argmax(scores, axis=1).astype(jnp.uint8).reshape(requests.failed.shape)
+    mask = requests.mask.reshape(scores.shape)
+    return choose_plan(scores, mask, requests.predicted.space).astype(jnp.uint8).reshape(requests.failed.shape)

@@ -25,7 +25,7 @@ def trainings(scripts: Scripts, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def untrained(examples: Any, world: Any, config: Any, start: Any = None) -> Any:
         asked.append((world, config))
-        return SimpleNamespace(policy=planners.new_policy(examples, world, config) if start is None else start)
+        return SimpleNamespace(policy=planners.new_planner(examples, world, config) if start is None else start)
 
     monkeypatch.setattr(planners, "train_planner", untrained)
     return asked
