@@ -148,6 +148,21 @@ def select_events(data: Interactions, keep: Bool[np.ndarray, "events"]) -> Inter
     )
 
 
+def before_last(data: Interactions, events: Int64[np.ndarray, "users"]) -> Interactions:
+    """The interactions as they were before the last ``events[u]`` of each user. Users and items stay, also an item without events.
+
+    Raises:
+        ValueError: a user would keep fewer than ``MIN_EVENTS`` events.
+    """
+    lengths = np.diff(data.offsets) - events
+    if np.any(events < 0) or np.any(lengths < MIN_EVENTS):
+        raise ValueError(f"a user would keep {lengths.min()} events: expected at least {MIN_EVENTS} of each")
+    place = np.arange(data.num_interactions) - np.repeat(data.offsets[:-1], np.diff(data.offsets))
+    kept = place < np.repeat(lengths, np.diff(data.offsets))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return replace(data, offsets=offsets, items=data.items[kept], timestamps=data.timestamps[kept])
+
+
 def k_core(data: Interactions, k: int) -> tuple[Interactions, tuple[Finding, ...]]:
     """The largest part in which every item has at least k events and every user at least max(k, 3).
 

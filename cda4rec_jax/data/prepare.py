@@ -3,6 +3,8 @@
 import json
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,25 +55,56 @@ def prepare(source: str, out: str | Path, k_core: int = 5, progress: Progress | 
         UserError: if the source is bad, nothing remains of it, or ``out`` holds something else or cannot be written.
     """
     out = Path(out).expanduser()
-    try:
+    with _explained(out):
         _check_destination(out)
         reading = read_source(source)
         data, dropped = thin_to_k_core(reading.interactions, k_core)
-        report = PrepareReport(
-            source=source,
-            out=str(out),
-            k_core=k_core,
-            before=reading.found,
-            after=counts(data),
-            findings=reading.findings + dropped,
-            has_timestamps=data.has_timestamps,
-            fingerprint=data.fingerprint,
-        )
+    found = {"before": reading.found, "findings": reading.findings + dropped}
+    return write_prepared(data, out, source, k_core=k_core, progress=progress, **found)
+
+
+def write_prepared(
+    data: Interactions,
+    out: str | Path,
+    source: str,
+    *,
+    before: Counts | None = None,
+    findings: tuple[Finding, ...] = (),
+    k_core: int = 1,
+    progress: Progress | None = None,
+) -> PrepareReport:
+    """Writes interactions as they are as a prepared folder: items without events stay. ``source`` says what they are.
+
+    A prepared dataset that is already at ``out`` is replaced once the new one is complete.
+
+    Raises:
+        UserError: ``out`` holds something else or cannot be written.
+    """
+    out = Path(out).expanduser()
+    report = PrepareReport(
+        source=source,
+        out=str(out),
+        k_core=k_core,
+        before=before or counts(data),
+        after=counts(data),
+        findings=findings,
+        has_timestamps=data.has_timestamps,
+        fingerprint=data.fingerprint,
+    )
+    with _explained(out):
+        _check_destination(out)
         _write(data, report, out, progress)
-    except OSError as error:  # the source's are UserErrors by now
+    return report
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """What the operating system refuses is the destination's; the source's troubles are UserErrors by then."""
+    try:
+        yield
+    except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to {out}: {reason}; choose a folder that can be written, with --out") from error
-    return report
 
 
 def _check_destination(out: Path) -> None:

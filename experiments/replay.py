@@ -1,0 +1,411 @@
+"""When is a call to the cloud worth it, if a call saved today is a stale embedding tomorrow?
+
+    python experiments/replay.py --data DATA/ml-100k
+
+The last ``--steps`` events of each user are requests in order. The first finds an embedding that was made one event before; after that
+the cache, and its age, are what the scheduler's own choices left. With ``--data`` the system is trained without these events, so all of
+them are held out. With ``--run`` a finished run is taken, which has trained on all but the last two events of each user: the result
+says so, and tells the last apart.
+
+Schedulers are held against each other at equal numbers of calls (plans that use the link), as a share of those of a planner that always
+calls. A price of a call brings each one to the budget. Prices, plans and values of freshness are estimated on one half of the users and
+measured on the other, and the other way round. Writes ``replay-<dataset>.json``, ``.md``, ``.png``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from harness import (
+    OURS,
+    Options,
+    Study,
+    Values,
+    error_bars,
+    estimates,
+    markdown_page,
+    markdown_table,
+    run_script,
+    sampled,
+    train_resumed,
+    with_interval,
+    write_results,
+)
+
+from cda4rec_jax.data import before_last, write_prepared
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.evaluation.replay import ReplayRecords, cached_ranks, play, record_replay, replay_positions
+from cda4rec_jax.evaluation.schedulers import (
+    Priced,
+    QualityByAge,
+    Schedule,
+    Scheduler,
+    Worth,
+    calibrated_price,
+    evenly_spaced,
+    freshness_values,
+    no_freshness,
+    unpriced,
+)
+from cda4rec_jax.messages import EgressLevel
+from cda4rec_jax.metrics import hit_rate
+from cda4rec_jax.pipeline.corpus import Corpus
+from cda4rec_jax.pipeline.decisions import PlanningWorld
+from cda4rec_jax.pipeline.planners import PlugIn
+from cda4rec_jax.planner import RulesPlanner, plan_index
+from cda4rec_jax.runs.artifacts import TrainedSystem
+
+QUESTION = "When is a call to the cloud worth it, if a call saved today is a stale embedding tomorrow?"
+MIN_PAST = 5  # events before the first request
+BUDGET = 0.3  # of the calls of the planner that always calls: the share at which schedulers are compared
+SHARES = (0.1, 0.2, BUDGET, 0.4, 0.5, 0.7)
+TARGET = -0.03  # of relative hit_rate@10 at BUDGET
+ALWAYS, NEVER, THIRD, RULES = "always-cloud", "never", "every third request", "rules"
+SPACED, RANDOM, PLUG_IN, POLICY = "evenly spaced", "random", "plug-in", "policy"
+GAIN, BY_AGE = "largest predicted gain", "mean gain by age"
+FRESH = " + freshness"
+TIMED = (SPACED, RANDOM)
+PRICED = (PLUG_IN, POLICY, POLICY + FRESH, GAIN, GAIN + FRESH, BY_AGE + FRESH)
+QUANTITIES = ("hit_rate@10", "ndcg@10", "calls", "latency_ms", "exposure", "utility")
+LAST = "hit_rate@10 of the last"
+CACHED_PLANS = ("local-reuse-device", "reuse-100-device")
+
+Key = tuple[str, float | None]  # scheduler, and the share of calls that it was brought to
+Columns = dict[str, Values]  # by quantity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is replayed."""
+
+    steps: int
+    draws: int
+    shares: tuple[float, ...]
+
+
+def main(options: Options, steps: int = 10, draws: int = 4, shares: tuple[float, ...] = SHARES) -> dict[str, Any]:
+    """Accuracy against calls, over sequences of requests.
+
+    Args:
+        options: shared by all experiments.
+        steps: requests of each user.
+        draws: situations (links, devices, consents, prices) of each user.
+        shares: of always-cloud's calls.
+    """
+    setting = Setting(steps=steps, draws=draws, shares=tuple(sorted({*shares, BUDGET})))
+    if steps < 2 or draws < 1 or not all(0 < share < 1 for share in shares):
+        raise UserError(
+            f"got --steps {steps}, --draws {draws}, --shares {shares}: expected at least 2 steps, 1 draw, shares in 0..1"
+        )
+    study = Study(options)
+    lengths = np.diff(study.interactions.offsets)
+    long_enough = np.flatnonzero(lengths >= steps + MIN_PAST)
+    if len(long_enough) < 2:
+        raise UserError(
+            f"{len(long_enough)} users have {steps + MIN_PAST} events or more, expected at least 2: name fewer --steps"
+        )
+    users = long_enough[sampled(len(long_enough), options.users)]
+    found, gaps = _over_seeds(study, users, replay_positions(lengths[users], steps), setting)
+    rows = [_row(key, columns, found[ALWAYS, None]) for key, columns in found.items()]
+    held_out = steps if options.run is None else 2
+    result = study.result(
+        QUESTION,
+        users_evaluated=len(users),
+        protocol=_protocol(setting, held_out),
+        steps=steps,
+        requests_held_out_from_training=held_out,
+        budget=BUDGET,
+        target=TARGET,
+        rows=rows,
+        at_budget=_at_budget(found),
+        by_age_of_the_cache=gaps,
+    )
+    write_results(options.out, f"replay-{study.name}", result, page(result), partial(_draw, result), study.console)
+    return result
+
+
+def _protocol(setting: Setting, held_out: int) -> str:
+    seen = "" if held_out == setting.steps else f"; the system was trained on the first {setting.steps - held_out} of them"
+    return (
+        f"the last {setting.steps} events of each user with {setting.steps + MIN_PAST} or more, in order{seen}; the first request finds "
+        "an embedding made one event before at the level of consent; seen items removed; ties count against the target; contexts v1, with "
+        f"consent, tier and memory of the first request, {setting.draws} draws; plans, prices and values of freshness from the other half "
+        "of the users; paired bootstrap by user, 95%, 2000 resamples, means over seeds first"
+    )
+
+
+def _over_seeds(
+    study: Study, users: np.ndarray, positions: np.ndarray, setting: Setting
+) -> tuple[dict[Key, Columns], list[dict[str, Any]]]:
+    """Quantities of every user by scheduler and share, and what the age of a cache costs."""
+    of_seeds, tables = [], []
+    for seed in study.seeds:
+        name = f"{OURS}-{seed}-replay{setting.steps}-ranks"
+        trained = _trained(study, seed, setting.steps)
+        ranks = study.cell(name, lambda trained=trained: {"ranks": cached_ranks(trained, users, positions)})["ranks"]
+        with study.console.status(f"replaying, seed {seed}"):
+            world = trained.world()
+            records = record_replay(trained, world, users, positions, ranks, setting.draws)
+            of_seeds.append(_cross_fitted(trained, world, records, setting))
+        tables.append(ranks)
+    found = {
+        key: {name: np.stack([of_seed[key][name] for of_seed in of_seeds], axis=1) for name in (*QUANTITIES, LAST)}
+        for key in of_seeds[0]
+    }
+    return found, _gaps_by_age(tables)
+
+
+def _trained(study: Study, seed: int, steps: int) -> TrainedSystem:
+    """The given run, or a system that was trained before the replayed events, over the corpus that has them."""
+    if study.options.run is not None:
+        return study.ours(seed)
+
+    def make(path: Path) -> None:
+        folder = study.folder / f"data-before-last-{steps}"
+        lengths = np.diff(study.interactions.offsets)
+        withheld = np.where(lengths >= steps + MIN_PAST, steps, 0)
+        write_prepared(before_last(study.interactions, withheld), folder, f"{study.name} before the last {steps} events")
+        config = study.seeded(replace(study.config, k_core=1), seed)  # an item that is left without events stays, with its text
+        train_resumed(str(folder), config, path, study.console)
+
+    trained = study.trained(f"{OURS}-before-last-{steps}", seed, make=make)
+    return replace(trained, corpus=Corpus(interactions=study.interactions, text=trained.corpus.text))
+
+
+def _cross_fitted(
+    trained: TrainedSystem, world: PlanningWorld, records: ReplayRecords, setting: Setting
+) -> dict[Key, dict[str, np.ndarray]]:
+    folds = np.random.default_rng(0).permutation(records.num_users) % 2
+    worths = _worths(trained)
+    merged: dict[Key, dict[str, np.ndarray]] = {}
+    for fold in (0, 1):
+        own, other = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        run = partial(play, world=world, max_cache_age=trained.config.max_cache_age)
+        schedulers = _Schedulers(records.of(other), run, worths)
+        measured = records.of(own)
+        for key, scheduler in schedulers.all(measured, setting.shares).items():
+            played = run(measured, scheduler=scheduler)
+            columns = {name: played.per_user(name) for name in QUANTITIES}
+            columns[LAST] = played.per_user("hit_rate@10", slice(-1, None))
+            place = merged.setdefault(key, {name: np.zeros(records.num_users) for name in columns})
+            for name, values in columns.items():
+                place[name][own] = values
+    return merged
+
+
+def _worths(trained: TrainedSystem) -> dict[str, Worth]:
+    """What planners expect of plans, in units of quality."""
+    policy = trained.system.policy
+    assert policy is not None
+
+    def worth(context: Any, costs: Any, mask: Any) -> Any:
+        return policy.logits(context, costs, mask) * policy.tau()
+
+    return {POLICY: worth, GAIN: unpriced(worth), RULES: RulesPlanner().logits}
+
+
+class _Schedulers:
+    """All schedulers, from the replay of users on whom nothing is measured."""
+
+    def __init__(self, calibration: ReplayRecords, run: Any, worths: dict[str, Worth]):
+        self._means = QualityByAge.of(calibration)
+        self._calling, self._local = self._means.best(calls=True), self._means.best(calls=False)
+        # Plug-in knows one mean for each plan: that of plans which reuse a cache is over the caches that calls at the budget leave.
+        self._run = partial(run, calibration)
+        spaced = self._run(scheduler=self._spaced(calibration, BUDGET))
+        known = self._means.over(spaced.cache_level, spaced.cache_age_events)[None, :]
+
+        def plug_in(context: Any, costs: Any, mask: Any) -> Any:
+            return PlugIn(quality=jnp.asarray(known, jnp.float32)).logits(context, costs, mask)
+
+        self._worths = worths | {PLUG_IN: plug_in, BY_AGE: self._means.worth}
+        self._all_calls = float(
+            self._run(scheduler=self._timed(calibration, np.ones(calibration.num_steps))).values["calls"].mean()
+        )
+
+    def all(self, measured: ReplayRecords, shares: Sequence[float]) -> dict[Key, Scheduler]:
+        """By name and share of always-cloud's calls; None for those that cannot be brought to one."""
+        steps = measured.num_steps
+        found: dict[Key, Scheduler] = {
+            (ALWAYS, None): self._timed(measured, np.ones(steps)),
+            (NEVER, None): self._timed(measured, np.zeros(steps)),
+            (THIRD, None): self._timed(measured, evenly_spaced(steps, 1 / 3)),
+            (RULES, None): Priced(worth=self._worths[RULES], price=0.0, freshness=no_freshness(self._means)),
+        }
+        for share in shares:
+            found[SPACED, share] = self._spaced(measured, share)
+            drawn = np.random.default_rng(0).random((steps, measured.num_rows)) < share
+            found[RANDOM, share] = Schedule(calls=drawn, calling_plan=self._calling, other_plan=self._local)
+            for name in PRICED:
+                price = calibrated_price(
+                    partial(self._priced, name), lambda one: self._run(scheduler=one), share * self._all_calls
+                )
+                found[name, share] = self._priced(name, price)
+        return found
+
+    def _timed(self, records: ReplayRecords, calls: np.ndarray) -> Schedule:
+        every = np.broadcast_to(calls.astype(bool)[:, None], (records.num_steps, records.num_rows))
+        return Schedule(calls=every, calling_plan=self._calling, other_plan=self._local)
+
+    def _spaced(self, records: ReplayRecords, share: float) -> Schedule:
+        return self._timed(records, evenly_spaced(records.num_steps, share))
+
+    def _priced(self, name: str, price: float) -> Priced:
+        fresh = name.endswith(FRESH)
+        freshness = freshness_values(self._means, price) if fresh else no_freshness(self._means)
+        return Priced(worth=self._worths[name.removesuffix(FRESH)], price=price, freshness=freshness)
+
+
+def _relative(values: Values, reference: Values) -> Values:
+    """Per user, numbers whose mean is R - 1 for R = mean / mean of the reference, and whose spread is that of the ratio (delta method)."""
+    ratio = values.mean() / reference.mean()
+    return (values - ratio * reference) / reference.mean() + ratio - 1.0
+
+
+def _row(key: Key, columns: Columns, always: Columns) -> dict[str, Any]:
+    name, share = key
+    relative = {metric: _relative(columns[metric], always[metric]) for metric in ("hit_rate@10", "ndcg@10", LAST)}
+    return {
+        "scheduler": name,
+        "asked_share": share,
+        "share_of_calls": float(columns["calls"].mean() / always["calls"].mean()),
+        "relative": estimates(relative),
+        **{quantity: float(columns[quantity].mean()) for quantity in (*QUANTITIES, LAST)},
+    }
+
+
+def _at_budget(found: dict[Key, Columns]) -> list[dict[str, Any]]:
+    """What priced schedulers gain over calls at fixed and at random times, at BUDGET."""
+
+    def hits(name: str, share: float | None = BUDGET) -> Values:
+        return found[name, share]["hit_rate@10"]
+
+    rows = []
+    for name in PRICED:
+        others = {SPACED: hits(SPACED), RANDOM: hits(RANDOM), THIRD: hits(THIRD, None)}
+        gains = estimates({f"minus {other}": hits(name) - column for other, column in others.items()})
+        relative = estimates({"relative": _relative(hits(name), found[ALWAYS, None]["hit_rate@10"])})["relative"]
+        above = all(gains[f"minus {other}"]["low"] > 0 for other in TIMED)
+        rows.append({"scheduler": name, "relative": relative, **gains, "reached": bool(relative["low"] > TARGET and above)})
+    return rows
+
+
+def _gaps_by_age(tables: list[np.ndarray]) -> list[dict[str, Any]]:
+    """hit_rate@10 of plans that reuse an embedding of level FULL, minus that of a fresh one, on the same requests, by its age."""
+    fresh, rows = plan_index("fresh-full-100-device"), []
+    for age in range(1, tables[0].shape[1] + 1):
+        hits = [np.asarray(hit_rate(ranks[EgressLevel.FULL - 1, age - 1, :, age - 1 :], 10), np.float64) for ranks in tables]
+        columns = {
+            name: np.stack([(one[..., plan_index(name)] - one[..., fresh]).mean(axis=1) for one in hits], axis=1)
+            for name in CACHED_PLANS
+        }
+        rows.append({"age_events": age, "hit_rate@10 of a fresh one": float(np.mean([one[..., fresh].mean() for one in hits]))})
+        rows[-1] |= estimates(columns)
+    return rows
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = []
+    if result["requests_held_out_from_training"] < result["steps"]:
+        seen = result["steps"] - result["requests_held_out_from_training"]
+        lines += [
+            f"**The run has trained on the first {seen} of the {result['steps']} events; read the column of the last.**",
+            "",
+        ]
+    columns = [
+        "scheduler",
+        "share of calls",
+        "hit_rate@10",
+        "relative to always, 95%",
+        "of the last event alone",
+        "ndcg@10",
+        "ms",
+        "utility",
+    ]
+    rows = [
+        [
+            row["scheduler"],
+            f"{row['share_of_calls']:.3f}",
+            f"{row['hit_rate@10']:.4f}",
+            with_interval(row["relative"]["hit_rate@10"], signed=True),
+            with_interval(row["relative"][LAST], signed=True),
+            f"{row['ndcg@10']:.4f}",
+            f"{row['latency_ms']:.0f}",
+            f"{row['utility']:.4f}",
+        ]
+        for row in result["rows"]
+        if row["asked_share"] in (None, result["budget"])
+    ]
+    lines += [f"## At {result['budget']:.0%} of the calls of always-cloud", "", *markdown_table(columns, rows)]
+    names = [f"minus {other}" for other in (SPACED, RANDOM, THIRD)]
+    rows = [
+        [row["scheduler"], *(with_interval(row[name], signed=True) for name in names), "yes" if row["reached"] else "no"]
+        for row in result["at_budget"]
+    ]
+    reached = f"relative above {result['target']:.0%}, and above spaced and random"
+    lines += ["## hit_rate@10 gained there", "", *markdown_table(["scheduler", *names, f"reached ({reached})"], rows)]
+    lines += [
+        f"{POLICY} and {PLUG_IN} pay for time, energy and exposure too, as contexts ask; the others for calls alone. {RULES} cannot be "
+        "priced.",
+        "",
+    ]
+    rows = [
+        [
+            str(row["age_events"]),
+            f"{row['hit_rate@10 of a fresh one']:.4f}",
+            *(with_interval(row[name], signed=True) for name in CACHED_PLANS),
+        ]
+        for row in result["by_age_of_the_cache"]
+    ]
+    columns = ["age of the cache, events", "fresh", *(f"{name} - fresh" for name in CACHED_PLANS)]
+    lines += ["## What staleness costs, hit_rate@10 on the same requests", "", *markdown_table(columns, rows)]
+    return markdown_page(result, "Sequential replay", lines)
+
+
+COLOURS = dict(
+    zip(
+        (SPACED, RANDOM, *PRICED),
+        ("black", "gray", "tab:brown", "tab:cyan", "tab:blue", "tab:orange", "tab:red", "tab:green"),
+        strict=True,
+    )
+)
+
+
+def _draw(result: dict[str, Any], pyplot: Any) -> Any:
+    figure, (curves, staleness) = pyplot.subplots(1, 2, figsize=(14, 5.5), width_ratios=(2, 1))
+    for name, colour in COLOURS.items():
+        rows = [row for row in result["rows"] if row["scheduler"] == name]
+        means, bars = error_bars([row["relative"]["hit_rate@10"] for row in rows])
+        style = "--" if name in TIMED else "-"
+        shares = [row["share_of_calls"] for row in rows]
+        curves.errorbar(shares, means, bars, fmt=f"o{style}", color=colour, capsize=2, markersize=4, linewidth=1.2, label=name)
+    for name, marker in ((ALWAYS, "s"), (NEVER, "v"), (THIRD, "D"), (RULES, "^")):
+        (row,) = (row for row in result["rows"] if row["scheduler"] == name)
+        means, bars = error_bars([row["relative"]["hit_rate@10"]])
+        curves.errorbar([row["share_of_calls"]], means, bars, fmt=marker, color="tab:purple", capsize=2, label=name)
+    curves.axhline(result["target"], color="black", linewidth=0.8, linestyle=":")
+    curves.axvline(result["budget"], color="black", linewidth=0.8, linestyle=":")
+    curves.set_xlabel("calls, as a share of always-cloud's")
+    curves.set_ylabel("hit_rate@10 relative to always-cloud, 95%")
+    curves.set_title(f"{result['dataset']}: {result['users_evaluated']:,} users, {result['steps']} requests in order")
+    for name, colour in zip(CACHED_PLANS, ("tab:green", "tab:orange"), strict=True):
+        rows = result["by_age_of_the_cache"]
+        means, bars = error_bars([row[name] for row in rows])
+        staleness.errorbar([row["age_events"] for row in rows], means, bars, fmt="o-", color=colour, capsize=2, label=name)
+    staleness.axhline(0.0, color="black", linewidth=0.8)
+    staleness.set_xlabel("age of the cached embedding, events")
+    staleness.set_ylabel("hit_rate@10 minus that of a fresh one, 95%")
+    staleness.set_title("what staleness costs")
+    for axes in (curves, staleness):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    run_script(main, page)
