@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cda4rec_jax.data import Interactions, k_core
+from cda4rec_jax.data import Interactions, before_last, k_core
 from cda4rec_jax.errors import UserError
 
 
@@ -100,3 +100,13 @@ def test_k_core_that_leaves_too_little_is_refused() -> None:
         k_core(TOY, 4)
     with pytest.raises(UserError, match="k of at least 1, got 0"):
         k_core(TOY, 0)
+
+
+def test_before_the_last_events_users_and_items_stay() -> None:
+    toy = interactions([[1, 2, 3], [2, 3, 4, 1], [3, 1, 2, 5, 4]], num_items=5)
+    earlier = before_last(toy, np.array([0, 1, 2]))
+    assert [earlier.history(user).tolist() for user in range(3)] == [[1, 2, 3], [2, 3, 4], [3, 1, 2]]
+    assert earlier.user_ids == toy.user_ids and earlier.item_ids == toy.item_ids
+    assert earlier.timestamps.tolist() == [0, 10, 20] * 3
+    with pytest.raises(ValueError, match="would keep 2 events"):
+        before_last(toy, np.array([0, 2, 0]))

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cda4rec_jax.data import builder, load_prepared, prepare, read_interactions
+from cda4rec_jax.data import builder, load_prepared, prepare, read_interactions, write_prepared
+from cda4rec_jax.data.synthetic import SyntheticConfig, synthetic_world
 from cda4rec_jax.errors import UserError
 
 INTER = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -148,3 +149,15 @@ assert "tensorflow" not in sys.modules
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_interactions_in_memory_are_written_as_they_are(tmp_path: Path) -> None:
+    data = synthetic_world(SyntheticConfig(num_users=5, num_items=64)).interactions
+    assert len(np.unique(data.items)) < data.num_items  # some items have no event
+    report = write_prepared(data, tmp_path / "data", "a world")
+    assert report.before == report.after and report.findings == () and report.source == "a world"
+    assert load_prepared(tmp_path / "data").fingerprint == data.fingerprint
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UserError, match="no prepared dataset"):
+        write_prepared(data, tmp_path / "other", "a world")

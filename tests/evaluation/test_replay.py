@@ -177,7 +177,7 @@ def test_quality_by_age_is_relative_to_a_fresh_plan_on_the_same_requests(records
     quality = QualityByAge.of(replace(records, ranks=ranks)).quality
     np.testing.assert_allclose(quality[0, 0], np.where(reuses, 0.0, 0.75))
     np.testing.assert_allclose(quality[2, 1], np.where(reuses, 0.75, 0.75))
-    np.testing.assert_allclose(quality[2, 2], np.where(reuses, 0.25, 0.75))
+    np.testing.assert_allclose(quality[2, 3], np.where(reuses, 0.25, 0.75))
 
 
 def test_a_price_brings_calls_to_the_budget():
