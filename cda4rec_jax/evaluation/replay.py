@@ -170,8 +170,23 @@ def _situations(
 ) -> tuple[Context, PlanCosts, Array]:
     """Context, realised costs and failure of request ``step`` of each user, whose events have numbers in a row."""
     del system, catalogue
+    return situations(history, tables, world, draw, history.event_ids - step, max_cache_age)
+
+
+def situations(
+    history: HistoryBatch,
+    tables: ItemTables,
+    world: PlanningWorld,
+    draw: Array | int,
+    device_events: Int[Array, "b"],
+    max_cache_age: int,
+) -> tuple[Context, PlanCosts, Array]:
+    """Context, realised costs and failure of requests before the events of ``history``, by devices that stay what they are.
+
+    Consent, tier and memory are drawn for the event ``device_events`` of each device, all else for the request's own. Jittable.
+    """
     facts = facts_of(history, tables, max_cache_age)
-    first = sample_contexts(facts, history.event_ids - step, world.scales, draw, CONTEXTS)
+    first = sample_contexts(facts, device_events, world.scales, draw, CONTEXTS)
     drawn = sample_contexts(facts, history.event_ids, world.scales, draw, CONTEXTS)
     context = replace(drawn, **{name: getattr(first, name) for name in OF_THE_DEVICE})
     requests = requests_of(world, context, history.event_ids, draw, LINKS)
@@ -210,7 +225,7 @@ def play(records: ReplayRecords, world: PlanningWorld, scheduler: Scheduler, max
     cache, columns = Cache.of_the_last_event(records.contexts.consent[0]), []
     for step in range(records.num_steps):
         situation = jax.tree.map(lambda leaf, step=step: leaf[step], (records.contexts, records.realised, records.failed))
-        requests = _ask(world, cache, *situation)
+        requests = ask(world, cache, *situation)
         plans = scheduler.choose(requests, step)
         found, renewed = _answer(requests, records.ranks[:, :, :, step], plans, max_cache_age=max_cache_age)
         columns.append(jax.tree.map(np.asarray, (plans, cache.level, cache.age_events, found)))
@@ -222,7 +237,7 @@ def play(records: ReplayRecords, world: PlanningWorld, scheduler: Scheduler, max
 
 
 @jax.jit
-def _ask(world: PlanningWorld, cache: Cache, context: Context, realised: PlanCosts, failed: Array) -> Requests:
+def ask(world: PlanningWorld, cache: Cache, context: Context, realised: PlanCosts, failed: Array) -> Requests:
     """The requests of one step with the cache that is there. Of what was realised only exposure depends on it."""
     context = replace(context, cache_level=cache.level, cache_age_events=cache.age_events)
     predicted = plan_costs(world.profile, context, world.exposure_by_level, world.sizes)
@@ -239,20 +254,28 @@ def _ask(world: PlanningWorld, cache: Cache, context: Context, realised: PlanCos
 def _answer(
     requests: Requests, ranks: Int[Array, "levels ages n p"], plans: Int[Array, "b"], *, max_cache_age: int
 ) -> tuple[dict[str, Array], Cache]:
-    """What happens under the wanted plans, and the caches that they leave."""
-    context, rows = requests.context, jnp.arange(len(plans))
+    context = requests.context
     level = jnp.maximum(context.cache_level - 1, 0)
     age = jnp.maximum(context.cache_age_events.astype(jnp.int32) - 1, 0)
-    of_plans: PlanRanks = jnp.asarray(ranks)[level, age, rows % ranks.shape[2]]
+    of_plans = jnp.asarray(ranks)[level, age, jnp.arange(len(plans)) % ranks.shape[2]]
+    return settle(requests, of_plans, plans, max_cache_age=max_cache_age)
+
+
+@partial(jax.jit, static_argnames="max_cache_age")
+def settle(requests: Requests, ranks: PlanRanks, plans: Int[Array, "b"], *, max_cache_age: int) -> tuple[dict[str, Array], Cache]:
+    """What happens under the wanted plans whose ``ranks`` the targets have, and the caches that they leave."""
+    context, rows = requests.context, jnp.arange(len(plans))
     calls = jnp.asarray(PLAN_TABLE.uses_link)[plans]
     answering = jnp.where(calls & requests.failed, local_repair(requests.mask)[rows, plans], plans)
-    rank = of_plans[rows, answering]
-    gained = realised_utility(plan_quality(of_plans), requests.realised, context, failed=requests.failed, mask=requests.mask)
+    rank = ranks[rows, answering]
+    quality = plan_quality(ranks)
+    gained = realised_utility(quality, requests.realised, context, failed=requests.failed, mask=requests.mask)
     values = {
         "rank": rank,
         "hit_rate@10": hit_rate(rank, 10),
         "ndcg@10": ndcg(rank, 10),
         "calls": calls.astype(jnp.float32),
+        "repaired": (calls & requests.failed).astype(jnp.float32),
         "latency_ms": happened_latency_ms(requests)[rows, plans],
         "exposure": requests.realised.exposure[rows, plans],
         "utility": gained[rows, plans],

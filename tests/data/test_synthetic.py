@@ -47,6 +47,19 @@ def test_nobody_has_an_item_twice_and_nothing_is_seen_before_its_launch(world):
     assert np.any(world.truth.catalogue.launch_seconds > START_SECONDS)
 
 
+def test_retired_items_are_gone_and_the_other_draws_stay():
+    stays = synthetic_world(SyntheticConfig(num_users=60, num_items=80))
+    churn = synthetic_world(SyntheticConfig(num_users=60, num_items=80, retired=0.5))
+    data, catalogue = churn.interactions, churn.truth.catalogue
+    assert np.isfinite(catalogue.retire_seconds).sum() == 40 and not np.isfinite(stays.truth.catalogue.retire_seconds).any()
+    assert np.all(data.timestamps < catalogue.retire_seconds[data.items])
+    assert data.titles == stays.interactions.titles and np.array_equal(data.timestamps, stays.interactions.timestamps)
+    assert np.all(catalogue.launch_seconds[np.isfinite(catalogue.retire_seconds)] == 0)
+    closed = catalogue.closed_at(data.timestamps[-1:])[0]
+    probabilities = churn.truth.next_item_probabilities(np.array([59]), np.diff(data.offsets)[59:] - 1)[0]
+    assert closed.any() and not probabilities[closed].any() and probabilities.sum() == pytest.approx(1)
+
+
 def test_lengths_lie_in_their_bounds(world):
     lengths = np.diff(world.interactions.offsets)
     assert lengths.min() >= 8

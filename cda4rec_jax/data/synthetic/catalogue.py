@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from cda4rec_jax.data.synthetic.config import SyntheticConfig
 
@@ -90,12 +90,20 @@ class Catalogue:
     styles: Float64[np.ndarray, "i styles"]
     attraction: Float64[np.ndarray, "i"]  # sums to 1
     launch_seconds: Float64[np.ndarray, "i"]  # unix; 0 for items that were always there
+    retire_seconds: Float64[np.ndarray, "i"]  # unix; infinite for items that stay
     successors: Int64[np.ndarray, "i successors"]  # complements on the next shelf, strongest first; 0 is none
     successor_shares: Float64[np.ndarray, "i successors"]  # sum to 1
 
+    def closed_at(self, timestamps: Float64[np.ndarray, "b"]) -> Bool[np.ndarray, "b i"]:
+        """Items that are not on offer at each time: not launched yet, or retired."""
+        return (self.launch_seconds[None, :] > timestamps[:, None]) | (self.retire_seconds[None, :] <= timestamps[:, None])
 
-def make_catalogue(config: SyntheticConfig, rng: np.random.Generator) -> Catalogue:
-    """Draws the items. Index and id of an item say nothing about its shelf, attraction or age."""
+
+def make_catalogue(config: SyntheticConfig, rng: np.random.Generator, retirement_rng: np.random.Generator) -> Catalogue:
+    """Draws the items, and apart from all else which of them retire.
+
+    Index and id of an item say nothing about its shelf, attraction or age.
+    """
     num_rows = config.num_items + 1
     shelves = np.full(num_rows, -1, np.int64)
     shelves[1:] = rng.permutation(np.arange(config.num_items) % NUM_SHELVES)
@@ -107,6 +115,9 @@ def make_catalogue(config: SyntheticConfig, rng: np.random.Generator) -> Catalog
     launch_seconds = np.zeros(num_rows)
     late = rng.permutation(np.arange(1, num_rows))[: int(config.launched_late * config.num_items)]
     launch_seconds[late] = START_SECONDS + DAY_SECONDS * rng.uniform(0, YEAR_DAYS, size=len(late))
+    retire_seconds = np.full(num_rows, np.inf)
+    always = retirement_rng.permutation(np.setdiff1d(np.arange(1, num_rows), late))[: int(config.retired * config.num_items)]
+    retire_seconds[always] = START_SECONDS + DAY_SECONDS * retirement_rng.uniform(0, YEAR_DAYS, size=len(always))
     successors, shares = _complements(config.num_successors, shelves, brands, rng)
     return Catalogue(
         titles=_titles(shelves[1:], brands[1:], styles[1:], rng),
@@ -115,6 +126,7 @@ def make_catalogue(config: SyntheticConfig, rng: np.random.Generator) -> Catalog
         styles=styles,
         attraction=attraction / attraction.sum(),
         launch_seconds=launch_seconds,
+        retire_seconds=retire_seconds,
         successors=successors,
         successor_shares=shares,
     )

@@ -23,6 +23,7 @@ class SyntheticConfig:
         session_events: mean events of a session (geometric).
         popularity_exponent: Zipf exponent of the items' attraction.
         launched_late: share of items that appear only during the simulated year.
+        retired: share of items, of those that were always there, that are taken off the shelves during the simulated year.
         num_successors: items that complement an item.
         follow_share: probability that an event within a session follows up on the last item; a third of it across sessions.
         taste_share: probability that an event ignores the session's intent and comes from the long-term interests.
@@ -44,6 +45,7 @@ class SyntheticConfig:
     session_events: float = 4.0
     popularity_exponent: float = 0.75
     launched_late: float = 0.2
+    retired: float = 0.0
     num_successors: int = 6
     follow_share: float = 0.25
     taste_share: float = 0.25
@@ -64,7 +66,15 @@ class SyntheticConfig:
             problems.append(f"events per user {self.min_events}..{self.max_events}: expected a range from 3 upwards")
         if self.session_events < 1 or self.median_events <= 0 or self.num_successors < 1:
             problems.append("session_events and num_successors must be at least 1, and median_events positive")
-        shares = (self.follow_share, self.taste_share, self.popular_share, self.launched_late, self.drift, self.undisclosed)
+        shares = (
+            self.follow_share,
+            self.taste_share,
+            self.popular_share,
+            self.launched_late,
+            self.retired,
+            self.drift,
+            self.undisclosed,
+        )
         if min(shares) < 0 or max(shares) > 1 or self.follow_share + self.taste_share + self.popular_share > 1:
             problems.append("shares must lie in 0..1, and follow, taste and popular together must not exceed 1")
         strengths = (
@@ -76,6 +86,8 @@ class SyntheticConfig:
         )
         if self.seed < 0 or min(strengths) < 0 or max(strengths) > 5:
             problems.append("seed must not be negative, and strengths, sigma_events and popularity_exponent must lie in 0..5")
+        if self.launched_late + self.retired > 0.9:
+            problems.append("launched_late and retired together must not exceed .9: some items must always be there")
         if self.popular_share <= 0:
             problems.append("popular_share must be positive: it keeps every open item possible")
         if problems:

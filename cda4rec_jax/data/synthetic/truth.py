@@ -28,7 +28,7 @@ class People:
 class Truth:
     """The parameters behind the events. Item rows are by item_index, shelves as in ``catalogue.SHELVES``.
 
-    Event by event, item j has probability proportional to (0 for items that the user has had, or that are not launched yet)
+    Event by event, item j has probability proportional to (0 for items that the user has had, or that are not on offer)
 
     ``follow share_j(last item) + (intent [shelf_j = intent] + taste interest(shelf_j)) a_j(u) + popular attraction_j``
 
@@ -60,7 +60,7 @@ class Truth:
         if np.any((positions < 0) | (positions >= lengths)):
             raise IndexError(f"positions must lie in 0..events - 1, got {positions.min()}..{positions.max()}")
         events = self.offsets[user_indices] + positions
-        closed = self.catalogue.launch_seconds[None, :] > self.timestamps[events][:, None]
+        closed = self.catalogue.closed_at(self.timestamps[events])
         for row, event in enumerate(events):
             closed[row, self.items[event - positions[row] : event]] = True
         last_items = np.where(positions > 0, self.items[events - 1], 0)

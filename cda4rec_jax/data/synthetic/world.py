@@ -40,13 +40,13 @@ def synthetic_world(config: SyntheticConfig) -> World:
     Users have private attributes that shift their interests in the 32 shelves and their style. Around that mean the interests
     drift from session to session; every session has an intent, one shelf. Each event follows up on the last item (a directed
     complement), or comes from the intent's shelf, from the long-term interests, or from what is popular: ``Truth`` has the
-    formula. Nobody has an item twice, and nothing is seen before its launch. Gaps are log-normal: minutes within a session (at
-    most 20), days between sessions (at least 4 hours), shorter for users with more events. An item that was launched late may
-    have no events at all.
+    formula. Nobody has an item twice, and nothing is seen before its launch or once it has retired. Gaps are log-normal: minutes
+    within a session (at most 20), days between sessions (at least 4 hours), shorter for users with more events. An item that was
+    launched late may have no events at all.
     """
-    children = np.random.SeedSequence(config.seed).spawn(4)
-    catalogue_rng, people_rng, time_rng, event_rng = (np.random.default_rng(child) for child in children)
-    catalogue = make_catalogue(config, catalogue_rng)
+    children = np.random.SeedSequence(config.seed).spawn(5)
+    catalogue_rng, people_rng, time_rng, event_rng, retirement_rng = (np.random.default_rng(child) for child in children)
+    catalogue = make_catalogue(config, catalogue_rng, retirement_rng)
     offsets, starts_session = _lengths_and_sessions(config, time_rng)
     timestamps = _timestamps(offsets, starts_session, time_rng)
     people, attributes = _people(config, offsets, starts_session, people_rng)
@@ -166,7 +166,7 @@ def _simulate(
             rows = np.flatnonzero(lengths[chunk] > position)
             events = offsets[chunk[rows]] + position
             last_items = items[events - 1] if position else np.zeros(len(rows), np.int32)
-            closed = seen[rows] | (catalogue.launch_seconds[None, :] > timestamps[events][:, None])
+            closed = seen[rows] | catalogue.closed_at(timestamps[events])
             follow, shelf_shares = event_shares(config, people, events, last_items > 0, intent_known=True)
             weights = event_weights(config, catalogue, attraction[rows], closed, last_items, follow, shelf_shares)
             items[events] = _draw(weights, uniforms[events])
