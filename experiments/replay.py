@@ -224,35 +224,36 @@ class _Schedulers:
 
         self._worths = worths | {PLUG_IN: plug_in, BY_AGE: self._means.worth}
         self._all_calls = float(
-            self._run(scheduler=self._timed(calibration, np.ones(calibration.num_steps))).values["calls"].mean()
+            self._run(scheduler=self._timed(np.ones((calibration.num_steps, calibration.num_rows)))).values["calls"].mean()
         )
 
     def all(self, measured: ReplayRecords, shares: Sequence[float]) -> dict[Key, Scheduler]:
         """By name and share of always-cloud's calls; None for those that cannot be brought to one."""
         steps = measured.num_steps
         found: dict[Key, Scheduler] = {
-            (ALWAYS, None): self._timed(measured, np.ones(steps)),
-            (NEVER, None): self._timed(measured, np.zeros(steps)),
-            (THIRD, None): self._timed(measured, evenly_spaced(steps, 1 / 3)),
+            (ALWAYS, None): self._timed(np.ones((steps, measured.num_rows))),
+            (NEVER, None): self._timed(np.zeros((steps, measured.num_rows))),
+            (THIRD, None): self._timed(evenly_spaced(steps, 1 / 3, np.zeros(measured.num_rows))),
             (RULES, None): Priced(worth=self._worths[RULES], price=0.0, freshness=no_freshness(self._means)),
         }
         for share in shares:
             found[SPACED, share] = self._spaced(measured, share)
             drawn = np.random.default_rng(0).random((steps, measured.num_rows)) < share
-            found[RANDOM, share] = Schedule(calls=drawn, calling_plan=self._calling, other_plan=self._local)
+            found[RANDOM, share] = self._timed(drawn)
             for name in PRICED:
-                price = calibrated_price(
-                    partial(self._priced, name), lambda one: self._run(scheduler=one), share * self._all_calls
-                )
+                price = calibrated_price(partial(self._calls_at, name), share * self._all_calls)
                 found[name, share] = self._priced(name, price)
         return found
 
-    def _timed(self, records: ReplayRecords, calls: np.ndarray) -> Schedule:
-        every = np.broadcast_to(calls.astype(bool)[:, None], (records.num_steps, records.num_rows))
-        return Schedule(calls=every, calling_plan=self._calling, other_plan=self._local)
+    def _calls_at(self, name: str, price: float) -> float:
+        return float(self._run(scheduler=self._priced(name, price)).values["calls"].mean())
+
+    def _timed(self, calls: np.ndarray) -> Schedule:
+        return Schedule(calls=calls.astype(bool), calling_plan=self._calling, other_plan=self._local)
 
     def _spaced(self, records: ReplayRecords, share: float) -> Schedule:
-        return self._timed(records, evenly_spaced(records.num_steps, share))
+        phases = np.random.default_rng(1).random(records.num_rows)
+        return self._timed(evenly_spaced(records.num_steps, share, phases))
 
     def _priced(self, name: str, price: float) -> Priced:
         fresh = name.endswith(FRESH)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask, PlanValues
-from cda4rec_jax.evaluation.replay import CACHE_LEVELS, Played, ReplayRecords, Scheduler
+from cda4rec_jax.evaluation.replay import CACHE_LEVELS, ReplayRecords
 from cda4rec_jax.messages import Context, EgressLevel
 from cda4rec_jax.pipeline.decisions import Requests
 from cda4rec_jax.planner import NUM_PLANS, PlanCosts, plan_quality, repair
@@ -39,9 +39,10 @@ class Schedule:
         return repair(wanted, requests.mask)
 
 
-def evenly_spaced(steps: int, rate: float) -> Bool[np.ndarray, "steps"]:
-    """A call every ``1 / rate`` requests: t is one where floor(rate (t + 1)) exceeds floor(rate t)."""
-    return np.diff(np.floor(rate * np.arange(steps + 1) + 1e-9)) > 0
+def evenly_spaced(steps: int, rate: float, phases: Float[np.ndarray, "rows"]) -> Bool[np.ndarray, "steps rows"]:
+    """A call every ``1 / rate`` requests: t is one where floor(rate (t + 1) + phase) exceeds floor(rate t + phase)."""
+    counted = np.floor(rate * np.arange(steps + 1)[:, None] + phases[None, :] + 1e-9)
+    return np.diff(counted, axis=0) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +161,15 @@ def no_freshness(means: QualityByAge) -> Float[np.ndarray, "consents levels ages
     return np.zeros((len(EgressLevel), *means.quality.shape[:2]))
 
 
-def calibrated_price(make: Callable[[float], Scheduler], run: Callable[[Scheduler], Played], calls: float) -> float:
-    """The lowest price, to 1e-4, at which ``make(price)`` calls in at most a share ``calls`` of the requests of ``run``.
+def calibrated_price(calls_at: Callable[[float], float], calls: float) -> float:
+    """The lowest price, to 1e-4, at which ``calls_at(price)``, the share of requests that call, is at most ``calls``.
 
     A negative price is a reward, which brings a planner that calls too rarely to the budget.
     """
     low, high = -MAX_PRICE, MAX_PRICE
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
-        if float(run(make(middle)).values["calls"].mean()) > calls:
+        if calls_at(middle) > calls:
             low = middle
         else:
             high = middle

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,8 @@ def asked(trained: TrainedSystem) -> tuple[np.ndarray, np.ndarray]:
 def records(trained: TrainedSystem, asked) -> ReplayRecords:
     """Situations as they are drawn, with ranks that tell every cache, request and plan apart."""
     ranks = np.random.default_rng(0).integers(1, 200, (3, STEPS, USERS, STEPS, NUM_PLANS)).astype(np.int32)
-    return record_replay(trained, trained.world(), *asked, ranks, draws=2)
+    users, positions = asked
+    return record_replay(trained, trained.world(), users, positions, ranks, draws=2)
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,12 @@ def test_ranks_are_those_of_the_declared_cache(trained: TrainedSystem, asked):
 
 
 def test_evenly_spaced_calls():
-    assert np.flatnonzero(evenly_spaced(10, 0.3)).tolist() == [3, 6, 9]
-    assert np.flatnonzero(evenly_spaced(10, 1 / 3)).tolist() == [2, 5, 8]
-    assert np.flatnonzero(evenly_spaced(4, 0.5)).tolist() == [1, 3]
+    at_once = np.array([0.0, 0.75])
+    calls = evenly_spaced(10, 0.3, at_once)
+    assert [np.flatnonzero(row).tolist() for row in calls.T] == [[3, 6, 9], [0, 4, 7]]
+    assert np.flatnonzero(evenly_spaced(10, 1 / 3, at_once[:1])[:, 0]).tolist() == [2, 5, 8]
+    many = evenly_spaced(10, 0.3, np.random.default_rng(0).random(1000))
+    np.testing.assert_allclose(many.mean(axis=1), 0.3, atol=0.05)
 
 
 @pytest.fixture
@@ -183,10 +186,7 @@ def test_quality_by_age_is_relative_to_a_fresh_plan_on_the_same_requests(records
 def test_a_price_brings_calls_to_the_budget():
     gains = np.random.default_rng(0).uniform(-0.5, 0.5, 1000)
 
-    def run(price: float) -> SimpleNamespace:
-        return SimpleNamespace(values={"calls": (gains > price).astype(float)})
-
-    price = calibrated_price(lambda price: price, run, 0.3)
+    price = calibrated_price(lambda price: float((gains > price).mean()), 0.3)
     assert 0.298 <= (gains > price).mean() <= 0.3
 
 
