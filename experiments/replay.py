@@ -38,12 +38,11 @@ from harness import (
 
 from cda4rec_jax.data import before_last, write_prepared
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.evaluation.replay import ReplayRecords, cached_ranks, play, record_replay, replay_positions
+from cda4rec_jax.evaluation.replay import ReplayRecords, Scheduler, cached_ranks, play, record_replay, replay_positions
 from cda4rec_jax.evaluation.schedulers import (
     Priced,
     QualityByAge,
     Schedule,
-    Scheduler,
     Worth,
     calibrated_price,
     evenly_spaced,
