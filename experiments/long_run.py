@@ -310,7 +310,7 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
         COLD: COLD,
         "utility": "utility",
         "calls": "share of requests that call",
-        "repaired": "share of calls repaired, refused ones dashed",
+        "repaired": "share of requests repaired, refused ones dashed",
         "latency_ms": "mean latency, ms (modelled)",
     }
     for axes, (name, title) in zip(panels.flat, titles.items(), strict=True):
@@ -321,6 +321,7 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
                 axes.plot(weeks + shift, [week[arm]["refused"]["mean"] for week in result["weeks"]], "--", color=colour)
         axes.axvline(result["version_week"] - 0.5, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(title)
+        axes.set_xticks(weeks)
         axes.set_xlabel("week (dotted: new version in the cloud)")
         axes.grid(alpha=0.3)
     panels[0, 0].legend()

@@ -29,11 +29,12 @@ from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.decisions import PlanningWorld, facts_of
 from cda4rec_jax.pipeline.full_ranking import in_batches
 from cda4rec_jax.pipeline.outcomes import outcomes
-from cda4rec_jax.pipeline.population import BATCH_USERS
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import plan_quality, sample_contexts
 from cda4rec_jax.planner.plan_space import PLAN_TABLE
 from cda4rec_jax.runs.artifacts import TrainedSystem
+
+BATCH_USERS = 32  # few users have a second, third, ... request in a week
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 from cda4rec_jax.data import load_prepared
 from cda4rec_jax.data.synthetic import SyntheticConfig, synthetic_world
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.planner import FixedPlan, plan_index
 from cda4rec_jax.runs import RunDirectory
 
 Scripts = Callable[[str], ModuleType]
@@ -31,7 +32,14 @@ def test_long_run_holds_a_frozen_policy_against_a_refreshed_one(
         statistics["train_counts"][:40] = 0  # items of which only the text is known
         run.save_arrays("statistics", statistics)
 
+    refreshed = []
+
+    def train_planner(examples: Any, world: Any, config: Any, policy: Any) -> SimpleNamespace:  # gives one that never calls
+        refreshed.append(examples)
+        return SimpleNamespace(policy=FixedPlan(plan_index("local-skip-skip")))
+
     monkeypatch.setattr(long_run, "train_resumed", train)
+    monkeypatch.setattr(long_run, "train_planner", train_planner)
     options = long_run.Options(
         users=150,
         items=load_prepared(tiny_run / "data").num_items,  # of the tables of the run that stands in
@@ -51,6 +59,13 @@ def test_long_run_holds_a_frozen_policy_against_a_refreshed_one(
     for name, gain in first["gain"].items():
         assert gain["mean"] == 0, name  # both are the same policy in the first week
     assert first["frozen"]["refused"]["mean"] == 0
+    assert second["refreshed weekly"]["calls"]["mean"] == 0 < second["frozen"]["calls"]["mean"]
+    (examples,) = refreshed  # the last week's would serve nobody
+    assert (
+        examples.quality.shape[:2] == (2, first["requests"]) and (examples.context.cache_level <= examples.context.consent).all()
+    )
+    training, selecting = (set(examples.users[examples.selects == chosen]) for chosen in (False, True))
+    assert training and selecting and not training & selecting
     for part in (first, second, result["all_weeks"], result["after_the_new_version"]):
         for name, gain in part["gain"].items():
             assert gain["mean"] == pytest.approx(part["refreshed weekly"][name]["mean"] - part["frozen"][name]["mean"], abs=1e-6)
