@@ -12,7 +12,6 @@ calls. A price of a call brings each one to the budget. Prices, plans and values
 measured on the other, and the other way round. Writes ``replay-<dataset>.json``, ``.md``, ``.png``.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -222,11 +221,10 @@ class _Schedulers:
             return PlugIn(quality=jnp.asarray(known, jnp.float32)).logits(context, costs, mask)
 
         self._worths = worths | {PLUG_IN: plug_in, BY_AGE: self._means.worth}
-        self._all_calls = float(
-            self._run(scheduler=self._timed(np.ones((calibration.num_steps, calibration.num_rows)))).values["calls"].mean()
-        )
+        always = self._timed(np.ones((calibration.num_steps, calibration.num_rows)))
+        self._all_calls = float(self._run(scheduler=always).values["calls"].mean())
 
-    def all(self, measured: ReplayRecords, shares: Sequence[float]) -> dict[Key, Scheduler]:
+    def all(self, measured: ReplayRecords, shares: tuple[float, ...]) -> dict[Key, Scheduler]:
         """By name and share of always-cloud's calls; None for those that cannot be brought to one."""
         steps = measured.num_steps
         found: dict[Key, Scheduler] = {
@@ -237,8 +235,7 @@ class _Schedulers:
         }
         for share in shares:
             found[SPACED, share] = self._spaced(measured, share)
-            drawn = np.random.default_rng(0).random((steps, measured.num_rows)) < share
-            found[RANDOM, share] = self._timed(drawn)
+            found[RANDOM, share] = self._timed(np.random.default_rng(0).random((steps, measured.num_rows)) < share)
             for name in PRICED:
                 price = calibrated_price(partial(self._calls_at, name), share * self._all_calls)
                 found[name, share] = self._priced(name, price)
@@ -367,13 +364,8 @@ def page(result: dict[str, Any]) -> str:
     return markdown_page(result, "Sequential replay", lines)
 
 
-COLOURS = dict(
-    zip(
-        (SPACED, RANDOM, *PRICED),
-        ("black", "gray", "tab:brown", "tab:cyan", "tab:blue", "tab:orange", "tab:red", "tab:green"),
-        strict=True,
-    )
-)
+_LINES = ("black", "gray", "tab:brown", "tab:cyan", "tab:blue", "tab:orange", "tab:red", "tab:green")
+COLOURS = dict(zip((*TIMED, *PRICED), _LINES, strict=True))
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:

@@ -98,15 +98,15 @@ class QualityByAge:
     def of(cls, records: ReplayRecords) -> "QualityByAge":
         """Means over the users of ``records``."""
         reuses = PLAN_TABLE.semantic_reuse
-        everywhere = np.asarray(plan_quality(records.ranks[0, 0])).mean(axis=(0, 1), dtype=np.float64)
+        everywhere = _quality(records.ranks[0, 0]).mean(axis=0, dtype=np.float64)
         reference = int(np.where(PLAN_TABLE.semantic_cloud, everywhere, -np.inf).argmax())
         ages = records.ranks.shape[1]
         quality = np.broadcast_to(np.where(reuses, 0.0, everywhere), (len(EgressLevel), ages + 1, NUM_PLANS)).copy()
         for level in CACHE_LEVELS:
             for age in range(1, ages + 1):
                 # Old caches are found late, and late requests may be harder: so the gap to a fresh plan on the same ones is averaged.
-                here = np.asarray(plan_quality(records.ranks[level - 1, age - 1, :, age - 1 :]))
-                gap = (here - here[..., reference, None]).mean(axis=(0, 1), dtype=np.float64)
+                here = _quality(records.ranks[level - 1, age - 1, :, age - 1 :])
+                gap = (here - here[:, reference, None]).mean(axis=0, dtype=np.float64)
                 quality[level, age, reuses] = (everywhere[reference] + gap)[reuses]
         return cls(quality=quality)
 
@@ -125,6 +125,11 @@ class QualityByAge:
         """The plan of highest mean quality among fresh plans (``calls``) or among plans without the link, at a cache 1 event old."""
         which = PLAN_TABLE.semantic_cloud if calls else ~PLAN_TABLE.uses_link
         return int(np.where(which, self.quality[EgressLevel.FULL, 1], -np.inf).argmax())
+
+
+def _quality(ranks: Int[np.ndarray, "n steps p"]) -> Float[np.ndarray, "requests p"]:
+    """Quality of every plan, with the requests of all users in one axis."""
+    return np.asarray(plan_quality(ranks.reshape(-1, ranks.shape[-1])))
 
 
 def freshness_values(means: QualityByAge, price: float, discount: float = DISCOUNT) -> Float[np.ndarray, "consents levels ages"]:
