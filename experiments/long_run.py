@@ -40,7 +40,7 @@ from cda4rec_jax.data.synthetic.catalogue import DAY_SECONDS, START_SECONDS
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.long_run import Deployment, Fleet, Shop, logged_outcomes, serve
 from cda4rec_jax.pipeline.corpus import Corpus
-from cda4rec_jax.planner import Policy
+from cda4rec_jax.planner import LearnedPlanner
 from cda4rec_jax.presets import preset
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
@@ -211,7 +211,7 @@ def _requests(options: Options, interactions: Interactions) -> Arrays:
 
 
 def _simulate(
-    options: Options, shop: Shop, deployments: dict[int, Deployment], policy: Policy, requests: Arrays, refresh: bool
+    options: Options, shop: Shop, deployments: dict[int, Deployment], policy: LearnedPlanner, requests: Arrays, refresh: bool
 ) -> Arrays:
     """What every request gets, in the order of ``requests``."""
     fleet, planner = Fleet(options.users), policy
@@ -228,8 +228,14 @@ def _simulate(
 
 
 def _refreshed(
-    options: Options, shop: Shop, deployment: Deployment, policy: Policy, week: int, users: np.ndarray, positions: np.ndarray
-) -> Policy:
+    options: Options,
+    shop: Shop,
+    deployment: Deployment,
+    policy: LearnedPlanner,
+    week: int,
+    users: np.ndarray,
+    positions: np.ndarray,
+) -> LearnedPlanner:
     """The policy trained further on the outcomes of one week's requests."""
     drawn = [logged_outcomes(shop, deployment, users, positions, 1 + draw) for draw in range(CACHE_DRAWS)]
     people = np.random.default_rng([options.seed, week]).permutation(np.unique(users))

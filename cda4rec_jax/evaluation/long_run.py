@@ -30,8 +30,7 @@ from cda4rec_jax.pipeline.decisions import PlanningWorld, facts_of
 from cda4rec_jax.pipeline.full_ranking import in_batches
 from cda4rec_jax.pipeline.outcomes import outcomes
 from cda4rec_jax.pipeline.system import SystemConfig
-from cda4rec_jax.planner import plan_quality, sample_contexts
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
+from cda4rec_jax.planner import STANDARD, PlanSpace, choose, plan_quality, sample_contexts
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
 BATCH_USERS = 32  # few users have a second, third, ... request in a week
@@ -132,9 +131,11 @@ class Fleet:
         self._version[users] = version
 
 
-def refused_plans(plans: Int[np.ndarray, "b"], is_other_version: Bool[np.ndarray, "b"]) -> Bool[np.ndarray, "b"]:
+def refused_plans(
+    plans: Int[np.ndarray, "b"], is_other_version: Bool[np.ndarray, "b"], space: PlanSpace = STANDARD
+) -> Bool[np.ndarray, "b"]:
     """Whose plan sends an embedding that another version of the cloud has made."""
-    return (PLAN_TABLE.semantic_reuse & PLAN_TABLE.uses_link)[plans] & is_other_version
+    return (space.table.semantic_reuse & space.table.uses_link)[plans] & is_other_version
 
 
 def serve(
@@ -188,13 +189,14 @@ def _serve_batch(
     cache, made_by = fleet.found(users, situation[0].consent, version)
     requests = ask(now.world, cache, *situation)
     logits = planner(requests.context, requests.predicted, requests.mask)
-    plans = np.asarray(jnp.argmax(logits, axis=1))
+    space = now.world.space
+    plans = np.asarray(choose(logits, requests.mask, space))
     is_other = (made_by != version) & (np.asarray(cache.level) > 0)
     ranks = np.asarray(now.ranks(history, cache))
     for old in np.unique(made_by[is_other]):
-        kept = (made_by == old)[:, None] & is_other[:, None] & PLAN_TABLE.semantic_reuse[None, :]
+        kept = (made_by == old)[:, None] & is_other[:, None] & space.table.semantic_reuse[None, :]
         ranks = np.where(kept, np.asarray(deployments[int(old)].ranks(history, cache)), ranks)
-    refused = refused_plans(plans, is_other)
+    refused = refused_plans(plans, is_other, space)
     requests = replace(requests, failed=jnp.asarray(requests.failed) | refused)
     values, left = settle(requests, jnp.asarray(ranks), jnp.asarray(plans), max_cache_age=max_age)
     left = Cache(level=jnp.where(refused, 0, left.level), age_events=jnp.where(refused, 0.0, left.age_events))

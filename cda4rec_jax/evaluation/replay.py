@@ -27,6 +27,7 @@ from cda4rec_jax.pipeline.system import System
 from cda4rec_jax.planner import (
     ContextConfig,
     PlanCosts,
+    PlanSpace,
     allowed,
     local_repair,
     plan_costs,
@@ -34,7 +35,6 @@ from cda4rec_jax.planner import (
     realised_utility,
     sample_contexts,
 )
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
 CACHE_LEVELS = tuple(EgressLevel)[1:]  # that an embedding may have been made at
@@ -73,12 +73,15 @@ def next_cache(cache: Cache, fresh_level: Int[Array, "b"], max_age_events: int) 
 class ReplayRecords:
     """``n`` users with ``steps`` requests each, in ``draws`` situations. Row ``draw * n + user`` of a step is one device's request."""
 
-    ranks: Int[
-        np.ndarray, "levels ages n steps p"
-    ]  # under every plan, by the cache found: level - 1, age - 1; 0 where never found
+    # Under every plan, by the cache found: level - 1, age - 1; 0 where never found.
+    ranks: Int[np.ndarray, "levels ages n steps p"]
     contexts: Context  # leaves [steps, rows]; their cache is not carried yet
     realised: PlanCosts  # leaves [steps, rows, p]; exposure likewise
     failed: Bool[np.ndarray, "steps rows"]
+
+    @property
+    def space(self) -> PlanSpace:
+        return self.realised.space
 
     @property
     def num_users(self) -> int:
@@ -120,7 +123,7 @@ def cached_ranks(
 ) -> Int[np.ndarray, "levels ages n steps p"]:
     """Rank under every plan for every cache that the requests may find: before request t, ages 1 to t + 1."""
     steps = positions.shape[1]
-    found = np.zeros((len(CACHE_LEVELS), steps, *positions.shape, len(PLAN_TABLE.uses_link)), np.int32)
+    found = np.zeros((len(CACHE_LEVELS), steps, *positions.shape, trained.config.space.num_plans), np.int32)
     for level_place, level in enumerate(CACHE_LEVELS):
         for age in range(1, steps + 1):
             asked = positions[:, age - 1 :]
@@ -264,9 +267,9 @@ def _answer(
 @partial(jax.jit, static_argnames="max_cache_age")
 def settle(requests: Requests, ranks: PlanRanks, plans: Int[Array, "b"], *, max_cache_age: int) -> tuple[dict[str, Array], Cache]:
     """What happens under the wanted plans whose ``ranks`` the targets have, and the caches that they leave."""
-    context, rows = requests.context, jnp.arange(len(plans))
-    calls = jnp.asarray(PLAN_TABLE.uses_link)[plans]
-    answering = jnp.where(calls & requests.failed, local_repair(requests.mask)[rows, plans], plans)
+    context, rows, space = requests.context, jnp.arange(len(plans)), requests.predicted.space
+    calls = jnp.asarray(space.table.uses_link)[plans]
+    answering = jnp.where(calls & requests.failed, local_repair(requests.mask, space)[rows, plans], plans)
     rank = ranks[rows, answering]
     quality = plan_quality(ranks)
     gained = realised_utility(quality, requests.realised, context, failed=requests.failed, mask=requests.mask)
@@ -280,7 +283,7 @@ def settle(requests: Requests, ranks: PlanRanks, plans: Int[Array, "b"], *, max_
         "exposure": requests.realised.exposure[rows, plans],
         "utility": gained[rows, plans],
     }
-    arrived = jnp.asarray(PLAN_TABLE.semantic_cloud)[plans] & ~requests.failed
-    fresh_level = jnp.where(arrived, jnp.asarray(PLAN_TABLE.level)[plans], 0)
+    arrived = jnp.asarray(space.table.semantic_cloud)[plans] & ~requests.failed
+    fresh_level = jnp.where(arrived, jnp.asarray(space.table.level)[plans], 0)
     found = Cache(level=context.cache_level, age_events=context.cache_age_events)
     return values, next_cache(found, fresh_level, max_cache_age)

@@ -16,8 +16,7 @@ from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask, PlanValues
 from cda4rec_jax.evaluation.replay import CACHE_LEVELS, ReplayRecords
 from cda4rec_jax.messages import Context, EgressLevel
 from cda4rec_jax.pipeline.decisions import Requests
-from cda4rec_jax.planner import NUM_PLANS, PlanCosts, plan_quality, repair
-from cda4rec_jax.planner.plan_space import PLAN_TABLE
+from cda4rec_jax.planner import STANDARD, PlanCosts, PlanSpace, choose, plan_quality, repair
 
 DISCOUNT = 0.9  # of the next request's worth: a horizon of ten requests
 SEARCH_STEPS = 14
@@ -64,15 +63,15 @@ class Priced:
 
 @partial(jax.jit, static_argnames="worth")
 def _best_plans(requests: Requests, price: Array, freshness: Float[Array, "consents levels ages"], *, worth: Worth) -> Array:
-    context = requests.context
-    fresh_level, uses_link = jnp.asarray(PLAN_TABLE.level)[None, :], jnp.asarray(PLAN_TABLE.uses_link)[None, :]
+    context, space = requests.context, requests.predicted.space
+    fresh_level, uses_link = jnp.asarray(space.table.level)[None, :], jnp.asarray(space.table.uses_link)[None, :]
     oldest = freshness.shape[2] - 1
     older = jnp.minimum(context.cache_age_events.astype(jnp.int32) + 1, oldest) * (context.cache_level > 0)
     level = jnp.where(fresh_level > 0, fresh_level, context.cache_level[:, None])
     age = jnp.where(fresh_level > 0, min(1, oldest), older[:, None])
     later = freshness[context.consent[:, None], level, age]
     values = worth(context, requests.predicted, requests.mask) - price * uses_link + later
-    return jnp.argmax(jnp.where(requests.mask, values, -jnp.inf), axis=1)
+    return choose(values, requests.mask, space)
 
 
 def unpriced(worth: Worth) -> Worth:
@@ -93,22 +92,24 @@ class QualityByAge:
     """
 
     quality: Float[np.ndarray, "levels ages p"]
+    space: PlanSpace = STANDARD
 
     @classmethod
     def of(cls, records: ReplayRecords) -> "QualityByAge":
         """Means over the users of ``records``."""
-        reuses = PLAN_TABLE.semantic_reuse
+        space = records.space
+        reuses = space.table.semantic_reuse
         everywhere = _quality(records.ranks[0, 0]).mean(axis=0, dtype=np.float64)
-        reference = int(np.where(PLAN_TABLE.semantic_cloud, everywhere, -np.inf).argmax())
+        reference = int(np.where(space.table.semantic_cloud, everywhere, -np.inf).argmax())
         ages = records.ranks.shape[1]
-        quality = np.broadcast_to(np.where(reuses, 0.0, everywhere), (len(EgressLevel), ages + 1, NUM_PLANS)).copy()
+        quality = np.broadcast_to(np.where(reuses, 0.0, everywhere), (len(EgressLevel), ages + 1, space.num_plans)).copy()
         for level in CACHE_LEVELS:
             for age in range(1, ages + 1):
                 # Old caches are found late, and late requests may be harder: so the gap to a fresh plan on the same ones is averaged.
                 here = _quality(records.ranks[level - 1, age - 1, :, age - 1 :])
                 gap = (here - here[:, reference, None]).mean(axis=0, dtype=np.float64)
                 quality[level, age, reuses] = (everywhere[reference] + gap)[reuses]
-        return cls(quality=quality)
+        return cls(quality=quality, space=space)
 
     def worth(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanValues:
         """Mean quality under the cache of each request; -inf where ``mask`` is False."""
@@ -123,7 +124,8 @@ class QualityByAge:
 
     def best(self, *, calls: bool) -> int:
         """The plan of highest mean quality among fresh plans (``calls``) or among plans without the link, at a cache 1 event old."""
-        which = PLAN_TABLE.semantic_cloud if calls else ~PLAN_TABLE.uses_link
+        table = self.space.table
+        which = table.semantic_cloud if calls else ~table.uses_link
         return int(np.where(which, self.quality[EgressLevel.FULL, 1], -np.inf).argmax())
 
 
@@ -143,7 +145,7 @@ def freshness_values(means: QualityByAge, price: float, discount: float = DISCOU
     that is 1 event old; any other leaves it 1 event older, and at the last age it stays there. Links that are down, memory and failures
     are left out: they are alike for all caches.
     """
-    table, quality = PLAN_TABLE, means.quality
+    table, quality = means.space.table, means.quality
     num_levels, num_ages, _ = quality.shape
     level, age = np.meshgrid(np.arange(num_levels), np.arange(num_ages), indexing="ij")
     older = np.where(level > 0, np.minimum(age + 1, num_ages - 1), 0)
