@@ -35,7 +35,7 @@ class Schedule:
     def choose(self, requests: Requests, step: int) -> Int[Array, "b"]:
         """The scheduled plan of each request."""
         wanted = jnp.where(jnp.asarray(self.calls[step]), self.calling_plan, self.other_plan)
-        return repair(wanted, requests.mask)
+        return repair(wanted, requests.mask, requests.predicted.space)
 
 
 def evenly_spaced(steps: int, rate: float, phases: Float[np.ndarray, "rows"]) -> Bool[np.ndarray, "steps rows"]:
