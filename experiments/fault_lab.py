@@ -22,7 +22,6 @@ from cda4rec_jax.planner import (
     expected_regret,
     local_repair,
     plan_bytes,
-    plan_costs,
     plan_quality,
     predicted_transfer,
     subtask_ms,
@@ -240,10 +239,10 @@ def _asked(trained: TrainedSystem, history: HistoryBatch) -> Asked:
         contexts=ContextConfig(),
         links=LinkConfig(),
     )
-    context, mask = asked.context, asked.mask
+    context, mask, space = asked.context, asked.mask, world.space
     # Times were measured on this machine, whatever device a context names: only the highest tier is taken as it is.
     here = replace(context, tier=jnp.full_like(context.tier, int(DeviceTier.HIGH)))
-    transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes), measured.profile.queue_ms)
+    transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes, space), measured.profile.queue_ms)
     worth = utility(policy.quality(context_features(context)), asked.predicted, context)
     found = Asked(
         context=context,
@@ -251,10 +250,10 @@ def _asked(trained: TrainedSystem, history: HistoryBatch) -> Asked:
         costs=asked.predicted,
         worth=worth,
         regret=expected_regret(worth, mask) / world.scales.quality_gap,
-        fallback=local_repair(mask),
-        subtask_ms=subtask_ms(measured.profile, here),
+        fallback=local_repair(mask, space),
+        subtask_ms=subtask_ms(measured.profile, here, space),
         link_ms=transfer.uplink_ms + transfer.downlink_ms,
-        latency_ms=plan_costs(measured.profile, here, measured.exposure_by_level, measured.sizes, transfer).latency_ms,
+        latency_ms=measured.costs(here, transfer).latency_ms,
         met=realise(context, history.event_ids, 0, measured.profile.queue_ms, LinkConfig()),
     )
     return jax.tree.map(np.asarray, found)

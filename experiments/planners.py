@@ -62,11 +62,12 @@ def examples_of(study: Study, seed: int) -> PlannerExamples:
         trained, config = study.ours(seed), replace(TRAINING, seed=seed, users=_most_users(study))
         found = planner_examples(trained, trained.world(), config)
         context = {f"context-{name}": np.asarray(leaf) for name, leaf in vars(found.context).items()}
-        return {name: np.asarray(value) for name, value in vars(found).items() if name != "context"} | context
+        return {name: np.asarray(value) for name, value in vars(found).items() if name not in ("context", "space")} | context
 
     kept = study.cell(f"{OURS}-{seed}-planner-examples", make)
     context = Context(**{name.removeprefix("context-"): leaf for name, leaf in kept.items() if name.startswith("context-")})
-    return PlannerExamples(context=context, **{name: leaf for name, leaf in kept.items() if not name.startswith("context-")})
+    arrays = {name: leaf for name, leaf in kept.items() if not name.startswith("context-")}
+    return PlannerExamples(context=context, space=study.config.system.space, **arrays)
 
 
 def _most_users(study: Study) -> int | None:

@@ -41,7 +41,9 @@ def oracle_quality(records: PlanRecords, seed: int = 0) -> Float[np.ndarray, "n 
     """What the cross-fitted context oracle believes of each user's request; ``seed`` draws the halves of the users."""
     first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
     folds = np.random.default_rng(seed).permutation(len(records.users)) % 2
-    return cross_fitted_quality(records.quality, possible_plans(first), context_cells(first), folds)
+    return cross_fitted_quality(
+        records.quality, possible_plans(first, records.requests.predicted.space), context_cells(first), folds
+    )
 
 
 def brings(records: PlanRecords, choices: Mapping[str, Choices]) -> dict[str, Quantities]:

@@ -30,7 +30,6 @@ from cda4rec_jax.planner import (
     PlanSpace,
     allowed,
     local_repair,
-    plan_costs,
     plan_quality,
     realised_utility,
     sample_contexts,
@@ -243,10 +242,10 @@ def play(records: ReplayRecords, world: PlanningWorld, scheduler: Scheduler, max
 def ask(world: PlanningWorld, cache: Cache, context: Context, realised: PlanCosts, failed: Array) -> Requests:
     """The requests of one step with the cache that is there. Of what was realised only exposure depends on it."""
     context = replace(context, cache_level=cache.level, cache_age_events=cache.age_events)
-    predicted = plan_costs(world.profile, context, world.exposure_by_level, world.sizes)
+    predicted = world.costs(context)
     return Requests(
         context=context,
-        mask=allowed(context),
+        mask=allowed(context, world.space),
         predicted=predicted,
         realised=replace(realised, exposure=predicted.exposure),
         failed=failed,

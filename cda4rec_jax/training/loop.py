@@ -309,7 +309,7 @@ class Trainer:
         self._standardise(*self.population.feature_moments(self.weights(), *asked))
         records = self.population.records(self.weights(), *asked, draws=1)
         requests = jax.tree.map(lambda leaf: leaf[0], records.requests)
-        possible = possible_plans(requests.context)
+        possible = possible_plans(requests.context, self._world.space)
         scales = WeightScales.from_quality_and_costs(records.quality, possible, requests.predicted, requests.mask)
         means = mean_quality(records.quality, possible)
         measured = {name: float(value) for name, value in vars(scales).items()}

@@ -10,7 +10,7 @@ does not train but selects among the weights on the way; the test split is never
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,17 @@ from cda4rec_jax.metrics import Interval, paired_interval
 from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests, redraw_requests
 from cda4rec_jax.pipeline.planners import PlugIn, mean_quality, possible_plans
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, Population
-from cda4rec_jax.planner import ContextConfig, FixedPlan, LearnedPlanner, Objective, Policy, PolicyConfig, realised_utility
+from cda4rec_jax.planner import (
+    STANDARD,
+    ContextConfig,
+    FixedPlan,
+    LearnedPlanner,
+    Objective,
+    PlanSpace,
+    Policy,
+    PolicyConfig,
+    realised_utility,
+)
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.training.losses import decision_loss
 
@@ -91,6 +101,7 @@ class PlannerExamples:
     selects: Bool[np.ndarray, "n"]
     context: Context  # leaves [d, n]
     quality: Float[np.ndarray, "d n p"]
+    space: PlanSpace = field(default=STANDARD, metadata={"static": True})
 
     def of(self, selecting: bool) -> "PlannerExamples":
         """The users who select, or those who train."""
@@ -101,12 +112,13 @@ class PlannerExamples:
             selects=self.selects[rows],
             context=jax.tree.map(lambda leaf: leaf[:, rows], self.context),
             quality=self.quality[:, rows],
+            space=self.space,
         )
 
     def mean_quality(self) -> Float[np.ndarray, "p"]:
         """Mean quality of each plan over the requests that it could serve: what plug-in knows."""
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.context)
-        return mean_quality(self.quality.reshape(-1, self.quality.shape[-1]), possible_plans(flat))
+        return mean_quality(self.quality.reshape(-1, self.quality.shape[-1]), possible_plans(flat, self.space))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +183,7 @@ def planner_examples(
         selects=selects,
         context=jax.tree.map(lambda *leaves: np.concatenate(leaves), *(records.requests.context for records in found)),
         quality=np.stack([records.quality for records in found]),
+        space=world.space,
     )
 
 

@@ -108,7 +108,6 @@ def test_a_sample_is_compared_with_the_baseline_and_leaves_the_stored_report_alo
         ({"split": "train"}, "unknown split 'train'"),
         ({"profile": "guessed"}, "unknown profile 'guessed'"),
         ({"plans": "some"}, "expected 'all' or a list"),
-        ({"plans": ["fresh"]}, "unknown plan 'fresh'"),
         ({"draws": 0}, "draws is 0"),
         ({"users": 1}, "users is 1"),
         ({"json_file": "/no/such/folder/report.json"}, "Cannot write"),

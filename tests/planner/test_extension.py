@@ -25,6 +25,7 @@ from cda4rec_jax.planner import (
     RandomPlanner,
     RulesPlanner,
     allowed,
+    choose,
     cloud_plan,
     deployment_profile,
     explain_decision,
@@ -152,7 +153,7 @@ def test_forbidden_plans_stay_at_probability_0_with_own_plans_among_them(space, 
         context = sample_contexts(facts, jnp.arange(4000), scales, draw, ContextConfig())
         mask, costs = allowed(context, space), costs_of(context, space)
         logits = {name: planner.logits(context, costs, mask) for name, planner in planners.items()}
-        chosen = {name: jnp.argmax(permitted(each, mask), axis=1) for name, each in logits.items()}
+        chosen = {name: choose(each, mask, space) for name, each in logits.items()}
         sure = {name: masked_softmax(each, mask) for name, each in logits.items() if name != "defiant"}
         return mask, sure, chosen
 

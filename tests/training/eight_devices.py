@@ -79,7 +79,8 @@ def deciders(tiny: Path, folder: Path) -> dict[str, float]:
     rows = joint_steps(trainer, 10)
     observation = trainer.layout.place_batch(trainer._keep_observations().batch(0, 8))
     # The planner-only step has nothing that the joint one has not: it is lowered, not compiled, which would take as long again.
-    trainer._decide.lower(trainer.state, observation, *trainer._constants, trainer.layout.place(np.int32(0)))
+    frozen, _, world = trainer._constants
+    trainer._decide.lower(trainer.state, observation, frozen, world, trainer.layout.place(np.int32(0)))
     return rows[-1]
 
 

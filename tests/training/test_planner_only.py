@@ -89,9 +89,9 @@ def test_training_gives_the_same_again_and_leaves_the_planner_that_it_starts_fro
 
 def test_a_planner_that_predicts_no_quality_learns_from_utility_alone(examples, world):
     direct = DirectPolicy(PolicyConfig(quality_scale=0.2), rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match=r"DirectPolicy predicts no quality.*quality_regression=0"):
-        train_planner(examples, world, CONFIG, direct)
-    trained = train_planner(examples, world, replace(CONFIG, quality_regression=0.0), direct)
+    with pytest.raises(UserError, match=r"DirectPolicy tells no quality.*exact or gumbel"):
+        train_planner(examples, world, replace(CONFIG, objective=Objective.REGRESSION), direct)
+    trained = train_planner(examples, world, CONFIG, direct)
     assert trained.curve[-1]["utility"] > trained.curve[0]["utility"]
 
 

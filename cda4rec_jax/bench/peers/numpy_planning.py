@@ -69,8 +69,12 @@ class NumpyDecision:
         )
         self._semantic = self._profile["semantic_ms"][table.level] * fresh
         self._semantic_per_event = self._profile["semantic_ms_per_event"] * fresh
-        self._retrieval = self._profile["retrieval_ms"][table.candidates_index]
-        self._ranking = self._profile["ranking_ms"][:, table.candidates_index]
+        beside = table.structured_device.astype(int)  # whether candidates come with records, and ranking reads them
+        pool = np.where(table.uses_link, table.candidates_index, -1)
+        self._abstract = self._profile["abstract_ms"][:, beside, table.level] * table.uses_link
+        self._retrieval = self._profile["retrieval_ms"][beside, table.candidates_index]
+        self._ranking = self._profile["ranking_ms"][:, beside, pool]
+        self._ranking_cloud = self._profile["ranking_cloud_ms"][table.structured_cloud.astype(int)] * table.ranking_cloud
         self._allowed_reuse = ~table.semantic_reuse
         self._no_link = ~table.uses_link
 
@@ -109,13 +113,13 @@ class NumpyDecision:
             + 8 * up_bytes / np.maximum(at["uplink_kbps"], floor)[:, None]
             + 8 * self._down / np.maximum(at["downlink_kbps"], floor)[:, None]
         ) * table.uses_link
-        abstract = profile["abstract_ms"][tier][:, None] * table.semantic_cloud
+        abstract = self._abstract[tier]
         cache_retrieval = profile["cache_retrieval_ms"][tier][:, None] * self._no_link
         on_device = profile["structured_ms"][tier][:, None] + profile["structured_ms_per_event"][tier][:, None] * events
         structured = on_device * table.structured_device
         in_cloud = (profile["structured_cloud_ms"] + profile["structured_cloud_ms_per_event"] * events) * table.structured_cloud
         cloud = np.maximum(self._semantic + self._semantic_per_event * released + self._retrieval, in_cloud)
-        cloud = cloud + profile["ranking_cloud_ms"] * table.ranking_cloud
+        cloud = cloud + self._ranking_cloud
         ranking = self._ranking[tier] * ~table.ranking_cloud
         planning = profile["planning_ms"][tier][:, None]
         branch = np.where(table.uses_link, abstract + link_ms + profile["queue_ms"] + cloud, cache_retrieval)
