@@ -14,7 +14,7 @@ quickstart: .venv/.installed
 	.venv/bin/cda4rec quickstart $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.installed-test
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check $(PACKAGE)
