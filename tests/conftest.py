@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_SOURCE = "synthetic:users=300,items=150"
-LONG_FOLDERS = ("training", "docs", "experiments")  # their files train, and are few
+LONG_FOLDERS = ("training", "experiments")  # whose files train
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -97,6 +97,9 @@ def measure_attributes(corpus: Corpus, attacked: AttackedUsers, seed: int = 0) -
     return found
 
 
+_release = jax.jit(release, static_argnames=("max_items", "history_length", "profile_events"))
+
+
 def attacked_users(corpus: Corpus, config: SystemConfig, seed: int = 0) -> AttackedUsers:
     """A seeded sample of users, and the abstracts of their training histories at every level that releases anything."""
     interactions = corpus.interactions
@@ -110,7 +113,7 @@ def attacked_users(corpus: Corpus, config: SystemConfig, seed: int = 0) -> Attac
         for start in range(0, len(users), 512):
             part = jax.tree.map(lambda column, rows=slice(start, start + 512): column[rows], history)
             levels = np.full(len(part.lengths), int(level), np.int32)
-            abstract = release(
+            abstract = _release(
                 part,
                 weights,
                 levels,

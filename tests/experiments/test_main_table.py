@@ -3,17 +3,23 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from cda4rec_jax.errors import UserError
+
+Scripts = Callable[[str], ModuleType]
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "synthetic:users=300,items=150"  # that of `tiny_run`, whose programs are compiled already
 SYSTEMS = ["cda4rec", "sasrec-ce", "ease"]
 
 
-def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, tmp_path: Path):
+def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, scripts: Scripts, tmp_path: Path):
     del tiny_run
+    work = {"work": tmp_path / "work", "out": tmp_path}
     flags = ["--data", SOURCE, "--preset-name", "tiny", "--seeds", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     command = [sys.executable, str(ROOT / "experiments" / "main_table.py"), *flags, "--systems", *SYSTEMS]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -24,18 +30,17 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, tm
     assert all(rows[name]["minus_sasrec_ce"] for name in rows.keys() - {"sasrec-ce"})
     assert "| ease |" in (tmp_path / "table-synthetic.md").read_text() and (tmp_path / "table-synthetic.png").exists()
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")}
-    again = subprocess.run([*command[:2], *flags, "--systems", "ease", "sasrec-ce"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    again = {"preset_name": "tiny", "seeds": 1, **work}
+    scripts("main_table").main(SOURCE, systems=("ease", "sasrec-ce"), **again)
     assert len(stored) >= 5 and all(path.stat().st_mtime_ns == time for path, time in stored.items() if "data" not in path.parts)
-    pooled = [sys.executable, str(ROOT / "experiments" / "pooled.py"), "--studies", "synthetic", *flags[4:]]
-    assert subprocess.run(pooled, capture_output=True, text=True).returncode == 0
+    scripts("pooled").main(("synthetic",), seeds=1, **work)
     of_table = rows["cda4rec"]["minus_sasrec_ce"]["ndcg@10"]
     of_pool = json.loads((tmp_path / "pooled.json").read_text())["minus_sasrec_ce"]["pooled"]["ndcg@10"]["cda4rec"]
     assert [of_pool[name] for name in ("mean", "low", "high")] == pytest.approx(
         [of_table[name] for name in ("mean_difference", "low", "high")]
     )
-    more = subprocess.run([*pooled, "--seeds", "2"], capture_output=True, text=True)
-    assert more.returncode == 2 and "run main_table.py" in more.stderr and "Traceback" not in more.stderr
+    with pytest.raises(UserError, match=r"run main_table\.py"):
+        scripts("pooled").main(("synthetic",), seeds=2, **work)
     other = [*command[:2], "--data", "synthetic:users=120,items=100", *flags[2:], "--systems", "ease"]
     refused = subprocess.run(other, capture_output=True, text=True)
     assert refused.returncode == 2 and "other settings or data" in refused.stderr and "Traceback" not in refused.stderr
