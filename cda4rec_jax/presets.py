@@ -78,7 +78,7 @@ def tiny() -> RunConfig:
     """Seconds, for tests and examples."""
     train = TrainConfig(
         epochs=2,
-        rows_per_batch=16,
+        rows_per_batch=24,
         learning_rate=4e-3,
         withheld_per_step=4,
         decider_interval=1,

@@ -210,7 +210,7 @@ def test_other_mistakes_on_the_command_line_exit_with_code_2(arguments: str, cli
         ("train --preset sasrec-tiny --planner m:P", "a baseline has one agent and plans nothing: leave the planner m:P out"),
         ("train --resume --rows-per-batch 8", "--resume goes on as the run began"),
         ("train --accumulation-steps 0", "--accumulation-steps must be above 0, got 0"),
-        ("train --preset tiny --accumulation-steps 3", "choose --rows-per-batch as a multiple of 3"),
+        ("train --preset tiny --accumulation-steps 5", "choose --rows-per-batch as a multiple of 5"),
         (
             "train --preset tiny --rows-per-batch 15 --mesh data=2",
             "choose --rows-per-batch as a multiple of 2, or a mesh with data=1",

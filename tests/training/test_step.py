@@ -118,6 +118,6 @@ def test_rows_are_padded_with_rows_without_a_token(make_trainer: Any) -> None:
     batch = first_batch(make_trainer().source)
     assert pad_rows(batch, 8) is batch
     padded = pad_rows(batch, 10)
-    assert tokens(padded)[:16] == tokens(batch) and padded.targets.shape[0] == 20
-    assert not np.any(padded.segment_ids[16:]) and not np.any(padded.prefix_rows[16:])
-    assert padded.prefixes.shape[0] - 1 == 20 * (batch.prefixes.shape[0] - 1) // 16
+    assert tokens(padded)[:24] == tokens(batch) and padded.targets.shape[0] == 30
+    assert not np.any(padded.segment_ids[24:]) and not np.any(padded.prefix_rows[24:])
+    assert padded.prefixes.shape[0] - 1 == 30 * (batch.prefixes.shape[0] - 1) // 24
