@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def _search(
     return topk_dot(vectors, queries, k, allowed=allowed, excluded=excluded)
 
 
-def padded_excluded(excluded: Int[np.ndarray, "b s"] | None) -> Int[np.ndarray, "b padded"] | None:
+def _padded_excluded(excluded: Int[np.ndarray, "b s"] | None) -> Int[np.ndarray, "b padded"] | None:
     """With a width rounded up to a power of two, so that few programs are compiled."""
     if excluded is None:
         return None
@@ -57,8 +58,16 @@ class ExactIndex:
     implementation = "exact"
 
     def __init__(self, rows: ItemRows) -> None:
-        self._rows = rows
-        self._vectors = jnp.asarray(rows.vectors)
+        self._rows, self._table = rows, self._table_of(rows.vectors)
+
+    @staticmethod
+    def _table_of(vectors: Float[np.ndarray, "i d"]) -> Any:
+        """What ``_find`` searches."""
+        return jnp.asarray(vectors)
+
+    @staticmethod
+    def _find(table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
+        return _search(table, queries, k, allowed, excluded)
 
     @classmethod
     def build(cls, item_vectors: Vectors) -> "ExactIndex":
@@ -80,23 +89,23 @@ class ExactIndex:
         """See ``Index.search``."""
         check_search(queries, k, self._rows, allowed, excluded)
         rows = jnp.asarray(queries, jnp.float32)
-        items, scores = _search(self._vectors, rows, k, self._rows.usable(allowed), padded_excluded(excluded))
+        items, scores = self._find(self._table, rows, k, self._rows.usable(allowed), _padded_excluded(excluded))
         return np.asarray(items), np.asarray(scores)
 
     def upsert(self, items: Int[np.ndarray, "n"], vectors: Vectors) -> None:
-        """See ``Index.upsert``. Copies the table; a table that grew is compiled for again."""
+        """See ``Index.upsert``. Makes the table anew; one that grew is compiled for again."""
         self._rows = self._rows.upserted(items, vectors)
-        self._vectors = jnp.asarray(self._rows.vectors)
+        self._table = self._table_of(self._rows.vectors)
 
     def delete(self, items: Int[np.ndarray, "n"]) -> None:
         """See ``Index.delete``."""
         self._rows = self._rows.without(items)
 
     def save(self, directory: Path) -> None:
-        """See ``Index.save``."""
+        """See ``Index.save``. What is made of the vectors is made again by ``load``."""
         write_rows(directory, self.implementation, self._rows)
 
     @classmethod
     def load(cls, directory: Path) -> "ExactIndex":
-        """Exact index from the folder of any index."""
+        """Index from the folder of any index."""
         return cls(read_rows(directory))
