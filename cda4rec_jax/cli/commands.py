@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkabl
 import tyro
 from rich.console import Console
 
+from cda4rec_jax.cli.arguments import Device, Level, Link, require_positive
 from cda4rec_jax.cli.bench import Bench
 from cda4rec_jax.cli.calibrate import Calibrate
 from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from cda4rec_jax.training import RunConfig
-
-Link = Literal["wifi", "lte", "3g", "edge", "offline"]
-Device = Literal["low", "mid", "high"]
-Consent = Literal["nothing", "profile", "recent", "full"]
 
 
 @runtime_checkable
@@ -70,7 +67,7 @@ class Prepare:
         """Print the report of ``cda4rec_jax.data.prepare``."""
         from cda4rec_jax.data import prepare
 
-        _require_positive(self.k_core, "--k-core")
+        require_positive(self.k_core, "--k-core")
         for line in prepare(self.source, self.out, k_core=self.k_core).lines():
             print(line)
 
@@ -97,8 +94,8 @@ class Encode:
         from cda4rec_jax.data.text import Combined, TfidfSvd
         from cda4rec_jax.data.text_vectors import check_destination, encode_items, save_text_vectors
 
-        _require_positive(self.dimensions, "--dimensions")
-        _require_positive(self.tfidf, "--tfidf")
+        require_positive(self.dimensions, "--dimensions")
+        require_positive(self.tfidf, "--tfidf")
         out, console = self.out.expanduser(), Console()
         check_destination(out)
         set_up_process()
@@ -193,7 +190,7 @@ class Train:
             raise UserError("--coordinator, --num-processes and --process-id go together, and --distributed stands for all three")
         if (any(named) or self.distributed) and self.mesh is None:
             raise UserError("several processes train on one mesh of all their devices: add --mesh, such as --mesh data=2")
-        _require_positive(self.num_processes, "--num-processes")
+        require_positive(self.num_processes, "--num-processes")
         if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
             raise UserError(
                 f"--process-id must be 0 to {(self.num_processes or 1) - 1} for so many processes, got {self.process_id}"
@@ -202,14 +199,14 @@ class Train:
 
     def _changes(self) -> dict[str, int | float | str]:
         """What the flags change of the preset's ``TrainConfig``."""
-        _require_positive(self.epochs, "--epochs")
-        _require_positive(self.learning_rate, "--learning-rate")
-        _require_positive(self.max_minutes, "--max-minutes")
-        _require_positive(self.checkpoint_minutes, "--checkpoint-minutes", or_zero=True)
-        _require_positive(self.seed, "--seed", or_zero=True)
-        _require_positive(self.k_core, "--k-core")
-        _require_positive(self.rows_per_batch, "--rows-per-batch")
-        _require_positive(self.accumulation_steps, "--accumulation-steps")
+        require_positive(self.epochs, "--epochs")
+        require_positive(self.learning_rate, "--learning-rate")
+        require_positive(self.max_minutes, "--max-minutes")
+        require_positive(self.checkpoint_minutes, "--checkpoint-minutes", or_zero=True)
+        require_positive(self.seed, "--seed", or_zero=True)
+        require_positive(self.k_core, "--k-core")
+        require_positive(self.rows_per_batch, "--rows-per-batch")
+        require_positive(self.accumulation_steps, "--accumulation-steps")
         changes = {
             "epochs": self.epochs,
             "learning_rate": self.learning_rate,
@@ -298,7 +295,7 @@ class Recommend:
     """Network of the device."""
     device: Device = "mid"
     """Speed of the device."""
-    consent: Consent = "full"
+    consent: Level = "full"
     """The most that the user allows to leave the device."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """Length of the slate."""
@@ -376,8 +373,3 @@ def resumable(out: Path) -> Iterator[None]:
         else:
             message = "stopped before the run began; nothing was written"
         raise Stopped(message) from interruption
-
-
-def _require_positive(value: int | float | None, flag: str, *, or_zero: bool = False) -> None:
-    if value is not None and not (value > 0 or (or_zero and value == 0)):
-        raise UserError(f"{flag} must be {'0 or more' if or_zero else 'above 0'}, got {value}")

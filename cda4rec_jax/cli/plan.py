@@ -2,18 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
+from cda4rec_jax.cli.arguments import Device, Level, Link, require_positive
 from cda4rec_jax.cli.console import StagesView
 from cda4rec_jax.cli.process import set_up_process
 from cda4rec_jax.errors import UserError
-
-Link = Literal["wifi", "lte", "3g", "edge", "offline"]
-Device = Literal["low", "mid", "high"]
-Level = Literal["nothing", "profile", "recent", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +93,8 @@ class PlanRecord:
 
     def run(self) -> None:
         """See ``record_traces``."""
-        if self.requests < 1:
-            raise UserError(f"--requests must be above 0, got {self.requests}")
-        if self.seed < 0:
-            raise UserError(f"--seed must be 0 or more, got {self.seed}")
+        require_positive(self.requests, "--requests")
+        require_positive(self.seed, "--seed", or_zero=True)
         set_up_process()
         from cda4rec_jax.runs.artifacts import load_trained
         from cda4rec_jax.runtime.recommend import Recommender
@@ -161,8 +156,7 @@ class PlanDiff:
 
     def run(self) -> None:
         """See ``diff_plans``."""
-        if self.seed < 0:
-            raise UserError(f"--seed must be 0 or more, got {self.seed}")
+        require_positive(self.seed, "--seed", or_zero=True)
         set_up_process()
         from cda4rec_jax.cli.plan_tables import print_diff
         from cda4rec_jax.evaluation.plan_diff import diff_plans

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from cda4rec_jax.cli.commands import Consent, Link, train
+from cda4rec_jax.cli.arguments import Level, Link
+from cda4rec_jax.cli.commands import train
 from cda4rec_jax.cli.console import StagesView
 from cda4rec_jax.data import Split
 from cda4rec_jax.evaluation import evaluate_run
@@ -23,7 +24,7 @@ from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
 from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.training import RunConfig
 
-REQUESTS: tuple[tuple[Link, Consent], ...] = (("wifi", "full"), ("3g", "recent"), ("offline", "full"))
+REQUESTS: tuple[tuple[Link, Level], ...] = (("wifi", "full"), ("3g", "recent"), ("offline", "full"))
 RECALL_USERS, RECALL_K = 200, 100
 
 
