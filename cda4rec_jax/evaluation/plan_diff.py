@@ -12,20 +12,18 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.evaluation.answers import Logits
+from cda4rec_jax.evaluation.choices import Choices, brings, choose
 from cda4rec_jax.evaluation.report import FAMILIES
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.metrics import Interval, paired_interval
-from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests
+from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import PlanRecords
-from cda4rec_jax.planner import choose, realised_utility
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
@@ -115,9 +113,15 @@ def diff_plans(
     records = {}
     for name, run, world in (("a", run_a, world_a), ("b", run_b, priced_b)):
         records[name] = _records(run, world, users, draws, partial(progress, f"requests of run {name.upper()}"))
-    choices = {name: _choices(run, records[name].requests) for name, run in (("a", run_a), ("b", run_b))}
-    worth = {name: _realised(records[name]) for name in records}
-    return _compared(run_a, run_b, records["a"].requests.context, choices, worth, world_a, world_b, seed)
+    choices = {name: _choices(run, records[name]) for name, run in (("a", run_a), ("b", run_b))}
+    found = {agents: brings(records[agents], choices) for agents in records}
+    earned = {(plans, agents): np.asarray(found[agents][plans]["utility"], np.float64) for plans in "ab" for agents in "ab"}
+    return _compared(run_a, run_b, records["a"].requests.context, choices, earned, world_a, world_b, seed)
+
+
+def _choices(run: TrainedSystem, records: PlanRecords) -> Choices:
+    assert run.system.policy is not None
+    return choose(records, run.system.policy.logits)
 
 
 def _check(run_a: TrainedSystem, run_b: TrainedSystem) -> None:
@@ -149,50 +153,16 @@ def _records(run: TrainedSystem, world: PlanningWorld, users: np.ndarray, draws:
     return run.population.records(jax.device_put(run.weights), world, users, positions, draws=draws, progress=progress)
 
 
-def _choices(run: TrainedSystem, requests: Requests) -> Int[np.ndarray, "draws n"]:
-    assert run.system.policy is not None
-    return np.stack(
-        [np.asarray(_choose(run.system.policy.logits, _draw(requests, draw))) for draw in range(len(requests.failed))]
-    )
-
-
-def _draw(requests: Requests, draw: int) -> Requests:
-    return jax.tree.map(lambda leaf: leaf[draw], requests)
-
-
-@partial(jax.jit, static_argnums=0)
-def _choose(logits: Logits, requests: Requests) -> Int[jax.Array, "n"]:
-    scores = logits(requests.context, requests.predicted, requests.mask)
-    return choose(scores, requests.mask, requests.predicted.space)
-
-
-@jax.jit
-def _worth(quality: Float[jax.Array, "n p"], requests: Requests) -> Float[jax.Array, "n p"]:
-    return realised_utility(quality, requests.realised, requests.context, failed=requests.failed, mask=requests.mask)
-
-
-def _realised(records: PlanRecords) -> Float[np.ndarray, "draws n p"]:
-    """Utility of every plan as it turned out."""
-    draws = range(len(records.requests.failed))
-    quality = jnp.asarray(records.quality)
-    return np.stack([np.asarray(_worth(quality, _draw(records.requests, draw)), np.float64) for draw in draws])
-
-
 def _compared(
     run_a: TrainedSystem,
     run_b: TrainedSystem,
     context: Context,
-    choices: dict[str, Int[np.ndarray, "draws n"]],
-    worth: dict[str, Float[np.ndarray, "draws n p"]],
+    choices: dict[str, Choices],
+    earned: dict[tuple[str, str], Float[np.ndarray, "draws n"]],
     world_a: PlanningWorld,
     world_b: PlanningWorld,
     seed: int,
 ) -> PlanDiff:
-    earned = {
-        (plans, agents): np.take_along_axis(worth[agents], choices[plans][..., None], axis=2)[..., 0]
-        for plans in "ab"
-        for agents in "ab"
-    }
     agrees, gains = choices["a"] == choices["b"], earned["b", "b"] - earned["a", "a"]
     everything = np.ones(agrees.shape, bool)
     slices = []
