@@ -241,10 +241,12 @@ void scan_tile(const Problem& p, const float* packed, int64_t first_query, int64
   }
 }
 
-// Raises thresholds to a score that at least k of the first items exceed, so that few items pass only to be dropped later.
+// Raises thresholds to a score that at least k of the first items exceed, so that few items pass only to be dropped later. Lanes from
+// `last_query` on keep theirs, which nothing exceeds: the queries there are another piece's.
 template <int kRows, int kColumns>
-void seed_thresholds(const Problem& p, const float* packed, int64_t first_query, int64_t begin, int64_t end, float* thresholds) {
-  int64_t rows = (end - begin) / kRows * kRows, num_queries = std::min<int64_t>(kColumns * kLanes, p.num_queries - first_query);
+void seed_thresholds(const Problem& p, const float* packed, int64_t first_query, int64_t last_query, int64_t begin, int64_t end,
+                     float* thresholds) {
+  int64_t rows = (end - begin) / kRows * kRows, num_queries = std::min<int64_t>(kColumns * kLanes, last_query - first_query);
   std::vector<Vector> scores(rows * kColumns);
   Vector low[kColumns], high[kColumns];
   for (int c = 0; c < kColumns; ++c) low[c] = Vector{} + kInfinity, high[c] = Vector{} - kInfinity;
@@ -296,8 +298,8 @@ void scan_piece(const Problem& p, int64_t first_query, int64_t last_query, int64
   int64_t block = std::max<int64_t>(kRows, (1 << 16) / std::max<int64_t>(p.width, 1) / kRows * kRows);
   if (int64_t sample = std::min<int64_t>(end - begin, 16 * p.k); p.k >= 8 && sample >= 8 * p.k)
     for (int64_t tile = 0; tile < tiles; ++tile)
-      seed_thresholds<kRows, kColumns>(p, packed.data() + tile * p.width * kQueries, first_query + tile * kQueries, begin,
-                                       begin + sample, thresholds.data() + tile * kQueries);
+      seed_thresholds<kRows, kColumns>(p, packed.data() + tile * p.width * kQueries, first_query + tile * kQueries, last_query,
+                                       begin, begin + sample, thresholds.data() + tile * kQueries);
   for (int64_t start = begin; start < end; start += block)
     for (int64_t tile = 0; tile < tiles; ++tile)
       scan_tile<kRows, kColumns>(p, packed.data() + tile * p.width * kQueries, first_query + tile * kQueries, start,

@@ -166,6 +166,19 @@ def test_native_scores_do_not_depend_on_the_batch():
 
 
 @needs_compiler
+@pytest.mark.parametrize("num_queries", (17, 35, 70, 129))
+def test_native_pieces_keep_to_their_own_queries(num_queries):
+    """Threads share the queries out. All scores are below 0, so what an empty lane of a tile adds to another's query would be found."""
+    rng = np.random.default_rng(6)
+    items, queries = (jnp.asarray(np.abs(rng.normal(size=shape)), jnp.float32) for shape in ((3000, 16), (num_queries, 16)))
+    expected = found_by(items, -queries, 30, implementation="reference")
+    for _ in range(5):
+        found, scores = found_by(items, -queries, 30, implementation="native")
+        np.testing.assert_array_equal(found, expected[0])
+        np.testing.assert_allclose(scores, expected[1], rtol=1e-5)
+
+
+@needs_compiler
 @pytest.mark.parametrize("rows", (2, 16, 17, 3000))
 def test_search_by_codes_equals_native_bit_for_bit(rows):
     rng = np.random.default_rng(6)
