@@ -185,8 +185,8 @@ def request_parts(trace: Trace, link: LinkRealisation) -> dict[Bucket, float]:
     """The time of a request, in the parts that the cost formula adds up to its latency.
 
     What lies between two sub-tasks counts to the one that it prepares: all until the request arrives to the abstract, reading the
-    reply and waking up to ranking. In local plans reading the cache has a part where structured modelling is skipped, and structured
-    modelling where it is not: it alone is on the longest path then. Elsewhere the link is.
+    reply and waking up to ranking. In local plans reading the cache has a part where structured modelling is skipped. Where it is not,
+    the part of structured modelling lasts until both are done: it takes longer, except where the machine lets the cache wait.
     """
     plan, spans = trace.plan, {span.subtask: span for span in trace.spans}
     planned_ms = spans[Subtask.PLANNING].end_ms
@@ -214,7 +214,7 @@ def request_parts(trace: Trace, link: LinkRealisation) -> dict[Bucket, float]:
     if plan.structured is Placement.DEVICE:
         ready_ms = max(ready_ms, spans[Subtask.STRUCTURED].end_ms)
         if not plan.uses_link:
-            parts["structured_ms", ""] = spans[Subtask.STRUCTURED].end_ms - planned_ms
+            parts["structured_ms", ""] = ready_ms - planned_ms
     if plan.ranking is Placement.CLOUD:
         ranking = ("ranking_cloud_ms", "cloud" if plan.structured is Placement.CLOUD else "skip")
     else:
