@@ -106,7 +106,6 @@ def test_calibrating_measures_every_shape_and_stores_it_with_its_origin(calibrat
     assert all(0 < one.in_requests.p50_ms <= one.in_requests.p95_ms and one.alone.count == ROUNDS for one in found.subtasks)
     planning = next(one for one in found.subtasks if one.bucket == "planning")
     assert planning.in_requests.count <= NUM_PLANS * ROUNDS
-    assert planning.in_requests.p50_ms > planning.alone.p50_ms  # mask, costs and explanation, not the network alone
 
 
 def test_the_earlier_profile_is_kept(calibrated):
