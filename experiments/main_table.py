@@ -155,7 +155,7 @@ def _ours(config: RunConfig, prepared: Path, run_path: Path, seed: int) -> Cell:
     run = train_resumed(str(prepared), started, run_path)
     trained = load_trained(run.path)
     users = np.arange(trained.corpus.interactions.num_users)
-    validation = ndcg(_plan_ranks(trained, Split.VALIDATION, users), 10)
+    validation = np.asarray(ndcg(_plan_ranks(trained, Split.VALIDATION, users), 10))
     best = _chosen_plan(validation)
     test = _plan_ranks(trained, Split.TEST, users)
     cloud = trained.population.full_ranks(jax.device_put(trained.weights), users, trained.corpus.target_positions(Split.TEST))
