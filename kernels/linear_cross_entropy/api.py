@@ -9,9 +9,11 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.linear_cross_entropy.pallas import linear_cross_entropy_pallas
 from cda4rec_jax.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from cda4rec_jax.kernels.linear_cross_entropy.sharded import DATA_AXIS, ITEM_AXIS, linear_cross_entropy_sharded
 from cda4rec_jax.kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
+from cda4rec_jax.kernels.pallas_backend import check_backend
 
 
 def default_chunk_size(num_items: int) -> int:
@@ -30,7 +32,8 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     num_items: int | None = None,
     mesh: Mesh | None = None,
-    implementation: Literal["reference", "xla", "sharded"] | None = None,
+    implementation: Literal["reference", "xla", "sharded", "triton"] | None = None,
+    interpret: bool = False,
 ) -> Float[Array, ""]:
     """Weighted sum of next-item cross-entropies, ``sum_t w_t * (log sum_{i'=1}^{i-1} exp(h_t . e_i') - h_t . e_target)``.
 
@@ -38,7 +41,7 @@ def linear_cross_entropy(
     weight. The caller normalises. Computed in float32 (float64 where an input is), differentiable once in ``hidden``, ``items``
     and ``weights`` by reverse mode; gradients have the dtype of their input. No token gives a loss of 0.
 
-    A ``hidden`` of 16 bits makes ``xla`` and ``sharded`` round the operands of their products to its dtype; sums stay in float32, and
+    A ``hidden`` of 16 bits makes all but ``reference`` round the operands of their products to its dtype; sums stay in float32, and
     so do the gradient of float32 items and the softmax.
 
     Args:
@@ -52,11 +55,14 @@ def linear_cross_entropy(
       mesh: Devices of ``sharded``, with the axes "data", over which tokens are split, and "items". Inside of ``jax.jit``.
       implementation: ``reference`` materialises all logits. ``xla`` scans over chunks and makes the gradient in the forward scan,
         so that the backward pass only scales it (as Liger does, arXiv 2410.10989). ``sharded`` does so on every device of a mesh,
-        each for its tokens and its items. None chooses ``sharded`` where there is a mesh, ``xla`` elsewhere.
+        each for its tokens and its items. ``triton`` is a Pallas kernel for GPUs, whose logits never reach memory; it makes them
+        again for each gradient. None chooses ``sharded`` where there is a mesh, ``xla`` elsewhere: also on a GPU, where the kernel has
+        been lowered but not timed.
+      interpret: Interpret the Pallas kernel, on any backend.
 
     Raises:
-      UserError: No item besides padding, more items than rows, a chunk size below 1, an unknown implementation, or a mesh for
-        another implementation, without these two axes, or missing.
+      UserError: No item besides padding, more items than rows, a chunk size below 1, an unknown implementation or one for another
+        backend, or a mesh for another implementation, without these two axes, or missing.
     """
     if items.shape[0] < 2:
         raise UserError(f"items has {items.shape[0]} rows; expected row 0 (padding) and at least one item.")
@@ -78,8 +84,11 @@ def linear_cross_entropy(
     hidden = hidden.astype(narrow)
     if implementation == "xla":
         return linear_cross_entropy_xla(chunk_size, hidden, items[: num_items + 1], targets, weights)
+    if implementation == "triton":
+        check_backend(implementation, interpret)
+        return linear_cross_entropy_pallas(interpret, hidden, items[: num_items + 1], targets, weights)
     if mesh is None:
-        raise UserError(f"implementation is {implementation!r}; expected 'reference', 'xla', 'sharded' or None.")
+        raise UserError(f"implementation is {implementation!r}; expected 'reference', 'xla', 'sharded', 'triton' or None.")
     return _sharded(mesh, chunk_size, num_items, hidden, items, targets, weights)
 
 

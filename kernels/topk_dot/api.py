@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.pallas_backend import check_backend
 from cda4rec_jax.kernels.topk_dot.native import native_problem, topk_dot_native
 from cda4rec_jax.kernels.topk_dot.pallas import topk_dot_pallas
 from cda4rec_jax.kernels.topk_dot.reference import topk_dot_reference
@@ -77,7 +78,7 @@ def topk_dot(
         _check_native(items, queries)
         return topk_dot_native(items, queries, k, allowed, excluded)
     if implementation in ("triton", "tpu"):
-        _check_pallas(implementation, interpret)
+        check_backend(implementation, interpret)
         return topk_dot_pallas(items, queries, k, allowed, excluded, implementation, interpret)
     raise UserError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}, or None.")
 
@@ -95,12 +96,3 @@ def _check_native(items: Array, queries: Array) -> None:
         )
     if (problem := native_problem()) is not None:
         raise UserError(f"implementation 'native' cannot be had: {problem}. Choose 'xla', which gives the same items.")
-
-
-def _check_pallas(implementation: Literal["triton", "tpu"], interpret: bool) -> None:
-    backend = {"triton": "gpu", "tpu": "tpu"}[implementation]
-    if jax.default_backend() != backend and not interpret:
-        raise UserError(
-            f"implementation {implementation!r} runs on a {backend.upper()}, and JAX is on {jax.default_backend()}: "
-            "choose another, or None, or pass interpret=True to try it slowly."
-        )

@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy, pallas
 from cda4rec_jax.kernels.linear_cross_entropy.api import default_chunk_size
 from cda4rec_jax.kernels.linear_cross_entropy.cases import CONTRACT_CASES, WORKLOAD_CASES, Case
 from tests.kernels.contract import assert_trees_close, assert_trees_equal, temporary_bytes
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "triton")
 
 
 def make_inputs(case: Case, dtype=jnp.float32, seed: int = 0):
@@ -24,6 +24,10 @@ def make_inputs(case: Case, dtype=jnp.float32, seed: int = 0):
     targets = jnp.asarray(rng.integers(0, case.num_items, case.tokens), jnp.int32)
     weights = jnp.asarray(rng.integers(0, 3, case.tokens) / 2, dtype)
     return hidden, items, targets, weights
+
+
+def by(implementation: str, **options):
+    return {"implementation": implementation, "interpret": implementation == "triton", **options}
 
 
 def value_and_gradients(inputs, **options):
@@ -41,26 +45,28 @@ def value_alone(inputs, **options):
 def test_equals_hand_computed_fraction(implementation):
     """exp(logits) are 1, 2, 5 for the items 1, 2, 3, so the losses are log(8 / 5) and log(8 / 1)."""
     items = jnp.log(jnp.array([[100.0], [1.0], [2.0], [5.0]]))
-    loss = linear_cross_entropy(jnp.ones((2, 1)), items, jnp.array([3, 1]), jnp.array([2.0, 0.5]), implementation=implementation)
+    loss = linear_cross_entropy(jnp.ones((2, 1)), items, jnp.array([3, 1]), jnp.array([2.0, 0.5]), **by(implementation))
     np.testing.assert_allclose(loss, 2 * np.log(8 / 5) + 0.5 * np.log(8), rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
-def test_value_alone_and_with_gradients_equal_reference_in_float64(case):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_value_alone_and_with_gradients_equal_reference_in_float64(implementation, case):
+    options = by(implementation, chunk_size=case.chunk_size)
     with jax.enable_x64(True):
         inputs = make_inputs(case, jnp.float64)
         expected = value_and_gradients(inputs, implementation="reference")
-        actual = value_and_gradients(inputs, chunk_size=case.chunk_size, implementation="xla")
+        actual = value_and_gradients(inputs, **options)
         assert_trees_close(actual, expected, rtol=1e-11, atol=1e-12)
-        alone = value_alone(inputs, chunk_size=case.chunk_size, implementation="xla")
+        alone = value_alone(inputs, **options)
         np.testing.assert_allclose(alone, expected[0], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_row_is_no_class_and_gets_no_gradient(implementation):
     hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
-    value, (_, d_items, _) = value_and_gradients((hidden, items, targets, weights), implementation=implementation)
-    other, _ = value_and_gradients((hidden, items.at[0].set(50.0), targets, weights), implementation=implementation)
+    value, (_, d_items, _) = value_and_gradients((hidden, items, targets, weights), **by(implementation))
+    other, _ = value_and_gradients((hidden, items.at[0].set(50.0), targets, weights), **by(implementation))
     assert value == other
     assert np.all(np.asarray(d_items[0]) == 0)
 
@@ -70,8 +76,8 @@ def test_tokens_with_target_0_or_weight_0_count_nothing(implementation):
     hidden, items, targets, weights = make_inputs(CONTRACT_CASES[4])
     counted = np.asarray((targets > 0) & (weights > 0))
     assert counted.any() and not counted.all()
-    value, (d_hidden, _, _) = value_and_gradients((hidden, items, targets, weights), implementation=implementation)
-    kept, _ = value_and_gradients((hidden[counted], items, targets[counted], weights[counted]), implementation=implementation)
+    value, (d_hidden, _, _) = value_and_gradients((hidden, items, targets, weights), **by(implementation))
+    kept, _ = value_and_gradients((hidden[counted], items, targets[counted], weights[counted]), **by(implementation))
     np.testing.assert_allclose(value, kept, rtol=1e-6)
     assert np.all(np.asarray(d_hidden)[~counted] == 0)
 
@@ -116,7 +122,7 @@ def test_logits_of_ten_thousand_stay_finite():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_inputs_accumulate_in_float32_and_keep_their_dtype_in_gradients(implementation):
     inputs = make_inputs(CONTRACT_CASES[4], jnp.bfloat16)
-    value, gradients = value_and_gradients(inputs, implementation=implementation)
+    value, gradients = value_and_gradients(inputs, **by(implementation))
     widened = tuple(array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array for array in inputs)
     expected, expected_gradients = value_and_gradients(widened, implementation="reference")
     assert value.dtype == jnp.float32
@@ -136,7 +142,7 @@ def test_two_runs_agree_bit_for_bit():
 def test_temporary_memory_of_a_training_step_is_an_eighth_of_that_with_materialised_logits(case):
     inputs = make_inputs(case)
     ours, materialised = (
-        temporary_bytes(jax.value_and_grad(partial(linear_cross_entropy, implementation=implementation), (0, 1)), *inputs)
+        temporary_bytes(jax.value_and_grad(partial(linear_cross_entropy, **by(implementation)), (0, 1)), *inputs)
         for implementation in ("xla", "reference")
     )
     assert 8 * ours <= materialised
@@ -146,12 +152,34 @@ def test_the_chunk_that_is_chosen_shrinks_with_the_catalogue_within_its_bounds()
     assert [default_chunk_size(num_items) for num_items in (100, 3_417, 12_102, 1_000_000)] == [256, 256, 80, 64]
 
 
+@pytest.mark.parametrize("programs", [1, 4], ids=["one loop over all blocks", "segments of several blocks"])
+def test_the_loops_of_the_pallas_kernels_may_be_cut_anywhere(monkeypatch, programs):
+    monkeypatch.setattr(pallas, "PROGRAMS", programs)
+    inputs = make_inputs(Case(name="five blocks of tokens, six of items", tokens=260, num_items=350, width=5))
+    expected, actual = (value_and_gradients(inputs, **by(name)) for name in ("reference", "triton"))
+    assert_trees_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_the_pallas_kernels_lower_for_cuda_without_one(dtype):
+    inputs = tuple(
+        jax.ShapeDtypeStruct(shape, of)
+        for shape, of in (((1000, 100), dtype), ((5003, 100), jnp.float32), ((1000,), jnp.int32), ((1000,), jnp.float32))
+    )
+    step = jax.value_and_grad(partial(pallas.linear_cross_entropy_pallas, False), (0, 1))
+    lowered = jax.jit(step).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("__gpu$xla.gpu.triton") == 3
+    assert "1000x5003" not in lowered and "1024x5056" not in lowered  # logits are nowhere
+
+
 def test_bad_arguments_raise_a_user_error():
     hidden, items, targets, weights = make_inputs(CONTRACT_CASES[0])
     with pytest.raises(UserError, match="at least one item"):
         linear_cross_entropy(hidden, items[:1], targets * 0, weights)
     with pytest.raises(UserError, match="chunk_size is 0"):
         linear_cross_entropy(hidden, items, targets, weights, chunk_size=0)
+    with pytest.raises(UserError, match="'triton' runs on a GPU, and JAX is on cpu"):
+        linear_cross_entropy(hidden, items, targets, weights, implementation="triton")
 
 
 def make_mesh(**sizes: int) -> Mesh:
