@@ -131,7 +131,7 @@ def _padded(rows: Float[Array, "n d"], multiple: int) -> Float[Array, "padded wi
 
 
 def _call(
-    kernel: Callable,
+    kernel: partial[None],
     owned: tuple[Array, ...],
     looped: tuple[Array, ...],
     sizes: tuple[int, int],
