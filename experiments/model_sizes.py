@@ -2,9 +2,10 @@
 
     python experiments/model_sizes.py --data DATA/ml-100k
 
-Width of the cloud agent (and of the item table) x width of the device agent, each trained alike: test accuracy of the cloud agent alone
-and of ``fresh-full-100-device``, milliseconds of computing one request on this machine (medians measured when the run was trained,
-one request at a time, without any link), bytes of the agents' weights, and bytes on the wire.
+Width of the cloud agent (and of the item table) x width of the device agent, each trained alike: test accuracy of the cloud agent alone,
+of ``fresh-full-100-device``, and of ``local-reuse-device`` where the cloud's view is three events old; milliseconds of computing one
+request on this machine (medians measured when the run was trained, one request at a time, without any link), bytes of the agents'
+weights, and bytes on the wire.
 
 Trains what ``--work`` does not have. Without widths it takes those of the preset and their halves. Writes ``model-sizes-<dataset>.json``,
 ``.md``, ``.png``.
@@ -34,13 +35,14 @@ from harness import (
 
 from cda4rec_jax.data import Split
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.evaluation.conditions import can_be_stale
 from cda4rec_jax.pipeline.decisions import facts_of
 from cda4rec_jax.planner import ContextConfig, plan_bytes, plan_index, typical_contexts
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.training import RunConfig
 
 QUESTION = "What do wider cloud and device agents bring in accuracy, and cost in milliseconds and bytes?"
-PLAN = "fresh-full-100-device"
+PLAN, LAGGING_PLAN, LAG_EVENTS = "fresh-full-100-device", "local-reuse-device", 3
 METRICS = ("ndcg@10", "hit_rate@10")
 
 
@@ -67,10 +69,11 @@ def main(options: Options, cloud_widths: tuple[int, ...] = (), device_widths: tu
     for cloud, of_device in pairs:
         _check(study.config, cloud, of_device)
     reference = own if own in pairs else max(pairs)
-    fused = _ranks(study, *reference, own)["fused"]
-    rows = [_sized(study, cloud, of_device, own, fused) for cloud, of_device in pairs]
+    compared = _ranks(study, *reference, own)
+    rows = [_sized(study, cloud, of_device, own, compared) for cloud, of_device in pairs]
     widths = {"cloud": reference[0], "device": reference[1]}
-    result = study.result(QUESTION, plan=PLAN, reference_widths=widths, rows=rows)
+    lagging = {"plan": LAGGING_PLAN, "lag_events": LAG_EVENTS}
+    result = study.result(QUESTION, plan=PLAN, lagging=lagging, reference_widths=widths, rows=rows)
     draw = partial(_draw, result)
     write_results(options.out, f"model-sizes-{study.name}", result, page(result), draw, study.console)
     return result
@@ -111,21 +114,28 @@ def _variant(cloud: int, device: int, own: tuple[int, int]) -> str:
 
 
 def _ranks(study: Study, cloud: int, device: int, own: tuple[int, int]) -> dict[str, list[np.ndarray]]:
-    """Test ranks of each seed by the cloud agent alone and by the fused plan."""
+    """Test ranks of each seed by the cloud agent alone, by the fused plan, and with a lagging view for those who can have one."""
     variant, load = _variant(cloud, device, own), partial(_load, study, cloud, device, own)
+    plan, lagging = plan_index(PLAN), plan_index(LAGGING_PLAN)
+    long_enough = can_be_stale(study.of_split(Split.TEST)[1], LAG_EVENTS)
     return {
         "cloud_alone": [study.cloud_ranks(variant, seed, load) for seed in study.seeds],
-        "fused": [study.plan_ranks(variant, seed, load, Split.TEST)[:, plan_index(PLAN)] for seed in study.seeds],
+        "fused": [study.plan_ranks(variant, seed, load, Split.TEST)[:, plan] for seed in study.seeds],
+        "lagging": [study.plan_ranks(variant, seed, load, Split.TEST, LAG_EVENTS)[long_enough, lagging] for seed in study.seeds],
     }
 
 
-def _sized(study: Study, cloud: int, device: int, own: tuple[int, int], reference: list[np.ndarray]) -> dict[str, Any]:
-    """Accuracy of one pair of widths, also against the fused plan of the ``reference`` widths, and what it costs."""
+def _sized(study: Study, cloud: int, device: int, own: tuple[int, int], reference: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+    """Accuracy of one pair of widths, also against that of the ``reference`` widths, and what it costs."""
     ranks = _ranks(study, cloud, device, own)
     row: dict[str, Any] = {"cloud_width": cloud, "device_width": device}
     for metric in METRICS:
         columns = {name: values(found, metric) for name, found in ranks.items()}
-        row[metric] = estimates(columns | {"fused_minus_reference": columns["fused"] - values(reference, metric)})
+        gains = {name: columns[name] - values(reference[name], metric) for name in ("fused", "lagging")}
+        row[metric] = {
+            **estimates({name: columns[name] for name in ("cloud_alone", "fused")} | {"fused_minus_reference": gains["fused"]}),
+            **estimates({"lagging": columns["lagging"], "lagging_minus_reference": gains["lagging"]}),
+        }
     trained = _load(study, cloud, device, own, 0)
     return row | {"ms": _milliseconds(trained), "bytes": _bytes(trained)}
 
@@ -165,6 +175,12 @@ def _size(module: nnx.Module) -> int:
     return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(nnx.state(module)))
 
 
+def _against(found: dict[str, Any], name: str) -> str:
+    if found[name]["mean"] is None:
+        return "no user"
+    return f"{found[name]['mean']:.4f}, {with_interval(found[f'{name}_minus_reference'], signed=True)}"
+
+
 def page(result: dict[str, Any]) -> str:
     """The result for people."""
     columns = [
@@ -172,6 +188,7 @@ def page(result: dict[str, Any]) -> str:
         "device width",
         "cloud alone, ndcg@10",
         "fused, ndcg@10, 95%",
+        f"{LAG_EVENTS} events late, 95%",
         "ms cloud",
         "ms device",
         "ms longest path",
@@ -183,13 +200,13 @@ def page(result: dict[str, Any]) -> str:
         times = [f"{ms[name]:.2f}" for name in ("cloud", "device", "longest_path")]
         sizes = [f"{bytes_['cloud_decoder'] / 1e3:,.0f}", f"{bytes_['item_vectors'] / 1e6:,.1f}"]
         sizes += [f"{bytes_[name] / 1e3:,.1f}" for name in ("device", "uplink", "downlink")]
-        quality = [f"{found[name]['mean']:.4f}" for name in ("cloud_alone", "fused")]
-        quality.append(with_interval(found["fused_minus_reference"], signed=True))
+        quality = [f"{found['cloud_alone']['mean']:.4f}", *(_against(found, name) for name in ("fused", "lagging"))]
         rows.append([str(row["cloud_width"]), str(row["device_width"]), *quality, *times, *sizes])
     widths = result["reference_widths"]
     note = (
-        f"Fused is `{result['plan']}`, the reference that of widths {widths['cloud']} and {widths['device']}. Milliseconds are "
-        "computing on this machine, without a link; weights are float32."
+        f"Fused is `{result['plan']}`; late is `{LAGGING_PLAN}` with a cloud's view that is {LAG_EVENTS} events old, on the users who can "
+        f"have one; both also less the same at widths {widths['cloud']} and {widths['device']}. Milliseconds are computing on this "
+        "machine, without a link; weights are float32."
     )
     return markdown_page(result, "Model sizes", [*markdown_table(columns, rows), note, ""])
 
@@ -203,6 +220,8 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
         labels, label = [str(row["cloud_width"]) for row in rows], f"fused, device width {width}"
         means, _ = error_bars([row["ndcg@10"]["fused"] for row in rows])
         (line,) = accuracy.plot(labels, means, marker="o", label=label)
+        late, _ = error_bars([row["ndcg@10"]["lagging"] for row in rows])
+        accuracy.plot(labels, late, marker="v", linestyle=":", color=line.get_color(), label=f"{LAG_EVENTS} events late, {width}")
         milliseconds = [row["ms"]["longest_path"] for row in rows]
         time.plot(milliseconds, means, marker="o", color=line.get_color(), label=label)
         for row, x, y in zip(rows, milliseconds, means, strict=True):
