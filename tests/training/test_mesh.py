@@ -1,9 +1,6 @@
 """Training on several devices gives what one device gives, in one process and in two, and goes on with another number of them."""
 
-import contextlib
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +13,10 @@ import pytest
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.training.mesh import Layout, make_mesh, parse_mesh, rows_multiple
+from tests.devices import DEADLINE_S, environment, outputs_of_job
 
 PROGRAM = "import sys; from cda4rec_jax.cli import main; sys.exit(main())"
-DEADLINE_S = 400
 EIGHT, TWO_BY_FOUR = ("data=8", "items=8"), "data=4,items=2"
-
-
-def flags(devices: int) -> str:
-    """The suite's XLA_FLAGS with another number of devices."""
-    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    return " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +24,7 @@ def eight(tiny_run: Path, tiny_baseline: Path, tmp_path_factory: pytest.TempPath
     """What ``eight_devices.py`` found."""
     script = Path(__file__).with_name("eight_devices.py")
     command = [sys.executable, str(script), str(tiny_run), str(tiny_baseline), str(tmp_path_factory.mktemp("eight"))]
-    environment = os.environ | {"XLA_FLAGS": flags(8)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment(8))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -121,23 +111,14 @@ def test_what_is_placed_comes_back_without_padding() -> None:
 
 
 def test_two_processes_train_as_one_process_does(tiny_run: Path, tiny_baseline: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     run = tmp_path / "run"
     arguments = ["train", "--preset", "sasrec-tiny", "--data", str(tiny_run / "data"), "--out", str(run), "--mesh", "data=2"]
-    job = ["--coordinator", coordinator, "--num-processes", "2", "--process-id"]
-    with contextlib.ExitStack() as opened:
-        processes = []
-        for number in range(2):
-            command = [sys.executable, "-c", PROGRAM, *arguments, *job, str(number)]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flags(1)}, **pipes)
-            processes.append(opened.enter_context(process))
-            opened.callback(process.kill)  # JAX catches SIGTERM
-        ended = [process.communicate(timeout=DEADLINE_S) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ended
-    told = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in ended]  # Gloo speaks for itself
+
+    def command(coordinator: str, number: int) -> list[str]:
+        job = ["--coordinator", coordinator, "--num-processes", "2", "--process-id", str(number)]
+        return [sys.executable, "-c", PROGRAM, *arguments, *job]
+
+    told = outputs_of_job(command)
     assert told[0][-1].startswith("trained: ") and not told[1]
     one, two = (RunDirectory.open(path) for path in (tiny_baseline, run))
     rows = [[(row["step"], row["phase"], row.get("loss", row.get("ndcg@10"))) for row in each.metrics()] for each in (two, one)]
