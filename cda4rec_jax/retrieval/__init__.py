@@ -5,6 +5,7 @@ from cda4rec_jax.retrieval.exact import ExactIndex, exact_search
 from cda4rec_jax.retrieval.index import Index
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.scann import ScannConfig, ScannIndex
+from cda4rec_jax.retrieval.sharded import ShardedIndex
 
 __all__ = [
     "Comparison",
@@ -13,6 +14,7 @@ __all__ = [
     "QuantisedIndex",
     "ScannConfig",
     "ScannIndex",
+    "ShardedIndex",
     "build_index",
     "compare",
     "exact_search",

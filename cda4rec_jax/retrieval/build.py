@@ -15,8 +15,9 @@ from cda4rec_jax.retrieval.index import Index, Queries
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.rows import Vectors, read_meta
 from cda4rec_jax.retrieval.scann import ScannIndex
+from cda4rec_jax.retrieval.sharded import ShardedIndex
 
-Implementation = Literal["exact", "quantised", "scann"]
+Implementation = Literal["exact", "quantised", "scann", "sharded"]
 _logger = logging.getLogger(__name__)
 
 
@@ -39,7 +40,7 @@ def build_index(item_vectors: Vectors, implementation: Implementation | None = N
 
 
 def load_index(directory: Path, implementation: Implementation | None = None) -> Index:
-    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; ``exact`` and ``quantised`` read any.
+    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; All but ``scann`` read any.
 
     Raises:
       UserError: The folder is no index, damaged or of another version, or needs ScaNN and ScaNN is not installed.
@@ -83,11 +84,13 @@ def compare(index: Index, exact: Index, queries: Queries, k: int) -> Comparison:
     )
 
 
-def _class_of(implementation: str) -> type[ExactIndex] | type[QuantisedIndex] | type[ScannIndex]:
+def _class_of(implementation: str) -> type[ExactIndex] | type[ScannIndex]:
     if implementation == "exact":
         return ExactIndex
     if implementation == "quantised":
         return QuantisedIndex
     if implementation == "scann":
         return ScannIndex
-    raise UserError(f"index implementation {implementation!r} is unknown; expected 'exact', 'quantised' or 'scann'.")
+    if implementation == "sharded":
+        return ShardedIndex
+    raise UserError(f"index implementation {implementation!r} is unknown; expected 'exact', 'quantised', 'scann' or 'sharded'.")

@@ -60,13 +60,11 @@ class ExactIndex:
     def __init__(self, rows: ItemRows) -> None:
         self._rows, self._table = rows, self._table_of(rows.vectors)
 
-    @staticmethod
-    def _table_of(vectors: Float[np.ndarray, "i d"]) -> Any:
+    def _table_of(self, vectors: Float[np.ndarray, "i d"]) -> Any:
         """What ``_find`` searches."""
         return jnp.asarray(vectors)
 
-    @staticmethod
-    def _find(table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
+    def _find(self, table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
         return _search(table, queries, k, allowed, excluded)
 
     @classmethod

@@ -23,7 +23,7 @@ class Index(Protocol):
 
     @property
     def implementation(self) -> str:
-        """Name of the implementation: ``exact``, ``quantised`` or ``scann``."""
+        """Name of the implementation: ``exact``, ``quantised``, ``scann`` or ``sharded``."""
         ...
 
     @property

@@ -37,10 +37,8 @@ class QuantisedIndex(ExactIndex):
         check_quantised()
         super().__init__(rows)
 
-    @staticmethod
-    def _table_of(vectors: Float[np.ndarray, "i d"]) -> Any:
+    def _table_of(self, vectors: Float[np.ndarray, "i d"]) -> Any:
         return quantise_items(vectors)
 
-    @staticmethod
-    def _find(table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
+    def _find(self, table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
         return _search(table, queries, k, allowed, excluded)
