@@ -152,7 +152,8 @@ def _slates(
     options = {"plan": plan, "k": k, "num_items": num_items, "config": config, "rows": rows, "search": search}
 
     def answer(weights: Any, tables: _Tables, history: HistoryBatch) -> Slate:
-        return _rank_users(*nnx.merge(graph, *weights), tables, history, **options)
+        cloud, device = nnx.merge(graph, *weights)
+        return _rank_users(cloud, device, tables, history, **options)
 
     on_devices = answer if mesh is None else on_each_device(mesh, answer, in_specs=(WHOLE, BY_ITEM, BY_USER))
     return on_devices(weights, tables, history)

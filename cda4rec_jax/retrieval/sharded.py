@@ -45,10 +45,11 @@ def place(values: Shaped[np.ndarray, "..."], mesh: Mesh, spec: PartitionSpec) ->
 
 def place_items(table: Shaped[np.ndarray, "i ..."], mesh: Mesh) -> Array:
     """A table by item index over axis ``items``: each part is row 0 and then its items' rows; zeros fill up the last part."""
-    size = _part_size(table.shape[0] - 1, mesh)
-    shape = (mesh.shape[ITEM_AXIS] * (1 + size), *table.shape[1:])
+    parts = mesh.shape[ITEM_AXIS]
+    size = -(-(table.shape[0] - 1) // parts)
+    shape = (parts * (1 + size), *table.shape[1:])
 
-    def part(where: tuple[slice, ...]) -> np.ndarray:
+    def part(where: Any) -> np.ndarray:
         first = (where[0].start or 0) // (1 + size) * size
         own = table[1 + first : 1 + first + size]
         missing = np.zeros((size - len(own), *table.shape[1:]), table.dtype)
@@ -72,7 +73,8 @@ def place_users(tree: Any, mesh: Mesh) -> Any:
 def look_up(part: Any, items: Int[Array, "b n"]) -> Any:
     """Rows [b, n, ...] of the items of this device's users, from a tree of divided tables; for use in ``jax.shard_map``.
 
-    Each device gives the rows that it holds and zeros for the others: the sum is the row, unrounded.
+    Each device gives the rows that it holds and zeros for the others: the sum is the row, unrounded. For a moment every device has a
+    row for each item that the users of its place on ``data`` ask for.
     """
     asked = jax.lax.all_gather(items, ITEM_AXIS, tiled=True)
 
@@ -160,7 +162,7 @@ class ShardedIndex(ExactIndex):
         allowed = None if allowed is None else place_items(allowed, self._mesh)
         num_items = self._rows.vectors.shape[0] - 1
         found = _search(table, asked, allowed, excluded, k=k, num_items=num_items, mesh=self._mesh)
-        return (np.asarray(best)[: len(queries)] for best in found)
+        return tuple(np.asarray(best)[: len(queries)] for best in found)
 
 
 @partial(jax.jit, static_argnames=("k", "num_items", "mesh"))
@@ -179,11 +181,6 @@ def _search(
 
     divided = on_each_device(mesh, search, in_specs=(BY_ITEM, BY_USER, BY_ITEM, BY_USER))
     return divided(table, queries, allowed, excluded)
-
-
-def _part_size(num_items: int, mesh: Mesh) -> int:
-    """Items of each part; the last ones may be no items."""
-    return -(-num_items // mesh.shape[ITEM_AXIS])
 
 
 def _in_this_part(items: Array, size: int) -> tuple[Array, Array]:
