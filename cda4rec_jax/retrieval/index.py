@@ -1,5 +1,6 @@
 """What an index is, and what every index checks."""
 
+import math
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -88,7 +89,7 @@ def check_search(
     size, width = rows.vectors.shape
     if queries.shape[1] != width:
         raise UserError(f"queries are {queries.shape[1]} wide; the index was built from item vectors of width {width}.")
-    if not np.isfinite(np.asarray(queries)).all():
+    if not _is_finite(np.asarray(queries)):
         raise UserError("queries hold NaN or infinite values; expected finite numbers.")
     if allowed is not None and allowed.shape != (size,):
         raise UserError(f"allowed has shape {allowed.shape}; expected {(size,)}, one value for each row of the index, row 0 too.")
@@ -96,6 +97,11 @@ def check_search(
         raise UserError(f"excluded has {excluded.shape[0]} rows; expected {queries.shape[0]}, one for each query.")
     if excluded is not None and excluded.size and not 0 <= excluded.min() <= excluded.max() < size:
         raise UserError(f"excluded holds item indices outside of 0 to {size - 1}, the rows of the index.")
+
+
+def _is_finite(values: Float[np.ndarray, "b d"]) -> bool:
+    """A sum of squares is finite only where every value is; where it is not, it may have overflowed, and each value is looked at."""
+    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 def check_k(k: int, num_items: int) -> None:

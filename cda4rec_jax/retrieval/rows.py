@@ -6,6 +6,7 @@ loaded from any of them; an approximate index adds its own files. Folders of ver
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +43,19 @@ class ItemRows:
         present[0] = False
         return cls(vectors=rows, present=present)
 
-    @property
+    @cached_property
     def num_items(self) -> int:
         return int(self.present.sum())
 
+    @cached_property
+    def _complete(self) -> bool:
+        return bool(self.present[1:].all())
+
     def usable(self, allowed: Bool[np.ndarray, "i"] | None) -> Bool[np.ndarray, "i"] | None:
         """Items that exist and are allowed; None where that is all rows but row 0."""
-        usable = self.present if allowed is None else self.present & allowed
+        if allowed is None:
+            return None if self._complete else self.present
+        usable = self.present & allowed
         return None if usable[1:].all() else usable
 
     def upserted(self, items: Int[np.ndarray, "n"], vectors: Vectors) -> "ItemRows":

@@ -5,8 +5,10 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,21 @@ from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_row
 
 _FILES = "scann"
 _CONFIG = "config.json"
+_PIECES = 2  # of a batch for each thread, so that a thread which is held up leaves its second one to others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the tuner found of a config, on the index that it built: another build of the same config is a little different."""
+
+    num_items: int
+    num_queries: int  # on which recall was taken; they chose nothing
+    k: int
+    recall: float  # mean share of the exact k items that were found
+    batch: int
+    batch_ms: float
+    single_ms: float  # of one query alone
+    threads: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +44,33 @@ class ScannConfig:
     """How ScaNN trades recall for time.
 
     The defaults keep recall@100 above .95 at 64 dimensions: always below ``tree_items`` items, above it on vectors with cluster
-    structure, as trained item tables have. Vectors without any (independent normal numbers) need ``leaf_share`` near 1.
+    structure, as trained item tables have. Vectors without any (independent normal numbers) need ``leaf_share`` near 1. ``tune_scann``
+    finds what vectors of one's own need.
     """
 
     brute_force_items: int = 1000  # up to so many items ScaNN scores all exactly: quantisation saves nothing
     tree_items: int = 16384  # up to so many items all are scored by quantised vectors, without a partition
-    leaf_share: float = 0.25  # share of the partition searched
-    reorder_factor: int = 6  # exactly rescored items for each one that is asked for
-    min_reorder: int = 256
+    leaves_per_root: float = 1.0  # leaves of the partition, for each one of the square root of the number of items
+    soar_lambda: float | None = None  # items are in two leaves each, by SOAR with this weight (Sun et al., 2023; they advise 1.5)
+    autopilot: bool = False  # ScaNN chooses its partition itself, above brute_force_items
     quantisation_threshold: float = 0.2  # of anisotropic quantisation, as the authors recommend
+    leaf_share: float = 0.25  # share of the partition searched
+    reorder_factor: float = 6.0  # exactly rescored items for each one that is asked for
+    min_reorder: int = 256
     oversampling: int = 2  # items asked of ScaNN for each one that is wanted where a filter may take some away
     rebuild_share: float = 0.1  # of all rows: when more were upserted since the last build, upsert builds again
+    threads: int | None = None  # that build, and search batches; None: the cores that this process may use. One query takes one
+    measured: Measured | None = None  # by the tuner, if this config is its choice
+
+    def __post_init__(self):
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"asked ScaNN for {self.threads} threads; expected at least 1, or None for the cores of this process.")
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> "ScannConfig":
+        """From what ``dataclasses.asdict`` made. Raises TypeError where the fields are others."""
+        measured = values.get("measured")
+        return cls(**(values | {"measured": measured and Measured(**measured)}))
 
 
 class ScannIndex:
@@ -51,8 +84,8 @@ class ScannIndex:
     implementation = "scann"
 
     def __init__(self, rows: ItemRows, searcher: Any, config: ScannConfig) -> None:
+        self._config, self._threads = config, config.threads or _usable_cores()
         self._adopt(rows, searcher)
-        self._config = config
 
     @classmethod
     def build(cls, item_vectors: Vectors, config: ScannConfig | None = None) -> "ScannIndex":
@@ -68,6 +101,30 @@ class ScannIndex:
     def num_items(self) -> int:
         return self._rows.num_items
 
+    @property
+    def config(self) -> ScannConfig:
+        """What it was built with, and is searched with."""
+        return self._config
+
+    @property
+    def threads(self) -> int:
+        """Threads that search a batch."""
+        return self._threads
+
+    @property
+    def num_leaves(self) -> int:
+        """Of the partition; 0 where there is none."""
+        return self._num_leaves
+
+    @property
+    def reorders(self) -> bool:
+        """Whether quantised vectors choose the items that are scored exactly; otherwise all are."""
+        return self._reorders
+
+    def searched_with(self, config: ScannConfig) -> "ScannIndex":
+        """The same build, searched with the ``leaf_share``, ``reorder_factor``, ``min_reorder`` and ``threads`` of another config."""
+        return ScannIndex(self._rows, self._searcher, config)
+
     def search(
         self,
         queries: Queries,
@@ -77,8 +134,8 @@ class ScannIndex:
         excluded: Int[np.ndarray, "b s"] | None = None,
     ) -> Found:
         """See ``Index.search``. Without filters, rows are shorter than ``k`` only where the searched leaves hold fewer items."""
-        check_search(queries, k, self._rows, allowed, excluded)
         rows = np.ascontiguousarray(queries, np.float32)
+        check_search(rows, k, self._rows, allowed, excluded)
         if rows.shape[0] == 0:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
         if self._rows.usable(allowed) is None and excluded is None and self._changed.size == 0:
@@ -124,7 +181,7 @@ class ScannIndex:
             raise UserError(f"{directory} holds an index of implementation {implementation!r}; expected 'scann'.")
         scann_ops = _scann_ops()
         try:
-            config = ScannConfig(**json.loads((directory / _FILES / _CONFIG).read_text()))
+            config = ScannConfig.of_json(json.loads((directory / _FILES / _CONFIG).read_text()))
             searcher = scann_ops.load_searcher(str(directory / _FILES))
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{directory / _FILES} is missing or damaged ({error}). Build the index again.") from error
@@ -134,20 +191,36 @@ class ScannIndex:
         """Rows that the searcher was built from."""
         self._rows, self._searcher = rows, searcher
         self._num_built = rows.vectors.shape[0] - 1
+        built = searcher.config()
+        leaves = re.search(r"num_children: (\d+)", built)
+        self._num_leaves, self._reorders = int(leaves.group(1)) if leaves else 0, "exact_reordering" in built
+        if self._threads > 1:
+            searcher.set_num_threads(self._threads - 1)  # beside the thread that calls
         self._changed = np.zeros(0, np.int64)  # items upserted since then
         self._exact: ExactIndex | None = None
 
+    def scann_call(self, batch: int, k: int) -> Callable[[Float[np.ndarray, "..."]], tuple[np.ndarray, np.ndarray]]:
+        """ScaNN's own search as ``search`` makes it: from [d] for one query, else from [b, d], to 0-based positions and scores."""
+        options: dict[str, int] = {"final_num_neighbors": k}
+        if self._reorders:
+            wanted = max(self._config.min_reorder, round(self._config.reorder_factor * k))
+            options["pre_reorder_num_neighbors"] = min(self._num_built, wanted)
+        if self._num_leaves:
+            options["leaves_to_search"] = max(1, round(self._config.leaf_share * self._num_leaves))
+        if batch == 1:
+            return partial(self._searcher.search, **options)
+        if self._threads == 1:
+            return partial(self._searcher.search_batched, **options)
+        options["batch_size"] = -(-batch // (_PIECES * self._threads))
+        return partial(self._searcher.search_batched_parallel, **options)
+
     def _search_built(self, rows: Float[np.ndarray, "b d"], k: int) -> Found:
         """What ScaNN finds among the vectors that it was built from."""
-        reorder = min(self._num_built, max(self._config.min_reorder, self._config.reorder_factor * k))
-        options = {"final_num_neighbors": k}
-        if self._num_built > self._config.brute_force_items:
-            options["pre_reorder_num_neighbors"] = reorder
+        call = self.scann_call(rows.shape[0], k)
         if rows.shape[0] == 1:
-            positions, scores = self._searcher.search(rows[0], **options)
+            positions, scores = call(rows[0])
             return _padded(positions[None], scores[None], k)
-        positions, scores = self._searcher.search_batched_parallel(rows, **options)
-        return _padded(positions, scores, k)
+        return _padded(*call(rows), k)
 
     def _search_filtered(
         self, rows: Float[np.ndarray, "b d"], k: int, usable: Bool[np.ndarray, "i"], excluded: Int[np.ndarray, "b s"]
@@ -167,15 +240,23 @@ class ScannIndex:
         return np.take_along_axis(items, order, axis=1), np.take_along_axis(scores, order, axis=1).astype(np.float32)
 
 
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _searcher(items: Float[np.ndarray, "n d"], config: ScannConfig) -> Any:
     """ScaNN's searcher over all rows but padding, by catalogue size."""
     num_items = items.shape[0]
     builder = _scann_ops().builder(items, min(100, num_items), "dot_product")
+    builder.set_n_training_threads(config.threads or _usable_cores())
     if num_items <= config.brute_force_items:
         return _built(builder.score_brute_force())
+    if config.autopilot:
+        return _built(builder.autopilot())
     if num_items > config.tree_items:
-        num_leaves = math.isqrt(num_items)
-        builder = builder.tree(num_leaves, max(1, round(num_leaves * config.leaf_share)), training_sample_size=num_items)
+        num_leaves = min(num_items, max(1, round(config.leaves_per_root * math.sqrt(num_items))))
+        searched = max(1, round(num_leaves * config.leaf_share))
+        builder = builder.tree(num_leaves, searched, training_sample_size=num_items, soar_lambda=config.soar_lambda)
     builder = builder.score_ah(2, anisotropic_quantization_threshold=config.quantisation_threshold)
     return _built(builder.reorder(min(config.min_reorder, num_items)))
 
@@ -210,11 +291,20 @@ def _silent_native_code() -> Iterator[None]:
 
 
 def _padded(positions: Integer[np.ndarray, "b n"], scores: Float[np.ndarray, "b n"], k: int) -> Found:
-    """ScaNN's 0-based positions as item indices, padded to ``k`` columns; NaN scores mark positions that it could not fill."""
+    """ScaNN's 0-based positions as item indices, padded to ``k`` columns; NaN scores mark positions that it could not fill.
+
+    Positions and scores must be the caller's own: where all are filled they become the answer.
+    """
+    num_found = positions.shape[1]
+    if num_found == k:
+        worst = scores[:, -1]  # best first: where the last position is filled, all are
+        if math.isfinite(worst.dot(worst)):
+            items = positions.view(np.int32)
+            items += 1
+            return items, scores
     items = np.zeros((positions.shape[0], k), np.int32)
     padded_scores = np.full((positions.shape[0], k), -np.inf, np.float32)
     filled = np.isfinite(scores)
-    num_found = positions.shape[1]
     items[:, :num_found] = np.where(filled, positions.astype(np.int32) + 1, 0)
     padded_scores[:, :num_found] = np.where(filled, scores, -np.inf)
     return items, padded_scores
