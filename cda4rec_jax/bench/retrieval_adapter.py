@@ -11,6 +11,7 @@ from cda4rec_jax.retrieval import ScannIndex
 from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
 
 ADAPTER, RAW = "ScannIndex.search", "searcher.search"
+TIMING = TimingConfig()
 TARGET_SINGLE_US, TARGET_SHARE = 10.0, 0.05  # at batch 1, and at batch 256
 
 
@@ -44,7 +45,7 @@ def adapter_overhead(
     k: int,
     *,
     batches: Sequence[int] = (1, 256),
-    timing: TimingConfig = TimingConfig(),
+    timing: TimingConfig = TIMING,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[AdapterOverhead, ...]:
     """Time of ``index.search`` beside ScaNN's own search, one for each batch size.

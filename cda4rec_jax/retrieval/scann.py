@@ -1,13 +1,14 @@
 """Approximate search on the host CPU by ScaNN (Guo et al., 2020, anisotropic vector quantisation)."""
 
 import contextlib
+import copy
 import importlib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ class ScannConfig:
 
     def __post_init__(self):
         if self.threads is not None and self.threads < 1:
-            raise UserError(f"asked ScaNN for {self.threads} threads; expected at least 1, or None for the cores of this process.")
+            raise UserError(
+                f"asked ScaNN for {self.threads} threads; expected at least 1, or None for the cores of this process."
+            )
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "ScannConfig":
@@ -122,8 +125,10 @@ class ScannIndex:
         return self._reorders
 
     def searched_with(self, config: ScannConfig) -> "ScannIndex":
-        """The same build, searched with the ``leaf_share``, ``reorder_factor``, ``min_reorder`` and ``threads`` of another config."""
-        return ScannIndex(self._rows, self._searcher, config)
+        """The same build and threads, searched with the ``leaf_share``, ``reorder_factor`` and ``min_reorder`` of another config."""
+        other = copy.copy(self)
+        other._config = replace(config, threads=self._config.threads)
+        return other
 
     def search(
         self,
@@ -195,7 +200,7 @@ class ScannIndex:
         leaves = re.search(r"num_children: (\d+)", built)
         self._num_leaves, self._reorders = int(leaves.group(1)) if leaves else 0, "exact_reordering" in built
         if self._threads > 1:
-            searcher.set_num_threads(self._threads - 1)  # beside the thread that calls
+            searcher.set_num_threads(self._threads - 1)  # beside the thread that asks
         self._changed = np.zeros(0, np.int64)  # items upserted since then
         self._exact: ExactIndex | None = None
 
