@@ -73,7 +73,8 @@ class ScannConfig:
     def of_json(cls, values: dict[str, Any]) -> "ScannConfig":
         """From what ``dataclasses.asdict`` made. Raises TypeError where the fields are others."""
         measured = values.get("measured")
-        return cls(**(values | {"measured": measured and Measured(**measured)}))
+        config = cls(**{name: value for name, value in values.items() if name != "measured"})
+        return config if measured is None else replace(config, measured=Measured(**measured))
 
 
 class ScannIndex:
