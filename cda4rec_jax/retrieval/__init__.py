@@ -3,6 +3,7 @@
 from cda4rec_jax.retrieval.build import Comparison, build_index, compare, load_index, scann_available
 from cda4rec_jax.retrieval.exact import ExactIndex, exact_search
 from cda4rec_jax.retrieval.index import Index
+from cda4rec_jax.retrieval.partitioned import PartitionedConfig, PartitionedIndex
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.scann import Measured, ScannConfig, ScannIndex
 from cda4rec_jax.retrieval.sharded import ShardedIndex
@@ -14,6 +15,8 @@ __all__ = [
     "HeldOut",
     "Index",
     "Measured",
+    "PartitionedConfig",
+    "PartitionedIndex",
     "QuantisedIndex",
     "RecallNotReached",
     "ScannConfig",

@@ -5,19 +5,20 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Index, Queries
+from cda4rec_jax.retrieval.partitioned import PartitionedIndex
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.rows import Vectors, read_meta
 from cda4rec_jax.retrieval.scann import ScannIndex
 from cda4rec_jax.retrieval.sharded import ShardedIndex
 
-Implementation = Literal["exact", "quantised", "scann", "sharded"]
+Implementation = Literal["exact", "quantised", "scann", "sharded", "partitioned"]
 _logger = logging.getLogger(__name__)
 
 
@@ -84,7 +85,7 @@ def compare(index: Index, exact: Index, queries: Queries, k: int) -> Comparison:
     )
 
 
-def _class_of(implementation: str) -> type[ExactIndex] | type[ScannIndex]:
+def _class_of(implementation: str) -> type[ExactIndex] | type[ScannIndex] | type[PartitionedIndex]:
     if implementation == "exact":
         return ExactIndex
     if implementation == "quantised":
@@ -93,4 +94,7 @@ def _class_of(implementation: str) -> type[ExactIndex] | type[ScannIndex]:
         return ScannIndex
     if implementation == "sharded":
         return ShardedIndex
-    raise UserError(f"index implementation {implementation!r} is unknown; expected 'exact', 'quantised', 'scann' or 'sharded'.")
+    if implementation == "partitioned":
+        return PartitionedIndex
+    known = ", ".join(repr(one) for one in get_args(Implementation))
+    raise UserError(f"index implementation {implementation!r} is unknown; expected one of {known}.")

@@ -34,17 +34,18 @@ def exact_search(
 
 
 @partial(jax.jit, static_argnames=("k",))
-def _search(
+def filtered_search(
     vectors: Float[Array, "i d"],
     queries: Float[Array, "b d"],
     k: int,
     allowed: Bool[Array, "i"] | None,
     excluded: Int[Array, "b s"] | None,
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    """As ``exact_search``, with the filters of ``Index.search``, and compiled; by the fastest implementation of the backend."""
     return topk_dot(vectors, queries, k, allowed=allowed, excluded=excluded)
 
 
-def _padded_excluded(excluded: Int[np.ndarray, "b s"] | None) -> Int[np.ndarray, "b padded"] | None:
+def padded_excluded(excluded: Int[np.ndarray, "b s"] | None) -> Int[np.ndarray, "b padded"] | None:
     """With a width rounded up to a power of two, so that few programs are compiled."""
     if excluded is None:
         return None
@@ -65,7 +66,7 @@ class ExactIndex:
         return jnp.asarray(vectors)
 
     def _find(self, table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
-        return _search(table, queries, k, allowed, excluded)
+        return filtered_search(table, queries, k, allowed, excluded)
 
     @classmethod
     def build(cls, item_vectors: Vectors) -> "ExactIndex":
@@ -87,7 +88,7 @@ class ExactIndex:
         """See ``Index.search``."""
         check_search(queries, k, self._rows, allowed, excluded)
         rows = jnp.asarray(queries, jnp.float32)
-        items, scores = self._find(self._table, rows, k, self._rows.usable(allowed), _padded_excluded(excluded))
+        items, scores = self._find(self._table, rows, k, self._rows.usable(allowed), padded_excluded(excluded))
         return np.asarray(items), np.asarray(scores)
 
     def upsert(self, items: Int[np.ndarray, "n"], vectors: Vectors) -> None:

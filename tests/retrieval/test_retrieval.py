@@ -27,7 +27,13 @@ from cda4rec_jax.retrieval import (
 
 needs_scann = pytest.mark.skipif(not scann_available(), reason="ScaNN is not installed here")
 needs_compiler = pytest.mark.skipif(native_problem() is not None, reason="there is no C++ compiler here")
-IMPLEMENTATIONS = ["exact", "sharded", pytest.param("quantised", marks=needs_compiler), pytest.param("scann", marks=needs_scann)]
+IMPLEMENTATIONS = [
+    "exact",
+    "sharded",
+    pytest.param("quantised", marks=needs_compiler),
+    pytest.param("scann", marks=needs_scann),
+    "partitioned",
+]
 
 
 def make_vectors(num_items: int, width: int = 16, clusters: int = 0, seed: int = 0) -> np.ndarray:
