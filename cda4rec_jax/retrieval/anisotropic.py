@@ -69,10 +69,10 @@ def learn_codebooks(
     """
     parts, towards = _blocks(residuals), _blocks(directions)
     drawn = jax.random.choice(key, residuals.shape[0], (CENTRES,), replace=residuals.shape[0] < CENTRES)
-    start = (parts[:, drawn], jnp.zeros(parts.shape[:2], jnp.int32))
+    state = (parts[:, drawn], jnp.zeros(parts.shape[:2], jnp.int32))
     for eta in (1.0, weight):
-        start = jax.lax.fori_loop(0, iterations, lambda _, state, eta=eta: _sweep(*state, parts, towards, eta, learn=True), start)
-    return start[0]
+        state = jax.lax.fori_loop(0, iterations, lambda _, at, eta=eta: _sweep(at, parts, towards, eta, learn=True), state)
+    return state[0]
 
 
 @partial(jax.jit, static_argnames=("sweeps",))
@@ -87,8 +87,8 @@ def encode(
 
     def one(item: tuple[Float[Array, "d"], Float[Array, "d"]]) -> UInt8[Array, "bytes"]:
         parts, towards = (_blocks(vector[None]) for vector in item)
-        state = _sweep(codebooks, jnp.zeros(parts.shape[:2], jnp.int32), parts, towards, 1.0, learn=False)
-        _, codes = jax.lax.fori_loop(0, sweeps, lambda _, at: _sweep(*at, parts, towards, weight, learn=False), state)
+        nearest = _sweep((codebooks, jnp.zeros(parts.shape[:2], jnp.int32)), parts, towards, 1.0, learn=False)
+        _, codes = jax.lax.fori_loop(0, sweeps, lambda _, at: _sweep(at, parts, towards, weight, learn=False), nearest)
         pairs = jnp.pad(codes[:, 0], (0, codes.shape[0] % 2)).reshape(-1, 2).astype(jnp.uint8)
         return pairs[:, 0] | pairs[:, 1] << BITS
 
@@ -130,8 +130,7 @@ def _blocks(vectors: Float[Array, "n d"]) -> Blocks:
 
 
 def _sweep(
-    codebooks: Codebooks,
-    codes: Int[Array, "blocks n"],
+    state: tuple[Codebooks, Int[Array, "blocks n"]],
     parts: Blocks,
     towards: Blocks,
     weight: float | Float[Array, ""],
@@ -144,6 +143,7 @@ def _sweep(
     is ``|r - c|^2 + (w - 1) (o + x . (r - c))^2`` but for a constant. So the best centre for many items solves
     ``sum (I + (w - 1) x x^T) c = sum r + (w - 1) x (o + x . r)``.
     """
+    codebooks, codes = state
     chosen = jnp.take_along_axis(codebooks, codes[:, :, None], axis=1)
     along = jnp.sum((parts - chosen) * towards, axis=(0, 2))
 

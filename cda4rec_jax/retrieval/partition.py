@@ -35,9 +35,9 @@ def learn_centroids(
             ones = jnp.ones((chunk, 1), rows.dtype)
             return sums + inside.astype(rows.dtype).T @ jnp.concatenate([rows, ones], axis=1), None
 
-        sums, _ = jax.lax.scan(add, jnp.zeros((num_leaves, width + 1), vectors.dtype), (padded, real))
-        sizes = sums[:, width:]
-        return jnp.where(sizes > 0, sums[:, :width] / jnp.maximum(sizes, 1), centroids)
+        total = jax.lax.scan(add, jnp.zeros((num_leaves, width + 1), vectors.dtype), (padded, real))[0]
+        sizes = total[:, width:]
+        return jnp.where(sizes > 0, total[:, :width] / jnp.maximum(sizes, 1), centroids)
 
     start = jax.random.choice(key, count, (num_leaves,), replace=False)
     return jax.lax.fori_loop(0, iterations, step, vectors[start])
@@ -71,9 +71,9 @@ def split_leaves(
     An over-full leaf is cut across its direction of greatest variance into as few equal parts as hold its items; each part is a leaf with
     the mean of its items as its centroid. Leaves without an item go.
     """
-    leaf_of, centroids = leaf_of.copy(), list(centroids)
+    leaf_of, means = leaf_of.copy(), list(centroids)
     by_leaf = np.argsort(leaf_of, kind="stable")
-    ends = np.cumsum(np.bincount(leaf_of, minlength=len(centroids)))
+    ends = np.cumsum(np.bincount(leaf_of, minlength=len(means)))
     for members in np.split(by_leaf, ends[:-1]):
         if len(members) <= capacity:
             continue
@@ -81,10 +81,10 @@ def split_leaves(
         _, axes = np.linalg.eigh(np.cov(inside, rowvar=False).reshape(2 * vectors.shape[1:]))
         along = members[np.argsort(inside @ axes[:, -1].astype(np.float32), kind="stable")]
         for part in np.array_split(along, -(-len(along) // capacity)):
-            leaf_of[part] = len(centroids)
-            centroids.append(vectors[part].mean(axis=0))
+            leaf_of[part] = len(means)
+            means.append(vectors[part].mean(axis=0))
     kept, leaf_of = np.unique(leaf_of, return_inverse=True)
-    return leaf_of, np.stack(centroids)[kept]
+    return leaf_of, np.stack(means)[kept]
 
 
 def lay_out(

@@ -247,6 +247,7 @@ class PartitionedIndex:
         self._changed = changed  # items upserted since the last build
 
 
+@jax.default_matmul_precision("highest")  # accelerators would round to bfloat16, and put items into wrong leaves
 def _partition_of(rows: ItemRows, config: PartitionedConfig) -> Partition | None:
     """A new partition of all items that exist; None where they are so few that all are scored exactly."""
     if rows.num_items <= config.exact_items:
