@@ -272,11 +272,9 @@ def _reaching(
     built: PartitionedIndex, queries: Float[np.ndarray, "n d"], truth: Int[np.ndarray, "n k"], target: float
 ) -> PartitionedIndex:
     """The fewest leaves of ``SHARES`` that reach the target; all leaves where none does."""
-    for share in SHARES:
-        index = built.with_leaf_share(share)
-        if _recall(index.search(queries, truth.shape[1])[0], truth) >= target:
-            break
-    return index
+    indices = (built.with_leaf_share(share) for share in SHARES)
+    reaching = (index for index in indices if _recall(index.search(queries, truth.shape[1])[0], truth) >= target)
+    return next(reaching, built.with_leaf_share(SHARES[-1]))
 
 
 def _scann_like(index: PartitionedIndex, vectors: Float[np.ndarray, "i d"], k: int) -> ScannIndex:
