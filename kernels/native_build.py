@@ -1,0 +1,74 @@
+"""C++ custom calls: compiled when they are first wanted, where there is a compiler, and kept for later processes."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+_COMPILE_SECONDS = 120
+_logger = logging.getLogger(__name__)
+
+
+def provide(source: Path, targets: Mapping[str, str]) -> str | None:
+    """Make the custom calls of one source available on the CPU. Compiles for some seconds once for each machine and version.
+
+    Args:
+        source: a C++ file.
+        targets: names for ``jax.ffi.ffi_call``, and the handler's symbol in the source for each.
+
+    Returns:
+        None, or what stands in the way.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if compiler is None:
+        return "there is no C++ compiler (looked for $CXX, g++, c++ and clang++)"
+    try:
+        library = _library(source, compiler)
+        if not library.is_file():
+            _compile(source, compiler, library)
+        loaded = ctypes.cdll.LoadLibrary(str(library))
+        symbols = {target: getattr(loaded, symbol) for target, symbol in targets.items()}
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None)
+        return f"{source.name} cannot be compiled or loaded ({error}{': ' + output.strip()[-300:] if output else ''})"
+    for target, symbol in symbols.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
+    return None
+
+
+def _library(source: Path, compiler: str) -> Path:
+    """Where the compiled library is or belongs: its name tells source, compiler, JAX and processor apart."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS).stdout
+    facts = (source.read_text(encoding="utf-8"), compiler, version, metadata.version("jaxlib"), *_FLAGS, _processor())
+    name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    return folder / "cda4rec_jax" / "native" / f"cda4rec_jax_{source.parent.name}-{name}.so"
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on; a home folder may be shared by machines."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="ascii", errors="replace").splitlines() if file.is_file() else []
+    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(features))])
+
+
+def _compile(source: Path, compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    _logger.info("compiling %s of %s with %s; this happens once", source.name, source.parent.name, compiler)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        command = [compiler, *_FLAGS, "-w", f"-I{jax.ffi.include_dir()}", str(source), "-o", str(built)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
+        built.replace(library)  # whole or not at all, also where two processes compile
