@@ -1,0 +1,331 @@
+// The device's ranking of one request on a CPU, as XLA custom calls. The contract is that of ../rank_candidates/reference.py.
+//
+// One request has no batch to fill threads or caches with: what counts is that the weights (a few hundred kilobytes) stream once from the
+// second-level cache through the registers, that only real tokens are computed, and that the last layer computes its last token alone.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileColumns = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileColumns = 2;
+#else
+constexpr int kLanes = 4, kTileColumns = 2;
+#endif
+constexpr int kTileRows = 6;
+constexpr int64_t kPadding = 16;  // as in native.py: columns come in multiples of it, whatever the processor
+constexpr float kLargest = 8.0f;  // standard deviations
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+inline Vector largest(Vector a, Vector b) { return a > b ? a : b; }
+// NaN stays NaN.
+inline Vector cut(Vector x, float low, float high) {
+  x = x < Vector{} + low ? Vector{} + low : x;
+  return x > Vector{} + high ? Vector{} + high : x;
+}
+inline int64_t padded(int64_t size) { return (size + kPadding - 1) / kPadding * kPadding; }
+
+inline float sum(Vector x) {
+  float total = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
+// e^x to 2 units in the last place, x cut to [-87, 88]: 2^n e^r with |r| <= ln(2) / 2, e^r by its series to r^7.
+inline Vector exponential(Vector x) {
+  constexpr float kRound = 12582912.0f;  // adding it leaves the nearest whole number in the low bits
+  x = cut(x, -87.0f, 88.0f);
+  Vector shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+  Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector y = r * (1.0f / 5040) + 1.0f / 720;
+  y = y * r + 1.0f / 120, y = y * r + 1.0f / 24, y = y * r + 1.0f / 6, y = y * r + 0.5f, y = y * r + 1.0f, y = y * r + 1.0f;
+  Whole power = ((Whole)shifted << 23) + (127 << 23);
+  return y * (Vector)power;
+}
+
+inline Vector silu(Vector x) { return x / (1.0f + exponential(-x)); }
+
+struct Rows {
+  float* data;
+  int64_t stride;
+  float* operator[](int64_t row) const { return data + row * stride; }
+};
+
+template <int kRows, int kColumns>
+void product_tile(Rows a, const float* b, int64_t b_stride, int64_t depth, Rows c, bool add) {
+  Vector sums[kRows][kColumns] = {};
+  for (int64_t x = 0; x < depth; ++x) {
+    Vector row[kColumns];
+    for (int j = 0; j < kColumns; ++j) row[j] = load(b + x * b_stride + j * kLanes);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kColumns; ++j) sums[i][j] += row[j] * a.data[i * a.stride + x];
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j) store(c[i] + j * kLanes, add ? load(c[i] + j * kLanes) + sums[i][j] : sums[i][j]);
+}
+
+template <int kColumns>
+void product_columns(int64_t rows, Rows a, const float* b, int64_t b_stride, int64_t depth, Rows c, bool add) {
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    Rows left{a[i], a.stride}, right{c[i], c.stride};
+    switch (std::min<int64_t>(rows - i, kTileRows)) {
+      case 1: product_tile<1, kColumns>(left, b, b_stride, depth, right, add); break;
+      case 2: product_tile<2, kColumns>(left, b, b_stride, depth, right, add); break;
+      case 3: product_tile<3, kColumns>(left, b, b_stride, depth, right, add); break;
+      case 4: product_tile<4, kColumns>(left, b, b_stride, depth, right, add); break;
+      case 5: product_tile<5, kColumns>(left, b, b_stride, depth, right, add); break;
+      default: product_tile<kTileRows, kColumns>(left, b, b_stride, depth, right, add);
+    }
+  }
+}
+
+// c = a b, or c += a b: a [rows, depth], b [depth, columns], columns a multiple of kPadding.
+void product(int64_t rows, int64_t columns, int64_t depth, Rows a, const float* b, int64_t b_stride, Rows c, bool add = false) {
+  int64_t j = 0;
+  auto rest = [&](int vectors) { return columns - j >= vectors * kLanes; };
+  auto at = [&] { return Rows{c.data + j, c.stride}; };
+  // A single row has enough independent sums only across more columns.
+  for (; rows == 1 && rest(8); j += 8 * kLanes) product_tile<1, 8>(a, b + j, b_stride, depth, at(), add);
+  for (; rest(kTileColumns); j += kTileColumns * kLanes) product_columns<kTileColumns>(rows, a, b + j, b_stride, depth, at(), add);
+  for (; rest(2); j += 2 * kLanes) product_columns<2>(rows, a, b + j, b_stride, depth, at(), add);
+  for (; rest(1); j += kLanes) product_columns<1>(rows, a, b + j, b_stride, depth, at(), add);
+}
+
+struct Decoder {
+  int64_t layers, width, heads, kv_heads, head_size, mlp_hidden, window;
+
+  int64_t head() const { return padded(head_size); }
+  int64_t x() const { return padded(width); }
+  int64_t hidden() const { return padded(mlp_hidden); }
+  int64_t queries() const { return heads * head(); }
+  int64_t qkv() const { return (heads + 2 * kv_heads) * head(); }
+  int64_t places() const { return padded(window); }
+  int64_t layer_size() const { return width * qkv() + queries() * x() + width * 2 * hidden() + mlp_hidden * x(); }
+};
+
+// to = from / root mean square, by row; the scale of a norm is part of the weights that follow.
+void normalise(const Decoder& d, int64_t first, int64_t last, Rows from, Rows to) {
+  for (int64_t i = first; i < last; ++i) {
+    Vector squares = {};
+    for (int64_t x = 0; x < d.x(); x += kLanes) squares += load(from[i] + x) * load(from[i] + x);
+    float inverse = 1.0f / std::sqrt(sum(squares) / d.width + 1e-6f);
+    for (int64_t x = 0; x < d.x(); x += kLanes) store(to[i] + x, load(from[i] + x) * inverse);
+  }
+}
+
+void rotate(float* head, const float* cosines, const float* sines, int64_t half) {
+  for (int64_t x = 0; x < half; ++x) {
+    float low = head[x], high = head[x + half];
+    head[x] = low * cosines[x] - high * sines[x];
+    head[x + half] = high * cosines[x] + low * sines[x];
+  }
+}
+
+// Softmax of the first `count` scores, not yet divided by the sum that is returned; 0 in the padding after them.
+float weigh(float* scores, int64_t count, int64_t columns) {
+  std::fill(scores + count, scores + columns, -1e30f);
+  Vector top = load(scores), total = {};
+  for (int64_t j = kLanes; j < columns; j += kLanes) top = largest(top, load(scores + j));
+  float most = top[0];
+  for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, top[lane]);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    Vector weight = exponential(load(scores + j) - most);
+    store(scores + j, weight), total += weight;
+  }
+  std::fill(scores + count, scores + columns, 0.0f);
+  return sum(total);
+}
+
+// Rows [begin, end) of the new tokens, the first of which has position `first`, attend to all up to themselves.
+void attend(const Decoder& d, int64_t first, int64_t begin, int64_t end, Rows qkv, const float* keys, const float* values,
+            float* scratch, Rows mixed) {
+  Rows scores{scratch, d.places()};
+  for (int64_t head = 0; head < d.heads; ++head) {
+    int64_t shared = head / (d.heads / d.kv_heads);
+    const float *own_keys = keys + shared * d.head_size * d.places(), *own_values = values + shared * d.places() * d.head();
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      int64_t rows = std::min<int64_t>(kTileRows, end - row), visible = first + row + rows;
+      Rows out{mixed[row] + head * d.head(), mixed.stride};
+      product(rows, padded(visible), d.head_size, {qkv[row] + head * d.head(), qkv.stride}, own_keys, d.places(), scores);
+      float totals[kTileRows];
+      for (int64_t i = 0; i < rows; ++i) totals[i] = weigh(scores[i], first + row + i + 1, padded(visible));
+      product(rows, d.head(), visible, scores, own_values, d.head(), out);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t x = 0; x < d.head(); x += kLanes) store(out[i] + x, load(out[i] + x) / totals[i]);
+    }
+  }
+}
+
+// Keys [layer, kv head, channel, place] and values [layer, kv head, place, channel] of `count` tokens from place `first` on, and the
+// hidden state of the last of them.
+void extend(const Decoder& d, const float* weights, const float* tokens, int64_t first, int64_t count, float* keys, float* values,
+            float* state) {
+  static thread_local std::vector<float> scratch;
+  int64_t sizes[] = {count * d.x(), count * d.x(), count * d.qkv(), count * d.queries(), count * 2 * d.hidden(), kTileRows * d.places()};
+  int64_t whole = 0;
+  for (int64_t size : sizes) whole += size;
+  if (int64_t(scratch.size()) < whole) scratch.resize(whole);
+  float* free = scratch.data();
+  auto rows = [&](int which, int64_t stride) { return Rows{std::exchange(free, free + sizes[which]), stride}; };
+  Rows x = rows(0, d.x()), normed = rows(1, d.x()), qkv = rows(2, d.qkv()), mixed = rows(3, d.queries());
+  Rows gated = rows(4, 2 * d.hidden());
+  float* scores = free;
+
+  for (int64_t i = 0; i < count; ++i) {
+    std::copy_n(tokens + i * d.width, d.width, x[i]);
+    std::fill(x[i] + d.width, x[i] + d.x(), 0.0f);
+  }
+  const float* final_norm = weights + d.layers * d.layer_size();
+  const float *cosines = final_norm + d.width, *sines = cosines + d.window * (d.head_size / 2);
+  int64_t half = d.head_size / 2;
+  for (int64_t layer = 0; layer < d.layers; ++layer) {
+    const float *to_qkv = weights + layer * d.layer_size(), *out = to_qkv + d.width * d.qkv();
+    const float *gate_up = out + d.queries() * d.x(), *down = gate_up + d.width * 2 * d.hidden();
+    float* own_keys = keys + layer * d.kv_heads * d.head_size * d.places();
+    float* own_values = values + layer * d.kv_heads * d.places() * d.head();
+    // Of the last layer only the last token's state is read; the others give keys and values.
+    int64_t begin = layer + 1 < d.layers ? 0 : count - 1;
+    normalise(d, 0, count, x, normed);
+    product(count - begin, d.queries(), d.width, {normed[begin], normed.stride}, to_qkv, d.qkv(), {qkv[begin], qkv.stride});
+    product(count, d.qkv() - d.queries(), d.width, normed, to_qkv + d.queries(), d.qkv(), {qkv.data + d.queries(), qkv.stride});
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t place = first + i;
+      const float *cosine = cosines + place * half, *sine = sines + place * half;
+      for (int64_t head = 0; i >= begin && head < d.heads; ++head) rotate(qkv[i] + head * d.head(), cosine, sine, half);
+      for (int64_t head = 0; head < d.kv_heads; ++head) {
+        float *key = qkv[i] + (d.heads + head) * d.head(), *value = key + d.kv_heads * d.head();
+        rotate(key, cosine, sine, half);
+        for (int64_t c = 0; c < d.head_size; ++c) own_keys[(head * d.head_size + c) * d.places() + place] = key[c];
+        std::copy_n(value, d.head(), own_values + (head * d.places() + place) * d.head());
+      }
+    }
+    attend(d, first, begin, count, qkv, own_keys, own_values, scores, mixed);
+    int64_t still = count - begin;
+    Rows late{x[begin], x.stride}, late_normed{normed[begin], normed.stride}, late_gated{gated[begin], gated.stride};
+    product(still, d.x(), d.queries(), {mixed[begin], mixed.stride}, out, d.x(), late, true);
+    normalise(d, 0, still, late, late_normed);
+    product(still, 2 * d.hidden(), d.width, late_normed, gate_up, 2 * d.hidden(), late_gated);
+    for (int64_t i = 0; i < still; ++i)
+      for (int64_t c = 0; c < d.hidden(); c += kLanes)
+        store(late_gated[i] + c, silu(load(late_gated[i] + c)) * load(late_gated[i] + d.hidden() + c));
+    product(still, d.x(), d.mlp_hidden, late_gated, down, d.x(), late, true);
+  }
+  normalise(d, count - 1, count, x, normed);
+  for (int64_t c = 0; c < d.width; ++c) state[c] = normed[count - 1][c] * final_norm[c];
+}
+
+ffi::Error extend_history(int64_t heads, int64_t head_size, int64_t mlp_hidden, int64_t window, ffi::Buffer<ffi::F32> weights,
+                          ffi::Buffer<ffi::F32> keys, ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::S32> length,
+                          ffi::Buffer<ffi::F32> tokens, ffi::Buffer<ffi::S32> count, ffi::ResultBuffer<ffi::F32> new_keys,
+                          ffi::ResultBuffer<ffi::F32> new_values, ffi::ResultBuffer<ffi::F32> state) {
+  Decoder d{keys.dimensions()[0], tokens.dimensions()[1], heads, keys.dimensions()[1], head_size, mlp_hidden, window};
+  int64_t first = length.typed_data()[0], added = count.typed_data()[0];
+  if (first < 0 || added < 1 || added > int64_t(tokens.dimensions()[0]) || first + added > window) {
+    std::fill_n(state->typed_data(), d.width, kNaN);
+    return ffi::Error::Success();
+  }
+  extend(d, weights.typed_data(), tokens.typed_data(), first, added, new_keys->typed_data(), new_values->typed_data(),
+         state->typed_data());
+  return ffi::Error::Success();
+}
+
+// The head, with one candidate in each lane.
+ffi::Error score_candidates(int64_t score_feature, ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::S32> gates, ffi::Buffer<ffi::F32> state,
+                            ffi::Buffer<ffi::S8> vectors, ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> features,
+                            ffi::ResultBuffer<ffi::F32> scores) {
+  int64_t candidates = features.dimensions()[0], num_features = features.dimensions()[1], width = vectors.dimensions()[1];
+  int64_t hidden = (weights.element_count() - 1 - 3 * num_features) / (num_features + 2);
+  const float *score_scale = weights.typed_data(), *linear = score_scale + 1, *mean = linear + num_features;
+  const float *inverse = mean + num_features, *bias = inverse + num_features, *out = bias + hidden, *layer = out + hidden;
+  std::vector<Vector> raw(num_features + 1), known(num_features);
+  float first_score = 0.0f;
+  for (int64_t begin = 0; begin < candidates; begin += kLanes) {
+    int64_t count = std::min<int64_t>(kLanes, candidates - begin);
+    std::fill(raw.begin(), raw.end(), Vector{});
+    raw[num_features] = Vector{} + 1.0f;
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int8_t* vector = vectors.typed_data() + (begin + lane) * width;
+      Vector sums = {};
+      int64_t x = 0;
+      for (; x + kLanes <= width; x += kLanes) {
+        Whole codes = __builtin_convertvector(*reinterpret_cast<const Codes*>(vector + x), Whole);
+        sums += __builtin_convertvector(codes, Vector) * load(state.typed_data() + x);
+      }
+      float score = sum(sums);
+      for (; x < width; ++x) score += vector[x] * state.typed_data()[x];
+      score *= scales.typed_data()[begin + lane];
+      if (begin + lane == 0) first_score = score;
+      const float* own = features.typed_data() + (begin + lane) * num_features;
+      for (int64_t f = 0; f < num_features; ++f) raw[f][lane] = own[f];
+      raw[score_feature][lane] = (score - first_score) * *score_scale;
+    }
+    Vector result = {};
+    for (int64_t f = 0; f < num_features; ++f) {
+      known[f] = cut((raw[f] - mean[f]) * inverse[f], -kLargest, kLargest) * raw[gates.typed_data()[f]];
+      result += known[f] * linear[f];
+    }
+    int64_t u = 0;
+    auto units = [&](auto width_constant) {
+      constexpr int kUnits = decltype(width_constant)::value;
+      for (; u + kUnits <= hidden; u += kUnits) {
+        Vector sums[kUnits];
+        for (int j = 0; j < kUnits; ++j) sums[j] = Vector{} + bias[u + j];
+        for (int64_t f = 0; f < num_features; ++f)
+          for (int j = 0; j < kUnits; ++j) sums[j] += known[f] * layer[(u + j) * num_features + f];
+        for (int j = 0; j < kUnits; ++j) result += silu(sums[j]) * out[u + j];
+      }
+    };
+    units(std::integral_constant<int, 8>());
+    units(std::integral_constant<int, 1>());
+    for (int64_t lane = 0; lane < count; ++lane) scores->typed_data()[begin + lane] = result[lane];
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ExtendHistory, extend_history,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("head_size")
+                                  .Attr<int64_t>("mlp_hidden")
+                                  .Attr<int64_t>("window")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreCandidates, score_candidates,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("score_feature")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
