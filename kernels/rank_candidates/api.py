@@ -20,7 +20,7 @@ def rank_candidates(
     weights: RankerWeights,
     cache: KeyValueCache,
     tokens: Float[Array, "t e"],
-    num_tokens: Int[Array, ""],
+    num_tokens: int | Int[Array, ""],
     vectors: Int8[Array, "c e"],
     vector_scales: Float[Array, "c"],
     features: Float[Array, "c f"],
@@ -60,7 +60,7 @@ def extend_history(
     weights: RankerWeights,
     cache: KeyValueCache,
     tokens: Float[Array, "t e"],
-    num_tokens: Int[Array, ""],
+    num_tokens: int | Int[Array, ""],
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "e"], KeyValueCache]:
@@ -70,7 +70,7 @@ def extend_history(
     """
     if tokens.shape[1] != weights.width or tokens.shape[0] < 1:
         raise UserError(f"tokens have shape {tokens.shape}; expected one or more of width {weights.width}.")
-    if _chosen(implementation, tokens.dtype, weights.qkv.dtype) == "native":
+    if chosen_implementation(implementation, tokens.dtype, weights.qkv.dtype) == "native":
         return extend_history_native(weights, cache, tokens, jnp.asarray(num_tokens, jnp.int32))
     return extend_history_xla(weights, cache, tokens, num_tokens)
 
@@ -87,12 +87,13 @@ def score_candidates(
     """Scores of candidates for the state of a user; the second half of ``rank_candidates``, which says the rest."""
     if features.shape[1] != weights.linear.shape[0]:
         raise UserError(f"a candidate has {features.shape[1]} features; the head takes {weights.linear.shape[0]}.")
-    if _chosen(implementation, features.dtype, weights.hidden.dtype) == "native":
+    if chosen_implementation(implementation, features.dtype, weights.hidden.dtype) == "native":
         return score_candidates_native(weights, state, vectors, vector_scales, features)
     return score_candidates_xla(weights, state, vectors, vector_scales, features)
 
 
-def _chosen(implementation: Implementation | None, *dtypes: jnp.dtype) -> Implementation:
+def chosen_implementation(implementation: Implementation | None, *dtypes: jnp.dtype) -> Implementation:
+    """What ``rank_candidates`` does for these dtypes. Raises its UserError."""
     on_cpu, single = jax.default_backend() == "cpu", all(dtype == jnp.float32 for dtype in dtypes)
     if implementation is None:
         return "native" if on_cpu and single and native_problem() is None else "xla"
@@ -100,7 +101,9 @@ def _chosen(implementation: Implementation | None, *dtypes: jnp.dtype) -> Implem
         raise UserError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}, or None.")
     if implementation == "native":
         if not on_cpu:
-            raise UserError(f"implementation 'native' runs on a CPU, and JAX is on {jax.default_backend()}: choose 'xla', or None.")
+            raise UserError(
+                f"implementation 'native' runs on a CPU, and JAX is on {jax.default_backend()}: choose 'xla', or None."
+            )
         if not single:
             raise UserError(f"implementation 'native' takes float32, got {', '.join(map(str, dtypes))}: choose 'xla'.")
         if (problem := native_problem()) is not None:

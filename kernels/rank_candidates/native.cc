@@ -12,6 +12,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -44,11 +48,23 @@ inline Vector cut(Vector x, float low, float high) {
 }
 inline int64_t padded(int64_t size) { return (size + kPadding - 1) / kPadding * kPadding; }
 
-inline float sum(Vector x) {
-  float total = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
-  return total;
+#if defined(__AVX512F__)
+inline float sum(Vector x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float most(Vector x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
+template <typename Pair>
+inline float reduced(Vector x, Pair pair) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) x[lane] = pair(x[lane], x[lane + half]);
+  return x[0];
 }
+inline float sum(Vector x) {
+  return reduced(x, [](float a, float b) { return a + b; });
+}
+inline float most(Vector x) {
+  return reduced(x, [](float a, float b) { return std::max(a, b); });
+}
+#endif
 
 // e^x to 2 units in the last place, x cut to [-87, 88]: 2^n e^r with |r| <= ln(2) / 2, e^r by its series to r^7.
 inline Vector exponential(Vector x) {
@@ -63,6 +79,14 @@ inline Vector exponential(Vector x) {
 }
 
 inline Vector silu(Vector x) { return x / (1.0f + exponential(-x)); }
+
+// Memory of this thread for the call at hand, at the start of a cache line: a vector that crosses into the next one is read twice.
+float* scratch_of(int64_t size) {
+  static thread_local std::vector<float> memory;
+  constexpr int64_t kLine = 64;
+  if (int64_t(memory.size()) < size + kLine) memory.resize(size + kLine);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + kLine - 1) / kLine * kLine);
+}
 
 struct Rows {
   float* data;
@@ -145,10 +169,9 @@ float weigh(float* scores, int64_t count, int64_t columns) {
   std::fill(scores + count, scores + columns, -1e30f);
   Vector top = load(scores), total = {};
   for (int64_t j = kLanes; j < columns; j += kLanes) top = largest(top, load(scores + j));
-  float most = top[0];
-  for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, top[lane]);
+  float peak = most(top);
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Vector weight = exponential(load(scores + j) - most);
+    Vector weight = exponential(load(scores + j) - peak);
     store(scores + j, weight), total += weight;
   }
   std::fill(scores + count, scores + columns, 0.0f);
@@ -176,15 +199,17 @@ void attend(const Decoder& d, int64_t first, int64_t begin, int64_t end, Rows qk
 }
 
 // Keys [layer, kv head, channel, place] and values [layer, kv head, place, channel] of `count` tokens from place `first` on, and the
-// hidden state of the last of them.
-void extend(const Decoder& d, const float* weights, const float* tokens, int64_t first, int64_t count, float* keys, float* values,
-            float* state) {
-  static thread_local std::vector<float> scratch;
+// hidden state of the last of them; NaN where they do not fit into the window, or are not among the `given` tokens.
+void extend(const Decoder& d, const float* weights, const float* tokens, int64_t given, int64_t first, int64_t count, float* keys,
+            float* values, float* state) {
+  if (first < 0 || count < 1 || count > given || first + count > d.window) {
+    std::fill_n(state, d.width, kNaN);
+    return;
+  }
   int64_t sizes[] = {count * d.x(), count * d.x(), count * d.qkv(), count * d.queries(), count * 2 * d.hidden(), kTileRows * d.places()};
   int64_t whole = 0;
   for (int64_t size : sizes) whole += size;
-  if (int64_t(scratch.size()) < whole) scratch.resize(whole);
-  float* free = scratch.data();
+  float* free = scratch_of(whole);
   auto rows = [&](int which, int64_t stride) { return Rows{std::exchange(free, free + sizes[which]), stride}; };
   Rows x = rows(0, d.x()), normed = rows(1, d.x()), qkv = rows(2, d.qkv()), mixed = rows(3, d.queries());
   Rows gated = rows(4, 2 * d.hidden());
@@ -233,71 +258,105 @@ void extend(const Decoder& d, const float* weights, const float* tokens, int64_t
   for (int64_t c = 0; c < d.width; ++c) state[c] = normed[count - 1][c] * final_norm[c];
 }
 
-ffi::Error extend_history(int64_t heads, int64_t head_size, int64_t mlp_hidden, int64_t window, ffi::Buffer<ffi::F32> weights,
-                          ffi::Buffer<ffi::F32> keys, ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::S32> length,
-                          ffi::Buffer<ffi::F32> tokens, ffi::Buffer<ffi::S32> count, ffi::ResultBuffer<ffi::F32> new_keys,
-                          ffi::ResultBuffer<ffi::F32> new_values, ffi::ResultBuffer<ffi::F32> state) {
-  Decoder d{keys.dimensions()[0], tokens.dimensions()[1], heads, keys.dimensions()[1], head_size, mlp_hidden, window};
-  int64_t first = length.typed_data()[0], added = count.typed_data()[0];
-  if (first < 0 || added < 1 || added > int64_t(tokens.dimensions()[0]) || first + added > window) {
-    std::fill_n(state->typed_data(), d.width, kNaN);
-    return ffi::Error::Success();
+struct Head {
+  const float *score_scale, *linear, *mean, *inverse_deviation, *bias, *out, *hidden;
+  const int32_t* gates;
+  int64_t features, units, score_feature;
+};
+
+float inner_product(const int8_t* codes, const float* state, int64_t width) {
+  Vector sums = {};
+  int64_t x = 0;
+  for (; x + kLanes <= width; x += kLanes) {
+    Whole whole = __builtin_convertvector(*reinterpret_cast<const Codes*>(codes + x), Whole);
+    sums += __builtin_convertvector(whole, Vector) * load(state + x);
   }
-  extend(d, weights.typed_data(), tokens.typed_data(), first, added, new_keys->typed_data(), new_values->typed_data(),
-         state->typed_data());
-  return ffi::Error::Success();
+  float product = sum(sums);
+  for (; x < width; ++x) product += codes[x] * state[x];
+  return product;
+}
+
+// result += silu(x W + bias) . out for kUnits units of the hidden layer from `unit` on.
+template <int kUnits>
+Vector hidden_units(const Head& head, const Vector* known, int64_t unit, Vector result) {
+  Vector sums[kUnits];
+  for (int j = 0; j < kUnits; ++j) sums[j] = Vector{} + head.bias[unit + j];
+  for (int64_t f = 0; f < head.features; ++f)
+    for (int j = 0; j < kUnits; ++j) sums[j] += known[f] * head.hidden[f * head.units + unit + j];
+  for (int j = 0; j < kUnits; ++j) result += silu(sums[j]) * head.out[unit + j];
+  return result;
 }
 
 // The head, with one candidate in each lane.
-ffi::Error score_candidates(int64_t score_feature, ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::S32> gates, ffi::Buffer<ffi::F32> state,
-                            ffi::Buffer<ffi::S8> vectors, ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> features,
-                            ffi::ResultBuffer<ffi::F32> scores) {
-  int64_t candidates = features.dimensions()[0], num_features = features.dimensions()[1], width = vectors.dimensions()[1];
-  int64_t hidden = (weights.element_count() - 1 - 3 * num_features) / (num_features + 2);
-  const float *score_scale = weights.typed_data(), *linear = score_scale + 1, *mean = linear + num_features;
-  const float *inverse = mean + num_features, *bias = inverse + num_features, *out = bias + hidden, *layer = out + hidden;
-  std::vector<Vector> raw(num_features + 1), known(num_features);
-  float first_score = 0.0f;
+void score(const Head& head, int64_t candidates, int64_t width, const float* state, const int8_t* vectors, const float* scales,
+           const float* features, float* scores) {
+  float* raw = scratch_of((2 * head.features + 1) * kLanes);
+  Vector* known = reinterpret_cast<Vector*>(raw + (head.features + 1) * kLanes);
+  std::fill_n(raw + head.features * kLanes, kLanes, 1.0f);
+  float first_product = 0.0f;
   for (int64_t begin = 0; begin < candidates; begin += kLanes) {
     int64_t count = std::min<int64_t>(kLanes, candidates - begin);
-    std::fill(raw.begin(), raw.end(), Vector{});
-    raw[num_features] = Vector{} + 1.0f;
     for (int64_t lane = 0; lane < count; ++lane) {
-      const int8_t* vector = vectors.typed_data() + (begin + lane) * width;
-      Vector sums = {};
-      int64_t x = 0;
-      for (; x + kLanes <= width; x += kLanes) {
-        Whole codes = __builtin_convertvector(*reinterpret_cast<const Codes*>(vector + x), Whole);
-        sums += __builtin_convertvector(codes, Vector) * load(state.typed_data() + x);
-      }
-      float score = sum(sums);
-      for (; x < width; ++x) score += vector[x] * state.typed_data()[x];
-      score *= scales.typed_data()[begin + lane];
-      if (begin + lane == 0) first_score = score;
-      const float* own = features.typed_data() + (begin + lane) * num_features;
-      for (int64_t f = 0; f < num_features; ++f) raw[f][lane] = own[f];
-      raw[score_feature][lane] = (score - first_score) * *score_scale;
+      float product = inner_product(vectors + (begin + lane) * width, state, width) * scales[begin + lane];
+      if (begin + lane == 0) first_product = product;
+      const float* own = features + (begin + lane) * head.features;
+      for (int64_t f = 0; f < head.features; ++f) raw[f * kLanes + lane] = own[f];
+      raw[head.score_feature * kLanes + lane] = (product - first_product) * *head.score_scale;
     }
     Vector result = {};
-    for (int64_t f = 0; f < num_features; ++f) {
-      known[f] = cut((raw[f] - mean[f]) * inverse[f], -kLargest, kLargest) * raw[gates.typed_data()[f]];
-      result += known[f] * linear[f];
+    for (int64_t f = 0; f < head.features; ++f) {
+      Vector standard = cut((load(raw + f * kLanes) - head.mean[f]) * head.inverse_deviation[f], -kLargest, kLargest);
+      known[f] = standard * load(raw + head.gates[f] * kLanes);
+      result += known[f] * head.linear[f];
     }
-    int64_t u = 0;
-    auto units = [&](auto width_constant) {
-      constexpr int kUnits = decltype(width_constant)::value;
-      for (; u + kUnits <= hidden; u += kUnits) {
-        Vector sums[kUnits];
-        for (int j = 0; j < kUnits; ++j) sums[j] = Vector{} + bias[u + j];
-        for (int64_t f = 0; f < num_features; ++f)
-          for (int j = 0; j < kUnits; ++j) sums[j] += known[f] * layer[(u + j) * num_features + f];
-        for (int j = 0; j < kUnits; ++j) result += silu(sums[j]) * out[u + j];
-      }
-    };
-    units(std::integral_constant<int, 8>());
-    units(std::integral_constant<int, 1>());
-    for (int64_t lane = 0; lane < count; ++lane) scores->typed_data()[begin + lane] = result[lane];
+    int64_t unit = 0;
+    for (; unit + 8 <= head.units; unit += 8) result = hidden_units<8>(head, known, unit, result);
+    for (; unit < head.units; ++unit) result = hidden_units<1>(head, known, unit, result);
+    std::copy_n(reinterpret_cast<const float*>(&result), count, scores + begin);
   }
+}
+
+Head head_of(const float* weights, int64_t size, const int32_t* gates, int64_t features, int64_t score_feature) {
+  int64_t units = (size - 1 - 3 * features) / (features + 2);
+  const float *linear = weights + 1, *mean = linear + features, *inverse = mean + features, *bias = inverse + features;
+  const float* out = bias + units;
+  return {weights, linear, mean, inverse, bias, out, out + units, gates, features, units, score_feature};
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Wholes = ffi::Buffer<ffi::S32>;
+using NewFloats = ffi::ResultBuffer<ffi::F32>;
+
+ffi::Error extend_history(int64_t heads, int64_t head_size, int64_t mlp_hidden, int64_t window, Floats weights, Floats keys,
+                          Floats values, Wholes length, Floats tokens, Wholes count, NewFloats new_keys, NewFloats new_values,
+                          NewFloats state) {
+  Decoder d{keys.dimensions()[0], tokens.dimensions()[1], heads, keys.dimensions()[1], head_size, mlp_hidden, window};
+  extend(d, weights.typed_data(), tokens.typed_data(), tokens.dimensions()[0], length.typed_data()[0], count.typed_data()[0],
+         new_keys->typed_data(), new_values->typed_data(), state->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error score_candidates(int64_t score_feature, Floats weights, Wholes gates, Floats state, ffi::Buffer<ffi::S8> vectors,
+                            Floats scales, Floats features, NewFloats scores) {
+  Head head = head_of(weights.typed_data(), weights.element_count(), gates.typed_data(), features.dimensions()[1], score_feature);
+  score(head, features.dimensions()[0], vectors.dimensions()[1], state.typed_data(), vectors.typed_data(), scales.typed_data(),
+        features.typed_data(), scores->typed_data());
+  return ffi::Error::Success();
+}
+
+// Both, of one array: first place, number of tokens, tokens, scales, features, codes. The cache is where `new_cache` is; the argument
+// is there to be aliased with it.
+ffi::Error rank_request(int64_t layers, int64_t width, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t mlp_hidden,
+                        int64_t window, int64_t score_feature, int64_t num_tokens, int64_t candidates, Floats weights,
+                        Floats head_weights, Wholes gates, Floats cache, Floats request, NewFloats new_cache, NewFloats scores) {
+  Decoder d{layers, width, heads, kv_heads, head_size, mlp_hidden, window};
+  const float *header = request.typed_data(), *tokens = header + 2, *scales = tokens + num_tokens * width;
+  const float *features = scales + candidates, *codes = features + candidates * int64_t(gates.element_count());
+  float *keys = new_cache->typed_data(), *values = keys + layers * kv_heads * head_size * d.places();
+  std::vector<float> state(d.x());
+  extend(d, weights.typed_data(), tokens, num_tokens, int64_t(header[0]), int64_t(header[1]), keys, values, state.data());
+  Head head = head_of(head_weights.typed_data(), head_weights.element_count(), gates.typed_data(), gates.element_count(), score_feature);
+  score(head, candidates, width, state.data(), reinterpret_cast<const int8_t*>(codes), scales, features, scores->typed_data());
   return ffi::Error::Success();
 }
 
@@ -309,23 +368,43 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ExtendHistory, extend_history,
                                   .Attr<int64_t>("head_size")
                                   .Attr<int64_t>("mlp_hidden")
                                   .Attr<int64_t>("window")
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Wholes>()
+                                  .Arg<Floats>()
+                                  .Arg<Wholes>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreCandidates, score_candidates,
                               ffi::Ffi::Bind()
                                   .Attr<int64_t>("score_feature")
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Floats>()
+                                  .Arg<Wholes>()
+                                  .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RankRequest, rank_request,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("layers")
+                                  .Attr<int64_t>("width")
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("kv_heads")
+                                  .Attr<int64_t>("head_size")
+                                  .Attr<int64_t>("mlp_hidden")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("score_feature")
+                                  .Attr<int64_t>("num_tokens")
+                                  .Attr<int64_t>("candidates")
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Wholes>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());

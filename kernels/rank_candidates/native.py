@@ -11,13 +11,13 @@ from jaxtyping import Float, Int, Int8
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.kernels.native_build import provide
 from cda4rec_jax.kernels.rank_candidates.reference import ROTARY_BASE
-from cda4rec_jax.kernels.rank_candidates.weights import KeyValueCache, RankerWeights, padded
+from cda4rec_jax.kernels.rank_candidates.weights import KeyValueCache, RankerWeights, cache_size, padded
 
-_EXTEND, _SCORE = "cda4rec_jax_extend_history", "cda4rec_jax_score_candidates"
+_EXTEND, _SCORE, _REQUEST = (f"cda4rec_jax_{name}" for name in ("extend_history", "score_candidates", "rank_request"))
 
 
 def extend_history_native(
-    weights: RankerWeights, cache: KeyValueCache, tokens: Float[Array, "t e"], num_tokens: Int[Array, ""]
+    weights: RankerWeights, cache: KeyValueCache, tokens: Float[Array, "t e"], num_tokens: int | Int[Array, ""]
 ) -> tuple[Float[Array, "e"], KeyValueCache]:
     """As ``api.extend_history``, of float32 on a CPU. ``native_problem`` must have returned None."""
     results = [jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in (cache.keys, cache.values, weights.final_norm)]
@@ -55,10 +55,40 @@ def score_candidates_native(
     return call(packed, gates, state, vectors, vector_scales, features, score_feature=np.int64(weights.score_feature))
 
 
+def rank_request_native(
+    weights: RankerWeights,
+    cache: Float[Array, "cache"] | None,
+    request: Float[Array, "request"],
+    num_tokens: int,
+    num_candidates: int,
+) -> tuple[Float[Array, "c"], Float[Array, "cache"]]:
+    """The whole of one request that ``serving`` has packed, and the cache with its tokens, written in the place of ``cache``."""
+    with jax.ensure_compile_time_eval():
+        packed, head, gates = _packed_decoder(weights), _packed_head(weights), weights.gates.astype(jnp.int32)
+    results = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (cache_size(weights), num_candidates)]
+    call = jax.ffi.ffi_call(_REQUEST, results, input_output_aliases={} if cache is None else {3: 0})
+    sizes = {
+        "layers": weights.num_layers,
+        "width": weights.width,
+        "heads": weights.num_heads,
+        "kv_heads": weights.num_kv_heads,
+        "head_size": weights.head_size,
+        "mlp_hidden": weights.mlp_hidden,
+        "window": weights.window,
+        "score_feature": weights.score_feature,
+        "num_tokens": num_tokens,
+        "candidates": num_candidates,
+    }
+    given = jnp.zeros(0) if cache is None else cache
+    cache, scores = call(packed, head, gates, given, request, **{name: np.int64(size) for name, size in sizes.items()})
+    return scores, cache
+
+
 @functools.cache
 def native_problem() -> str | None:
     """Makes the custom calls available; None, or what stands in the way. See ``native_build.provide``."""
-    return provide(Path(__file__).with_name("native.cc"), {_EXTEND: "ExtendHistory", _SCORE: "ScoreCandidates"})
+    targets = {_EXTEND: "ExtendHistory", _SCORE: "ScoreCandidates", _REQUEST: "RankRequest"}
+    return provide(Path(__file__).with_name("native.cc"), targets)
 
 
 def _packed_decoder(weights: RankerWeights) -> Float[Array, "packed"]:
@@ -68,7 +98,9 @@ def _packed_decoder(weights: RankerWeights) -> Float[Array, "packed"]:
     """
     heads, kv_heads, size, layers = weights.num_heads, weights.num_kv_heads, weights.head_size, weights.num_layers
     scales = jnp.concatenate([jnp.full(heads, size**-0.5), jnp.ones(2 * kv_heads)])
-    qkv = (weights.attention_norm[:, :, None] * weights.qkv).reshape(layers, weights.width, -1, size) * scales[None, None, :, None]
+    qkv = (weights.attention_norm[:, :, None] * weights.qkv).reshape(layers, weights.width, -1, size) * scales[
+        None, None, :, None
+    ]
     out = weights.out.reshape(layers, heads, size, -1)
     gate_up = (weights.mlp_norm[:, :, None] * weights.gate_up).reshape(layers, weights.width, 2, -1)
     whole = [_padded(qkv, 3), _padded(_padded(out, 2), 3), _padded(gate_up, 3), _padded(weights.down, 2)]
@@ -80,7 +112,7 @@ def _packed_decoder(weights: RankerWeights) -> Float[Array, "packed"]:
 
 def _packed_head(weights: RankerWeights) -> Float[Array, "packed"]:
     parts = [weights.score_scale[None], weights.linear, weights.mean, 1.0 / weights.deviation]
-    return jnp.concatenate([*parts, weights.bias, weights.out_units, weights.hidden.T.ravel()])
+    return jnp.concatenate([*parts, weights.bias, weights.out_units, weights.hidden.ravel()])
 
 
 def _padded(x: Array, axis: int) -> Array:

@@ -86,6 +86,12 @@ def empty_cache(weights: RankerWeights) -> KeyValueCache:
     )
 
 
+def cache_size(weights: RankerWeights) -> int:
+    """Numbers in keys and values of a cache."""
+    places, size = padded(weights.window), weights.head_size
+    return weights.num_layers * weights.num_kv_heads * places * (size + padded(size))
+
+
 def padded(size: int) -> int:
     """The next multiple of ``LANES``."""
     return -(-size // LANES) * LANES

@@ -10,7 +10,7 @@ from cda4rec_jax.kernels.rank_candidates.weights import KeyValueCache, RankerWei
 
 
 def extend_history_xla(
-    weights: RankerWeights, cache: KeyValueCache, tokens: Float[Array, "t e"], num_tokens: Int[Array, ""]
+    weights: RankerWeights, cache: KeyValueCache, tokens: Float[Array, "t e"], num_tokens: int | Int[Array, ""]
 ) -> tuple[Float[Array, "e"], KeyValueCache]:
     """As ``api.extend_history``: the last layer computes its last token alone."""
     heads, kv_heads, size = weights.num_heads, weights.num_kv_heads, weights.head_size

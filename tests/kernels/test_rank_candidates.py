@@ -1,0 +1,196 @@
+"""Contract of rank_candidates: every implementation against a full pass in float64, however a history is cut into calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.rank_candidates import (
+    KnownHistory,
+    ServedRanker,
+    api,
+    empty_cache,
+    extend_history,
+    native,
+    rank_candidates,
+    score_candidates,
+)
+from cda4rec_jax.kernels.rank_candidates.cases import CONTRACT_CASES, Case, random_inputs, random_weights
+from cda4rec_jax.kernels.rank_candidates.reference import score_candidates_reference, user_state_reference
+
+needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
+WAYS = ["xla", pytest.param("native", marks=needs_compiler)]
+SMALL = Case(name="small", layers=2, width=12, heads=2, kv_heads=1, mlp_hidden=10, window=9, tokens=7, candidates=5, features=4)
+
+
+@functools.cache
+def expected_by_hand(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """State and scores in float64."""
+    with jax.enable_x64(True):
+        weights, inputs = (
+            jax.tree.map(lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf, given)
+            for given in (random_weights(case), vars(random_inputs(case)))
+        )
+        weights = jax.tree.map(jnp.asarray, weights)
+        state = user_state_reference(weights, jnp.asarray(inputs["tokens"][: case.tokens]))
+        given = {name: jnp.asarray(inputs[name]) for name in ("vectors", "vector_scales", "features")}
+        return np.asarray(state), np.asarray(score_candidates_reference(weights, state, **given))
+
+
+def candidates_of(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    inputs = random_inputs(case)
+    return inputs.vectors, inputs.vector_scales, inputs.features
+
+
+def close(actual, expected, tolerance=2e-5):
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(expected).max())))
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
+def test_a_full_pass_equals_the_reference_in_float64(case, implementation):
+    """Tokens after the real ones are NaN: who reads padding fails."""
+    weights, tokens = random_weights(case), random_inputs(case).tokens
+    program = jax.jit(lambda *given: rank_candidates(weights, empty_cache(weights), *given, implementation=implementation))
+    scores, cache = program(tokens, np.int32(case.tokens), *candidates_of(case))
+    close(scores, expected_by_hand(case)[1])
+    assert (scores.dtype, int(cache.length)) == (jnp.float32, case.tokens)
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("case", (CONTRACT_CASES[1], CONTRACT_CASES[3]), ids=lambda case: case.name)
+def test_a_cached_history_equals_a_full_pass_however_it_is_cut(case, implementation):
+    weights, tokens = random_weights(case), random_inputs(case).tokens
+    piece = 4
+    extend = jax.jit(lambda *given: extend_history(weights, *given, implementation=implementation))
+    # What an empty cache holds must not matter.
+    cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.ndim else leaf, empty_cache(weights))
+    done, state = 0, None
+    for count in (4, 1, 3, 2, *([1] * case.tokens)):
+        count = min(count, case.tokens - done)
+        if count:
+            given = np.full((piece, case.width), np.nan, np.float32)
+            given[:count] = tokens[done : done + count]
+            state, cache = extend(cache, given, np.int32(count))
+            done += count
+    close(state, expected_by_hand(case)[0])
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("case", (SMALL, CONTRACT_CASES[2]), ids=lambda case: case.name)
+def test_serving_equals_the_reference_whole_and_step_by_step(case, implementation):
+    ranker, inputs = ServedRanker(random_weights(case), implementation=implementation), random_inputs(case)
+    given, expected = candidates_of(case), expected_by_hand(case)[1]
+    padded, _ = ranker(inputs.tokens, *given, num_tokens=case.tokens)
+    _, known = ranker(inputs.tokens[: case.tokens - 2], *given)
+    assert known.length == case.tokens - 2
+    for place in (case.tokens - 2, case.tokens - 1):
+        scores, known = ranker(inputs.tokens[place : place + 1], *given, known=known)
+    close(padded, expected)
+    close(scores, expected)
+    again, _ = ranker(inputs.tokens[case.tokens - 1 : case.tokens], *given, known=KnownHistory(known.entries, case.tokens - 1))
+    np.testing.assert_array_equal(again, scores)
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_a_history_beyond_the_window_has_no_scores(implementation):
+    weights, tokens = random_weights(SMALL), np.ones((2, SMALL.width), np.float32)
+    program = jax.jit(lambda *given: rank_candidates(weights, *given, *candidates_of(SMALL), implementation=implementation)[0])
+    for length, count, fits in ((7, 2, True), (8, 2, False), (9, 1, False), (0, 3, False), (0, 0, False)):
+        cache = empty_cache(weights)
+        cache = type(cache)(keys=cache.keys, values=cache.values, length=jnp.int32(length))
+        assert np.isfinite(program(cache, tokens, np.int32(count))).all() == fits, (length, count)
+    ranker = ServedRanker(weights, implementation=implementation)
+    with pytest.raises(UserError, match="2 of 2 tokens after 8 do not fit into a window of 9"):
+        ranker(tokens, *candidates_of(SMALL), known=KnownHistory(jnp.zeros(0), 8))
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_a_score_does_not_depend_on_the_candidates_behind(implementation):
+    """Vectors of the processor hold several candidates; each is on its own. Only the first one is compared with."""
+    case = CONTRACT_CASES[1]
+    weights, state = random_weights(case), np.float32(expected_by_hand(case)[0])
+    vectors, scales, features = candidates_of(case)
+    score = functools.partial(score_candidates, weights, state, implementation=implementation)
+    whole = score(vectors, scales, features)
+    for count in (1, 3, 16, 20):
+        close(score(vectors[:count], scales[:count], features[:count]), whole[:count], 1e-6)
+    assert score(vectors[:0], scales[:0], features[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_a_state_that_is_not_a_number_gives_no_number(implementation):
+    weights = random_weights(SMALL)
+    state = np.full(SMALL.width, np.nan, np.float32)
+    assert np.isnan(score_candidates(weights, state, *candidates_of(SMALL), implementation=implementation)).all()
+
+
+@needs_compiler
+def test_native_runs_agree_bit_for_bit_and_leave_a_kept_cache_as_it_was():
+    weights, tokens = random_weights(SMALL), random_inputs(SMALL).tokens
+    cache = jax.jit(lambda given: extend_history(weights, empty_cache(weights), given, 4))(tokens)[1]
+    before = jax.tree.map(np.array, cache)
+    step = jax.jit(lambda *given: extend_history(weights, *given, implementation="native"))
+    first, second = step(cache, tokens[4:5], 1), step(cache, tokens[4:5], 1)
+    for actual, expected in ((first, second), (before, cache)):
+        for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("implementation", WAYS)
+def test_vmap_equals_a_loop(implementation):
+    weights = random_weights(SMALL)
+    inputs = [random_inputs(SMALL, seed) for seed in (1, 2)]
+    tokens = np.stack([one.tokens[: SMALL.tokens] for one in inputs])
+    state = lambda given: extend_history(weights, empty_cache(weights), given, SMALL.tokens, implementation=implementation)[0]  # noqa: E731
+    for row, actual in enumerate(jax.jit(jax.vmap(state))(tokens)):
+        close(actual, state(tokens[row]))
+
+
+def test_xla_computes_in_float64_where_inputs_are():
+    with jax.enable_x64(True):
+        weights, inputs = random_weights(SMALL), random_inputs(SMALL)
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64 if leaf.dtype == np.float32 else None), weights)
+        tokens = jnp.asarray(inputs.tokens, jnp.float64)
+        state, _ = extend_history(wide, empty_cache(wide), tokens, SMALL.tokens)
+        assert state.dtype == jnp.float64
+        np.testing.assert_allclose(state, expected_by_hand(SMALL)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("platform", ("cuda", "tpu"))
+def test_it_lowers_for_accelerators_without_the_hardware(platform):
+    weights, tokens = random_weights(SMALL), jnp.zeros((SMALL.window, SMALL.width))
+
+    def program(tokens, *given):
+        return rank_candidates(weights, empty_cache(weights), tokens, 3, *given, implementation="xla")
+
+    traced = jax.jit(program).trace(tokens, *map(jnp.asarray, candidates_of(SMALL)))
+    assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_none_chooses_native_where_it_can_be_had(monkeypatch):
+    weights = random_weights(SMALL)
+
+    def program():
+        return str(jax.make_jaxpr(lambda tokens: extend_history(weights, empty_cache(weights), tokens, 1))(jnp.ones((1, 12))))
+
+    assert ("ffi_call" in program()) == (native.native_problem() is None)
+    monkeypatch.setattr(api, "native_problem", lambda: "there is no C++ compiler")
+    assert "ffi_call" not in program()
+    with pytest.raises(UserError, match=r"'native' cannot be had: there is no C\+\+ compiler"):
+        ServedRanker(weights, implementation="native")
+
+
+def test_bad_arguments_raise_a_user_error():
+    weights, cache = random_weights(SMALL), empty_cache(random_weights(SMALL))
+    with pytest.raises(UserError, match="expected one or more of width 12"):
+        extend_history(weights, cache, jnp.ones((1, 11)), 1)
+    with pytest.raises(UserError, match="a candidate has 3 features; the head takes 4"):
+        score_candidates(weights, jnp.ones(12), *candidates_of(SMALL)[:2], jnp.ones((5, 3)))
+    with pytest.raises(UserError, match="expected one of xla, native"):
+        extend_history(weights, cache, jnp.ones((1, 12)), 1, implementation="triton")
+    with pytest.raises(UserError, match="'native' takes float32"):
+        extend_history(weights, cache, jnp.ones((1, 12), jnp.bfloat16), 1, implementation="native")
