@@ -26,17 +26,83 @@ class Case:
 
 
 CONTRACT_CASES = (
-    Case(name="as small as it gets", layers=1, width=2, heads=1, kv_heads=1, mlp_hidden=1, window=1, tokens=1, candidates=1, features=1, head_hidden=1),
-    Case(name="odd everything", layers=3, width=18, heads=3, kv_heads=1, mlp_hidden=7, window=23, tokens=19, candidates=37, features=5, head_hidden=13),
-    Case(name="whole vectors, a full window", layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=64, window=51, tokens=51, candidates=100),
-    Case(name="shared keys, wide layers", layers=2, width=96, heads=4, kv_heads=2, mlp_hidden=200, window=34, tokens=33, candidates=20),
-    Case(name="a short history in a long window", layers=1, width=32, heads=2, kv_heads=2, mlp_hidden=32, window=201, tokens=3, candidates=16),
-)  # fmt: skip
+    Case(
+        name="as small as it gets",
+        layers=1,
+        width=2,
+        heads=1,
+        kv_heads=1,
+        mlp_hidden=1,
+        window=1,
+        tokens=1,
+        candidates=1,
+        features=1,
+        head_hidden=1,
+    ),
+    Case(
+        name="odd everything",
+        layers=3,
+        width=18,
+        heads=3,
+        kv_heads=1,
+        mlp_hidden=7,
+        window=23,
+        tokens=19,
+        candidates=37,
+        features=5,
+        head_hidden=13,
+    ),
+    Case(
+        name="whole vectors, a full window",
+        layers=2,
+        width=64,
+        heads=2,
+        kv_heads=2,
+        mlp_hidden=64,
+        window=51,
+        tokens=51,
+        candidates=100,
+    ),
+    Case(
+        name="shared keys, wide layers",
+        layers=2,
+        width=96,
+        heads=4,
+        kv_heads=2,
+        mlp_hidden=200,
+        window=34,
+        tokens=33,
+        candidates=20,
+    ),
+    Case(
+        name="a short history in a long window",
+        layers=1,
+        width=32,
+        heads=2,
+        kv_heads=2,
+        mlp_hidden=32,
+        window=201,
+        tokens=3,
+        candidates=16,
+    ),
+)
 WORKLOAD_CASES = (
-    Case(name="the presets' device", layers=1, width=32, heads=2, kv_heads=2, mlp_hidden=32, window=51, tokens=51, candidates=100),
+    Case(
+        name="the presets' device", layers=1, width=32, heads=2, kv_heads=2, mlp_hidden=32, window=51, tokens=51, candidates=100
+    ),
     Case(name="two layers of 64", layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=64, window=51, tokens=51, candidates=100),
-    Case(name="two layers of 64, 500 candidates", layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=64, window=51, tokens=51, candidates=500),
-)  # fmt: skip
+    Case(
+        name="two layers of 64, 500 candidates",
+        layers=2,
+        width=64,
+        heads=2,
+        kv_heads=2,
+        mlp_hidden=64,
+        window=51,
+        tokens=51,
+        candidates=500,
+    ),
+)
 
 
 def random_weights(case: Case, seed: int = 0) -> RankerWeights:

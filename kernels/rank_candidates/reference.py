@@ -12,7 +12,7 @@ EPSILON, ROTARY_BASE, LARGEST = 1e-6, 10_000.0, 8.0
 
 def user_state_reference(weights: RankerWeights, tokens: Float[Array, "t e"]) -> Float[Array, "e"]:
     """Hidden state of the last of ``t`` tokens: causal pre-norm blocks of attention with rotary positions and of SwiGLU, then a norm."""
-    length, width = tokens.shape
+    length = tokens.shape[0]
     heads, kv_heads, size = weights.num_heads, weights.num_kv_heads, weights.head_size
     angles = jnp.arange(length)[:, None] / ROTARY_BASE ** (jnp.arange(0, size, 2)[None, :] / size)
     x = tokens
