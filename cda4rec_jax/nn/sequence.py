@@ -15,13 +15,17 @@ def embed_and_decode(
     item_vectors: ItemVectors,
     key: PRNGKeyArray | None,
 ) -> Float[Array, "r t d"]:
-    """Token embeddings (an item's vector, or the projected prefix) and the decoder over them, in the dtype of its weights."""
+    """``embed`` and the decoder over the tokens."""
+    return decoder(embed(prefix_weights, batch, item_vectors), batch.segment_ids, batch.positions, key)
+
+
+def embed(prefix_weights: Float[Array, "f d"], batch: SequenceBatch, item_vectors: ItemVectors) -> Float[Array, "r t d"]:
+    """Token embeddings: an item's vector, or the projected prefix, in the dtype of the weights."""
     scale = item_vectors.shape[1] ** 0.5  # vectors have entries of about width**-0.5; the residual stream wants about 1
     dtype = prefix_weights.dtype
     tokens = jnp.take(item_vectors, batch.item_indices, axis=0).astype(dtype) * scale
     prefixes = jnp.take(batch.prefixes.astype(dtype) @ prefix_weights, batch.prefix_rows, axis=0)
-    prefixes = prefixes * (batch.prefix_rows > 0)[..., None]
-    return decoder(tokens + prefixes, batch.segment_ids, batch.positions, key)
+    return tokens + prefixes * (batch.prefix_rows > 0)[..., None]
 
 
 def last_hidden(hidden: Float[Array, "b t d"], num_tokens: Lengths) -> Float[Array, "b d"]:

@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cda4rec_jax.agents.device import ranker_weights
 from cda4rec_jax.array_typing import Array
+from cda4rec_jax.kernels.rank_candidates import RankerWeights, empty_cache, extend_history
 from cda4rec_jax.messages import Candidates, Context, EgressLevel, Evidence, HistoryBatch, Slate, UserAbstract
+from cda4rec_jax.nn import embed
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.subtasks import (
     StructuredState,
     cached_candidates,
     model_semantics,
-    model_structure,
     rank_slate,
     release,
     released_items,
     score_features,
+    structure_sequences,
     unseen,
 )
 from cda4rec_jax.pipeline.system import System, SystemConfig
@@ -50,7 +53,8 @@ class RequestFunctions:
         sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
         self._release = jax.jit(partial(release, **sizes), static_argnames="max_items")
         self._semantic = _flat(system.cloud, lambda cloud, vectors, abstract: model_semantics(cloud, vectors, abstract))
-        self._structured = _flat(system.device, lambda device, abstract, own: model_structure(device, abstract, own))
+        ranker = ranker_weights(system.device, config.history_length, config.without_features)
+        self._state = jax.jit(partial(_state, ranker, np.asarray(system.device.prefix[...])))
         shared = {"num_items": self.num_items, "without": config.without_features}
         self._score = _flat(system.device.head, partial(_score, **shared))
         self._rank = _flat(system.device.head, partial(_rank, **shared), static_argnames="k")
@@ -83,7 +87,8 @@ class RequestFunctions:
 
     def structured(self, full: UserAbstract, own_evidence: Evidence) -> StructuredState:
         """Structured user modelling over a FULL abstract and the records of its items (leading axes [1, l])."""
-        return self._structured(full, own_evidence)
+        state, lengths = self._state(full, own_evidence)  # what only passes through stays outside of the program
+        return StructuredState(state=state, items=full.items, lengths=lengths, evidence=own_evidence)
 
     def cached(self, last: Candidates, has_cache: bool) -> Candidates:
         """The candidate cache: last candidates (if there are any), then popular items."""
@@ -133,6 +138,14 @@ def _flat(module: nnx.Module, function: Callable[..., Any], **jit_options: Any) 
         return function(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), *arguments, **options)
 
     return partial(jax.jit(call, **jit_options), [jnp.asarray(leaf) for leaf in leaves])
+
+
+def _state(weights: RankerWeights, prefix: np.ndarray, full: UserAbstract, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
+    """The device user state, [1, e], and the number of events behind it, [1]."""
+    sequences, num_tokens, vectors = structure_sequences(full, evidence)
+    tokens = embed(jnp.asarray(prefix), sequences, vectors)[0]
+    state, _ = extend_history(weights, empty_cache(weights), tokens, num_tokens[0])
+    return state[None, :], num_tokens - 1
 
 
 def _described(age_events: float, level: EgressLevel) -> tuple[np.ndarray, np.ndarray]:

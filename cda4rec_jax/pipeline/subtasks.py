@@ -126,6 +126,13 @@ def model_structure(device: DeviceAgent, abstract: UserAbstract, evidence: Evide
 
     On the device nothing of this abstract leaves; in the cloud it runs on what FULL consent released. The result is the same.
     """
+    sequences, num_tokens, vectors = structure_sequences(abstract, evidence)
+    state = last_hidden(device(sequences, vectors), num_tokens)
+    return StructuredState(state=state, items=abstract.items, lengths=num_tokens - 1, evidence=evidence)
+
+
+def structure_sequences(abstract: UserAbstract, evidence: Evidence) -> tuple[SequenceBatch, Lengths, Float[Array, "i e"]]:
+    """What the device agent reads of a FULL abstract: token rows, their real tokens, and the item vectors that the tokens point into."""
     sequences, num_tokens = abstract_sequences(abstract)
     vectors = dequantise_rows(evidence.vectors, evidence.vector_scales)
     flat = jnp.concatenate([jnp.zeros((1, vectors.shape[-1])), vectors.reshape(-1, vectors.shape[-1])])
@@ -140,8 +147,7 @@ def model_structure(device: DeviceAgent, abstract: UserAbstract, evidence: Evide
         prefix_rows=sequences.prefix_rows,
         prefixes=sequences.prefixes,
     )
-    state = last_hidden(device(sequences, flat), num_tokens)
-    return StructuredState(state=state, items=abstract.items, lengths=num_tokens - 1, evidence=evidence)
+    return sequences, num_tokens, flat
 
 
 def gather_evidence(catalogue: Catalogue, items: Int[Array, "..."]) -> Evidence:

@@ -100,7 +100,8 @@ def device_state(
         level=cache_level,
     )
     full = functions.abstract(history, EgressLevel.FULL, 0)
-    return DeviceState(history=history, own_evidence=functions.evidence(np.asarray(full.items)), embedding=embedding, cache=cache)
+    own = jax.device_put(functions.evidence(np.asarray(full.items)))  # every request reads it
+    return DeviceState(history=history, own_evidence=own, embedding=embedding, cache=cache)
 
 
 def device_functions(functions: RequestFunctions, state: DeviceState, k: int) -> DeviceFunctions:

@@ -47,6 +47,7 @@ STRUCTURED_FEATURES = (
 FEATURES = CLOUD_FEATURES + STRUCTURED_FEATURES
 SEMANTIC_FEATURES = tuple(name for name in CLOUD_FEATURES if name != "popularity")  # absent without a semantic score
 SHORT_DECAY, LONG_DECAY = 0.6, 0.95
+DEVICE_SCORE_SCALE = 0.5
 _LOG_OF_MAX_RANK = 6.2  # log(500)
 _CATEGORY_CODES = 256  # categories travel as one byte
 
@@ -94,7 +95,7 @@ def structured_features(
 
     vectors = dequantise_rows(evidence.vectors, evidence.vector_scales)
     device_score = jnp.einsum("be,bce->bc", device_state, vectors)
-    device_score = (device_score - device_score[:, :1]) / 2.0
+    device_score = DEVICE_SCORE_SCALE * (device_score - device_score[:, :1])
 
     history_text = dequantise_rows(history_evidence.text, history_evidence.text_scales)
     tastes = jnp.einsum("wbl,blz->bwz", jnp.stack([last, short, long]), history_text)
