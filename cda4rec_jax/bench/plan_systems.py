@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,8 @@ class System:
     name: str
     version: str
     against: tuple[str, ...]  # systems of ours with which it is compared
-    run: Callable[[np.ndarray], object]  # from a row (batch 1, ours) or rows to NumPy
-    inputs: Sequence[np.ndarray]  # in rotation
+    run: Callable[[Any], object]  # to NumPy, from a row (batch 1, ours), rows, or what ``inputs`` are made of
+    inputs: Sequence[Any]  # in rotation
     first_call_seconds: float = 0.0
     difference: float = 0.0  # from our outputs, relative to the largest
 
@@ -158,7 +159,7 @@ def systems_of(setting: Setting, batch: int, peers: Sequence[str], threads: int)
                 f"{one.name!r} is {one.difference:.1e} off our outputs, relative to the largest: more than {TOLERANCE}, so speeds say "
                 "nothing. This is a bug to report"
             )
-    return [_started(one) for one in found]
+    return [started(one) for one in found]
 
 
 def _networks(network: Network, peers: Sequence[str], threads: int) -> Mapping[str, Callable[[np.ndarray], np.ndarray]]:
@@ -188,7 +189,7 @@ def _peer(
     return System(name=name, version=version, against=against, run=run, inputs=inputs, difference=off)
 
 
-def _started(one: System) -> System:
+def started(one: System) -> System:
     """After its first call, which compiles."""
     start = time.perf_counter()
     one.run(one.inputs[0])

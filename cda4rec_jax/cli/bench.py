@@ -100,11 +100,47 @@ class BenchPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchRank:
+    """The device's ranking of one request: microseconds, ours beside onnxruntime, PyTorch, plain JAX and NumPy, at equal scores."""
+
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """A finished joint run, whose device agent is measured; standard sizes with random weights if not given."""
+    peers: tuple[str, ...] | None = None
+    """Whom to measure beside ours: onnxruntime, torch, jax, numpy. All that are installed if not given."""
+    candidates: int = 100
+    """Candidates of a request, with --run."""
+    rounds: int = 15
+    """Rounds in which all take turns."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file and the charts."""
+
+    def run(self) -> None:
+        """See ``bench_rank``."""
+        set_up_process()
+        from cda4rec_jax.bench import bench_rank
+        from cda4rec_jax.timing import TimingConfig
+
+        console = Console()
+        with StagesView(console) as view:
+            found = bench_rank(
+                self.run_folder,
+                peers=self.peers,
+                candidates=self.candidates,
+                timing=TimingConfig(rounds=self.rounds),
+                out=self.out,
+                progress=view.progress,
+            )
+        found.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure this package beside others on this machine, by one method: in turns, with a null and the spread over rounds."""
 
     benchmark: Annotated[
-        Annotated[BenchTrain, tyro.conf.subcommand(name="train")] | Annotated[BenchPlan, tyro.conf.subcommand(name="plan")],
+        Annotated[BenchTrain, tyro.conf.subcommand(name="train")]
+        | Annotated[BenchPlan, tyro.conf.subcommand(name="plan")]
+        | Annotated[BenchRank, tyro.conf.subcommand(name="rank")],
         tyro.conf.arg(name=""),
     ]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from cda4rec_jax.errors import UserError
 
-# Packages of each peer, in training and in planning.
+# Packages of each peer, in training, in planning and in ranking.
 PEERS = {
     "jax": ("jax",),
     "torch": ("torch",),
@@ -16,11 +16,12 @@ PEERS = {
     "rectools": ("rectools", "pytorch_lightning", "torch"),
 }
 PLAN_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "numpy": ("numpy",)}
+RANK_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "jax": ("jax",), "numpy": ("numpy",)}
 
 
 def installed(peer: str) -> bool:
     """True where all packages of a peer are installed."""
-    return all(importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS)[peer])
+    return all(importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS | RANK_PEERS)[peer])
 
 
 def chosen_peers(

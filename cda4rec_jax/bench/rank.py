@@ -1,0 +1,189 @@
+"""``cda4rec bench rank``: the device's ranking of one request, ours beside onnxruntime, torch, plain JAX and NumPy, at equal scores."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from cda4rec_jax.bench.harness import OtherLoad, bar_chart, check_folder, measurement_json, method_lines, times, write_json
+from cda4rec_jax.bench.peers import RANK_PEERS, chosen_peers
+from cda4rec_jax.bench.plan_systems import System, call_times_ms, calls_of
+from cda4rec_jax.bench.rank_systems import RankSetting, case_setting, rank_systems, run_setting
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.rank_candidates.cases import WORKLOAD_CASES
+from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
+from cda4rec_jax.runs import provenance
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+
+TARGET_WHOLE, TARGET_STEP = 1.25, 5.0  # times as fast as onnxruntime's best full pass
+CANDIDATES = 100
+THREADS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFound:
+    """All systems at one size."""
+
+    setting: RankSetting
+    systems: tuple[System, ...]  # our full pass, our step, then others
+    latency: dict[str, LatencySummary]  # of single calls
+    measurement: Measurement
+    others: OtherLoad
+
+    def json(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        weights, request = self.setting.weights, self.setting.requests[0]
+        return {
+            "size": self.setting.name,
+            "layers": weights.num_layers,
+            "width": weights.width,
+            "tokens": len(request.tokens),
+            "candidates": len(request.features),
+            "systems": {
+                one.name: {
+                    "version": one.version,
+                    "first_call_seconds": one.first_call_seconds,
+                    "difference": one.difference,
+                    "latency": asdict(self.latency[one.name]),
+                }
+                for one in self.systems
+            },
+            "measurement": measurement_json(self.measurement, self.others),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBenchmark:
+    """All that was found."""
+
+    sizes: tuple[RankFound, ...]
+    not_installed: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    def json(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "benchmark": "rank",
+            "threads": THREADS,
+            "targets": {"full_pass_times_onnxruntime": TARGET_WHOLE, "one_new_event_times_onnxruntime": TARGET_STEP},
+            "sizes": [one.json() for one in self.sizes],
+            "not_installed": list(self.not_installed),
+            "provenance": self.provenance,
+        }
+
+    def print(self, console: Console) -> None:
+        """A table for each size, and how it was measured."""
+        for found in self.sizes:
+            console.print(_table(found))
+            console.print("\n".join([*method_lines(found.measurement, THREADS, found.others), *_origins(found)]), **_PLAIN)
+        missing = (
+            f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')" if self.not_installed else ""
+        )
+        lines = [
+            "full pass: from tokens of a whole history and features of candidates to their scores; one new event: the same from the "
+            "cache of the tokens before; NumPy to NumPy, one thread (XLA may take more). All but plain jax leave out what the last layer "
+            "computes for tokens before the last one; onnxruntime's graph has its fused attention, rotation and norms",
+            f"aims: the full pass {TARGET_WHOLE} times and one new event {TARGET_STEP:.0f} times as fast as onnxruntime's best full pass",
+            missing,
+        ]
+        console.print("\n".join(filter(None, lines)), **_PLAIN)
+
+
+_PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
+
+
+def bench_rank(
+    run: Path | None = None,
+    *,
+    peers: tuple[str, ...] | None = None,
+    candidates: int = CANDIDATES,
+    calls: int = 3000,
+    timing: TimingConfig,
+    out: Path,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> RankBenchmark:
+    """Measure, and write JSON and (where matplotlib is installed) charts into ``out``.
+
+    Args:
+        run: a finished joint run, whose device agent is measured; None takes the sizes of the kernel's workloads, with random weights.
+        peers: names of ``bench.peers.RANK_PEERS``; None takes all that are installed.
+        candidates: of a request, for ``run``.
+        calls: single calls whose percentiles are taken.
+        timing: how much to measure.
+        out: folder of the results.
+        progress: hears of the stage, and how much of it is done.
+
+    Raises:
+        UserError: bad run, peer or folder; a system whose scores are not ours.
+    """
+    if candidates < 1 or calls < 1:
+        raise UserError(f"got {candidates} candidates and {calls} calls: expected at least 1 of each")
+    chosen, not_installed = chosen_peers(peers, RANK_PEERS)
+    folder = check_folder(out)
+    settings = [case_setting(case) for case in WORKLOAD_CASES] if run is None else [run_setting(run, candidates)]
+    found = []
+    for setting in settings:
+        systems = rank_systems(setting, chosen)
+        contestants = [Contestant(name=one.name, call=calls_of(one, 1)) for one in systems]
+        pairs = [(ours, one.name) for one in systems for ours in one.against]
+        pairs += [(systems[1].name, systems[0].name)]
+
+        def heard(done: int, total: int, name: str = setting.name) -> None:
+            progress(name, done, total)
+
+        with OtherLoad() as others:
+            latency = {name: summarise_latency(taken) for name, taken in call_times_ms(systems, calls).items()}
+            measurement = measure(contestants, pairs, timing, progress=heard)
+        found.append(RankFound(setting=setting, systems=tuple(systems), latency=latency, measurement=measurement, others=others))
+    name = "random-weights" if run is None else settings[0].name
+    result = RankBenchmark(
+        sizes=tuple(found),
+        not_installed=not_installed,
+        provenance=provenance(
+            dataset_fingerprint=f"device agent of {name}, random requests of {len(settings[0].requests)} seeds"
+        ),
+    )
+    write_json(folder / f"rank-{name}.json", result.json())
+    for number, one in enumerate(found):
+        chart = folder / f"rank-{name}{f'-{number + 1}' if len(found) > 1 else ''}.png"
+        bar_chart(
+            chart,
+            f"Ranking of one request: {_size(one)}",
+            "requests per second",
+            one.measurement.rates,
+            [each.name for each in one.systems if not each.against],
+        )
+    return result
+
+
+def _size(found: RankFound) -> str:
+    weights, request = found.setting.weights, found.setting.requests[0]
+    layers = f"{weights.num_layers} layer{'s' if weights.num_layers > 1 else ''}"
+    return f"{layers} of {weights.width}, {len(request.tokens)} tokens, {len(request.features)} candidates"
+
+
+def _table(found: RankFound) -> Table:
+    table = Table(title=f"Ranking of one request: {_size(found)}", box=SIMPLE)
+    table.add_column("system")
+    for column in ("p50 us", "p95 us", "p99 us", "full pass faster by", "one new event faster by"):
+        table.add_column(column, justify="right")
+    for one in found.systems:
+        latency = found.latency[one.name]
+        percentiles = (f"{1e3 * value:,.1f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
+        table.add_row(one.name, *percentiles, *(times(found.measurement.ratio(ours, one.name)) for ours in one.against))
+    return table
+
+
+def _origins(found: RankFound) -> list[str]:
+    """Versions, what first calls took, and how far scores are from those of plain JAX."""
+    versions = ", ".join(dict.fromkeys(one.version for one in found.systems))
+    first = ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in found.systems)
+    off = ", ".join(f"{one.name} {one.difference:.0e}" for one in found.systems)
+    return [
+        f"{versions}; first call, compiling included: {first}",
+        f"off the scores of the specification, relative to the largest: {off}",
+    ]
