@@ -93,7 +93,7 @@ class RankBenchmark:
         console.print("\n".join(filter(None, lines)), **_PLAIN)
 
 
-_PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 def bench_rank(

@@ -98,7 +98,12 @@ def test_serving_equals_the_reference_whole_and_step_by_step(case, implementatio
 @pytest.mark.parametrize("implementation", WAYS)
 def test_a_history_beyond_the_window_has_no_scores(implementation):
     weights, tokens = random_weights(SMALL), np.ones((2, SMALL.width), np.float32)
-    program = jax.jit(lambda *given: rank_candidates(weights, *given, *candidates_of(SMALL), implementation=implementation)[0])
+    vectors, scales, features = candidates_of(SMALL)
+
+    @jax.jit
+    def program(cache, tokens, count):
+        return rank_candidates(weights, cache, tokens, count, vectors, scales, features, implementation=implementation)[0]
+
     for length, count, fits in ((7, 2, True), (8, 2, False), (9, 1, False), (0, 3, False), (0, 0, False)):
         cache = empty_cache(weights)
         cache = type(cache)(keys=cache.keys, values=cache.values, length=jnp.int32(length))
