@@ -73,7 +73,10 @@ class ScannConfig:
     def of_json(cls, values: dict[str, Any]) -> "ScannConfig":
         """From what ``dataclasses.asdict`` made. Raises TypeError where the fields are others."""
         measured = values.get("measured")
-        config = cls(**{name: value for name, value in values.items() if name != "measured"})
+        values = {name: value for name, value in values.items() if name != "measured"}
+        if "reorder_factor" in values:
+            values["reorder_factor"] = float(values["reorder_factor"])  # earlier versions wrote a whole number
+        config = cls(**values)
         return config if measured is None else replace(config, measured=Measured(**measured))
 
 
