@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
-from cda4rec_jax.retrieval.index import Queries, Vectors
+from cda4rec_jax.retrieval.index import Queries, Vectors, mean_recall
 from cda4rec_jax.retrieval.scann import Measured, ScannConfig, ScannIndex
 from cda4rec_jax.timing import Contestant, TimingConfig, measure
 
@@ -23,7 +23,6 @@ _QUICK = TimingConfig(rounds=3, block_seconds=0.03, warm_up_turns=2, attempts=1)
 _REORDER_FACTORS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _LEAST_GAIN = 0.1  # share of leaves that more exact scores must save to go on
 _LARGEST_FLAT = 65_536  # items; above, a partition has won every time
-_CONFIRMATIONS = 4
 _CHUNK = 256  # queries that exact search answers at a time
 
 
@@ -32,8 +31,9 @@ class RecallNotReached(UserError):
 
     def __init__(self, k: int, target: float, recall: float) -> None:
         super().__init__(
-            f"recall@{k} of {target:g} was not reached: {recall:.4f} is the most, on held-out queries. Ask for less, give candidates "
-            "that are built with more leaves or a finer quantisation, or use build_index(vectors, 'exact'), whose recall is 1."
+            f"recall@{k} of {target:g} was not reached: {recall:.4f} is the most, on both halves of the held-out queries. Ask for less, "
+            "give candidates that are built with more leaves or a finer quantisation, or use build_index(vectors, 'exact'), whose recall "
+            "is 1."
         )
         self.recall = recall
 
@@ -68,7 +68,7 @@ class HeldOut:
     def recall(self, index: ScannIndex) -> float:
         """Mean share of the exact k items that the index finds."""
         found, _ = index.search(self.queries, self.k)
-        return float(np.mean([np.isin(*rows).mean() for rows in zip(self.exact, found, strict=True)]))
+        return mean_recall(found, self.exact)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def tune_scann(
 def tune_search(index: ScannIndex, held_out: HeldOut, *, recall: float, batch: int, timing: TimingConfig = TIMING) -> ScannIndex:
     """The same build, searched in the fastest way that reaches ``recall`` on both halves of the queries; its config holds ``Measured``.
 
-    Where the confirming half falls short, the goal of the other half rises by what was missing.
+    Where the confirming half falls short, the goal of the other half rises by what was missing, up to the widest search.
 
     Raises:
       UserError: The target cannot be reached with this build (``RecallNotReached``), or recall or batch are no such numbers.
@@ -152,18 +152,18 @@ def tune_search(index: ScannIndex, held_out: HeldOut, *, recall: float, batch: i
             f"got recall {recall:g} and batch {batch}; expected a recall above 0 and at most 1, and a batch of at least 1."
         )
     choosing, confirming = held_out.halves()
-    goal, most = recall, 0.0
-    for _ in range(_CONFIRMATIONS):
-        points = _cheapest(index, choosing, goal)
-        if not points:
-            break
+    goal = recall
+    while points := _cheapest(index, choosing, goal):
         fastest = _fastest(points, held_out, batch)
         found = confirming.recall(fastest)
         if found >= recall:
             return _with_measured(fastest, held_out, found, batch, timing)
-        most, goal = max(most, found), goal + recall - found
-    widest = _at(index, index.num_leaves, _most_exact(index, held_out.k), held_out.k)
-    raise RecallNotReached(held_out.k, recall, max(most, confirming.recall(widest)))
+        goal = choosing.recall(fastest) + recall - found  # above what this point has, so that it is not proposed again
+    widest = _at(index, index.num_leaves, _most_exact(index, held_out.k), held_out.k) if index.reorders else index
+    most = min(choosing.recall(widest), confirming.recall(widest))
+    if most >= recall:
+        return _with_measured(widest, held_out, confirming.recall(widest), batch, timing)
+    raise RecallNotReached(held_out.k, recall, most)
 
 
 def _most_exact(index: ScannIndex, k: int) -> int:

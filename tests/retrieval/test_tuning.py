@@ -1,7 +1,6 @@
 """The tuner reaches its target on queries that chose nothing, its config survives a folder, and a search adds little to ScaNN's own."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from cda4rec_jax.retrieval import (
     scann_available,
     tune_scann,
     tune_search,
+    tuning,
 )
 from cda4rec_jax.timing import TimingConfig
 
@@ -106,10 +106,20 @@ def test_autopilot_can_be_built_saved_and_searched(items, held_out, tmp_path):
     np.testing.assert_array_equal(load_index(tmp_path).search(held_out.queries, K)[0], index.search(held_out.queries, K)[0])
 
 
-def test_a_target_out_of_reach_says_what_was_reached_and_what_to_do(items, queries):
-    coarse = dataclasses.replace(TREE, quantisation_threshold=math.nan)
+def test_confirming_queries_may_be_harder_than_those_that_choose(items):
+    """Even rows are copies of one query and need few leaves; odd rows need many."""
+    queries = hard_queries(200, WIDTH, seed=0)
+    queries[::2] = queries[0]
+    uneven = HeldOut.of(items, queries, K)
+    index = tune_search(ScannIndex.build(items, TREE), uneven, recall=0.95, batch=32, timing=QUICK)
+    choosing, confirming = uneven.halves()
+    assert choosing.recall(index) >= 0.95 and confirming.recall(index) >= 0.95
+
+
+def test_a_target_out_of_reach_says_what_was_reached_and_what_to_do(items, queries, monkeypatch):
+    monkeypatch.setattr(tuning, "_REORDER_FACTORS", (1.0,))  # so that codes alone choose the five
     with pytest.raises(UserError, match=r"recall@5 of 1 was not reached: 0\.\d+ is the most.*build_index\(vectors, 'exact'\)"):
-        tune_scann(items, queries, 5, recall=1.0, batch=32, candidates=[coarse], timing=QUICK)
+        tune_scann(items, queries, 5, recall=1.0, batch=32, candidates=[TREE], timing=QUICK)
 
 
 @pytest.mark.parametrize(
