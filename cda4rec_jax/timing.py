@@ -6,6 +6,7 @@ median of the rounds' ratios; a null, one contestant against itself, tells wheth
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ import numpy as np
 from cda4rec_jax.errors import UserError
 
 LEAST_ROUNDS = 3  # below which a percentile says nothing
+
+
+def usable_cores() -> int:
+    """The processors that this process may use: as many threads as JAX computes with on a CPU, which peers are given too."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,9 @@ from typing import Any
 import jax
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.timing import Measurement, Spread
+from cda4rec_jax.timing import Measurement, Spread, usable_cores
 
 MOST_OTHER_CORES = 0.1  # that may be busy without disturbing
-
-
-def num_threads() -> int:
-    """Threads that JAX computes with on a CPU, which peers are given too: the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def times(spread: Spread) -> str:
@@ -64,7 +59,7 @@ class OtherLoad:
     @property
     def disturbs(self) -> bool:
         """True where others took more than the cores that are not ours."""
-        return self.cores is not None and self.cores > MOST_OTHER_CORES + (os.cpu_count() or 1) - num_threads()
+        return self.cores is not None and self.cores > MOST_OTHER_CORES + (os.cpu_count() or 1) - usable_cores()
 
 
 def _busy_seconds() -> tuple[float, float, float] | None:

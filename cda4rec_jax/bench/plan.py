@@ -1,7 +1,7 @@
 """``cda4rec bench plan``: decisions in a second and the time of one, ours beside onnxruntime, torch and NumPy, at equal outputs."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from cda4rec_jax.bench.harness import (
     check_folder,
     measurement_json,
     method_lines,
-    num_threads,
     times,
     write_json,
 )
 from cda4rec_jax.bench.peers import PLAN_PEERS, chosen_peers
-from cda4rec_jax.bench.plan_systems import DECISION, NETWORK, System, call_times_ms, calls_of, setting_of, systems_of
+from cda4rec_jax.bench.plan_systems import DECISION, NETWORK, setting_of, systems_of
+from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, origin_lines, percentile_cells, systems_json
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 
 BATCHES = (1, 256, 65_536)
 TARGET_US, TARGET_PER_SECOND = 15.0, 500_000.0
@@ -44,15 +44,7 @@ class BatchFound:
         """Ready for JSON."""
         return {
             "batch": self.batch,
-            "systems": {
-                one.name: {
-                    "version": one.version,
-                    "first_call_seconds": one.first_call_seconds,
-                    "difference": one.difference,
-                    "latency": asdict(self.latency[one.name]),
-                }
-                for one in self.systems
-            },
+            "systems": systems_json(self.systems, self.latency),
             "measurement": measurement_json(self.measurement, self.others),
         }
 
@@ -71,7 +63,7 @@ class PlanBenchmark:
         return {
             "benchmark": "plan",
             "policy": self.policy,
-            "threads": num_threads(),
+            "threads": usable_cores(),
             "targets": {"one_decision_us": TARGET_US, "contexts_per_second": TARGET_PER_SECOND},
             "batches": [one.json() for one in self.batches],
             "not_installed": list(self.not_installed),
@@ -83,7 +75,9 @@ class PlanBenchmark:
         for found in self.batches:
             console.print(_table(self.policy, found))
             console.print(
-                "\n".join(method_lines(found.measurement, num_threads(), found.others)), highlight=False, soft_wrap=True
+                "\n".join([*method_lines(found.measurement, usable_cores(), found.others), *origin_lines(found.systems)]),
+                highlight=False,
+                soft_wrap=True,
             )
         missing = (
             f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')" if self.not_installed else ""
@@ -133,7 +127,7 @@ def bench_plan(
         def heard(done: int, total: int, batch: int = batch) -> None:
             progress(f"batches of {batch:,}", done, total)
 
-        systems = systems_of(setting, batch, chosen, num_threads())
+        systems = systems_of(setting, batch, chosen, usable_cores())
         contestants = [Contestant(name=one.name, call=calls_of(one, batch)) for one in systems]
         pairs = [(ours, one.name) for one in systems for ours in one.against] + [(DECISION, NETWORK)]
         with OtherLoad() as others:
@@ -166,14 +160,5 @@ def _table(policy: str, found: BatchFound) -> Table:
     for one in found.systems:
         latency = found.latency[one.name]
         ratios = [times(found.measurement.ratio(ours, one.name)) if ours in one.against else "" for ours in (DECISION, NETWORK)]
-        percentiles = (f"{1e3 * value:,.1f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
-        table.add_row(one.name, f"{found.measurement.rates[one.name].median:,.0f}", *percentiles, *ratios)
+        table.add_row(one.name, f"{found.measurement.rates[one.name].median:,.0f}", *percentile_cells(latency), *ratios)
     return table
-
-
-def _origins(found: BatchFound) -> list[str]:
-    """Version of each system, what its first call took, and how far its outputs are from ours."""
-    versions = ", ".join(dict.fromkeys(one.version for one in found.systems))
-    first = ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in found.systems)
-    off = max((one.difference for one in found.systems), default=0.0)
-    return [f"{versions}; first call, compiling included: {first}", f"outputs differ by at most {off:.0e} of the largest"]

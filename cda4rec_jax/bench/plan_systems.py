@@ -1,11 +1,9 @@
 """The systems of ``cda4rec bench plan``: ours and others, each from NumPy to NumPy, with its outputs checked against ours."""
 
 import importlib.metadata
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.bench.peers.numpy_planning import Network, NumpyDecision
+from cda4rec_jax.bench.systems import System, started
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.planner import (
     ContextConfig,
@@ -49,19 +48,6 @@ class Setting:
     sizes: PayloadSizes
     requests: Rows  # packed
     features: Rows  # of the same contexts
-
-
-@dataclass(frozen=True, kw_only=True)
-class System:
-    """One system at one batch size."""
-
-    name: str
-    version: str
-    against: tuple[str, ...]  # systems of ours with which it is compared
-    run: Callable[[Any], object]  # to NumPy, from a row (batch 1, ours), rows, or what ``inputs`` are made of
-    inputs: Sequence[Any]  # in rotation
-    first_call_seconds: float = 0.0
-    difference: float = 0.0  # from our outputs, relative to the largest
 
 
 def setting_of(run: Path | None) -> Setting:
@@ -189,13 +175,6 @@ def _peer(
     return System(name=name, version=version, against=against, run=run, inputs=inputs, difference=off)
 
 
-def started(one: System) -> System:
-    """After its first call, which compiles."""
-    start = time.perf_counter()
-    one.run(one.inputs[0])
-    return replace(one, first_call_seconds=time.perf_counter() - start)
-
-
 def _rotating(rows: Rows, batch: int) -> list[Rows]:
     most = max(2, min(BLOCK, len(rows) // batch))
     return [np.ascontiguousarray(rows[start * batch : (start + 1) * batch]) for start in range(most)]
@@ -207,30 +186,3 @@ def _off(found: np.ndarray, expected: np.ndarray) -> float:
     if not np.array_equal(finite, np.isfinite(found)):
         return float("inf")
     return float(np.abs(found[finite] - expected[finite]).max() / np.abs(expected[finite]).max())
-
-
-def call_times_ms(systems: Sequence[System], calls: int, block: int = 50) -> dict[str, np.ndarray]:
-    """Milliseconds of single calls, where systems take turns of ``block`` calls, the first of which are not counted."""
-    found: dict[str, list[float]] = {one.name: [] for one in systems}
-    clock = time.perf_counter_ns
-    for turn in range(-(-calls // block)):
-        for one in systems:
-            run, taken = one.run, found[one.name]
-            inputs = [one.inputs[(turn * block + call) % len(one.inputs)] for call in range(block)]
-            for given in inputs[: block // 5]:
-                run(given)
-            for given in inputs:
-                start = clock()
-                run(given)
-                taken.append((clock() - start) / 1e6)
-    return {name: np.asarray(taken) for name, taken in found.items()}
-
-
-def calls_of(one: System, batch: int) -> Callable[[int], float]:
-    """For the harness: one call on the inputs of a number; gives its requests."""
-
-    def call(number: int) -> float:
-        one.run(one.inputs[number % len(one.inputs)])
-        return float(batch)
-
-    return call

@@ -1,7 +1,7 @@
 """``cda4rec bench rank``: the device's ranking of one request, ours beside onnxruntime, torch, plain JAX and NumPy, at equal scores."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from rich.table import Table
 
 from cda4rec_jax.bench.harness import OtherLoad, bar_chart, check_folder, measurement_json, method_lines, times, write_json
 from cda4rec_jax.bench.peers import RANK_PEERS, chosen_peers
-from cda4rec_jax.bench.plan_systems import System, call_times_ms, calls_of
 from cda4rec_jax.bench.rank_systems import RankSetting, case_setting, rank_systems, run_setting
+from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, origin_lines, percentile_cells, systems_json
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.rank_candidates.cases import WORKLOAD_CASES
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
@@ -43,15 +43,7 @@ class RankFound:
             "width": weights.width,
             "tokens": len(request.tokens),
             "candidates": len(request.features),
-            "systems": {
-                one.name: {
-                    "version": one.version,
-                    "first_call_seconds": one.first_call_seconds,
-                    "difference": one.difference,
-                    "latency": asdict(self.latency[one.name]),
-                }
-                for one in self.systems
-            },
+            "systems": systems_json(self.systems, self.latency),
             "measurement": measurement_json(self.measurement, self.others),
         }
 
@@ -79,7 +71,9 @@ class RankBenchmark:
         """A table for each size, and how it was measured."""
         for found in self.sizes:
             console.print(_table(found))
-            console.print("\n".join([*method_lines(found.measurement, THREADS, found.others), *_origins(found)]), **_PLAIN)
+            console.print(
+                "\n".join([*method_lines(found.measurement, THREADS, found.others), *origin_lines(found.systems)]), **_PLAIN
+            )
         missing = (
             f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')" if self.not_installed else ""
         )
@@ -173,17 +167,7 @@ def _table(found: RankFound) -> Table:
         table.add_column(column, justify="right")
     for one in found.systems:
         latency = found.latency[one.name]
-        percentiles = (f"{1e3 * value:,.1f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
-        table.add_row(one.name, *percentiles, *(times(found.measurement.ratio(ours, one.name)) for ours in one.against))
+        table.add_row(
+            one.name, *percentile_cells(latency), *(times(found.measurement.ratio(ours, one.name)) for ours in one.against)
+        )
     return table
-
-
-def _origins(found: RankFound) -> list[str]:
-    """Versions, what first calls took, and how far scores are from those of plain JAX."""
-    versions = ", ".join(dict.fromkeys(one.version for one in found.systems))
-    first = ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in found.systems)
-    off = ", ".join(f"{one.name} {one.difference:.0e}" for one in found.systems)
-    return [
-        f"{versions}; first call, compiling included: {first}",
-        f"off the scores of the specification, relative to the largest: {off}",
-    ]

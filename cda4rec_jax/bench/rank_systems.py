@@ -11,7 +11,7 @@ import numpy as np
 
 from cda4rec_jax.agents.device import ranker_weights
 from cda4rec_jax.bench.peers.numpy_ranking import NumpyRanking, Ranking
-from cda4rec_jax.bench.plan_systems import System, started
+from cda4rec_jax.bench.systems import System, started
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.rank_candidates import KnownHistory, RankerWeights, ServedRanker
 from cda4rec_jax.kernels.rank_candidates.cases import Case, random_inputs, random_weights

@@ -20,7 +20,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, num_threads, times, write_json
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, times, write_json
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval import (
@@ -30,10 +30,11 @@ from cda4rec_jax.retrieval import (
     ScannConfig,
     ScannIndex,
     exact_search,
+    mean_recall,
     scann_available,
 )
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 
 PARTITIONED, EXACT, APPROXIMATE, SCANN = "partitioned", "exact", "approx_max_k", "ScaNN on the host"
 SIZES, BATCHES = (10_000, 30_000, 100_000, 300_000), (1, 256)
@@ -104,7 +105,7 @@ class CrossoverBenchmark:
         return {
             "benchmark": "retrieval crossover",
             "device": self.device,
-            "threads": num_threads(),
+            "threads": usable_cores(),
             "width": self.width,
             "k": self.k,
             "target_recall": self.target,
@@ -148,7 +149,7 @@ class CrossoverBenchmark:
             verdict = f"beats brute force from {size:,} items on" if size else "does not beat brute force at the largest size"
             console.print(f"batches of {batch:,}: the partitioned index {verdict}", highlight=False)
         for one in self.points:
-            lines = method_lines(one.measurement, num_threads(), one.others)
+            lines = method_lines(one.measurement, usable_cores(), one.others)
             console.print(
                 "\n".join([f"{one.num_items:,} items, batches of {one.batch:,}:", *lines]), highlight=False, soft_wrap=True
             )
@@ -240,7 +241,7 @@ def _points(
     if scann_available():
         scann = _scann_like(index, vectors, k)
         systems[SCANN] = lambda rows: scann.search(rows, k)[0]
-    recall = {name: _recall(search(queries[1::2]), truth[1::2]) for name, search in systems.items()}
+    recall = {name: mean_recall(search(queries[1::2]), truth[1::2]) for name, search in systems.items()}
     found = []
     for batch in batches:
 
@@ -273,7 +274,7 @@ def _reaching(
 ) -> PartitionedIndex:
     """The fewest leaves of ``SHARES`` that reach the target; all leaves where none does."""
     indices = (built.with_leaf_share(share) for share in SHARES)
-    reaching = (index for index in indices if _recall(index.search(queries, truth.shape[1])[0], truth) >= target)
+    reaching = (index for index in indices if mean_recall(index.search(queries, truth.shape[1])[0], truth) >= target)
     return next(reaching, built.with_leaf_share(SHARES[-1]))
 
 
@@ -281,7 +282,7 @@ def _scann_like(index: PartitionedIndex, vectors: Float[np.ndarray, "i d"], k: i
     """ScaNN over about as many leaves, of which it searches as many, and scores as many items exactly."""
     share = min(1.0, index.leaves_searched / math.isqrt(index.num_items))
     config = ScannConfig(
-        brute_force_items=0, tree_items=0, leaf_share=share, reorder_factor=1, min_reorder=index.num_reordered(k)
+        brute_force_items=0, tree_items=0, leaf_share=share, reorder_factor=1.0, min_reorder=index.num_reordered(k)
     )
     return ScannIndex.build(vectors, config)
 
@@ -306,8 +307,3 @@ def _contestant(name: str, search: Search, queries: Float[np.ndarray, "n d"], ba
         return 1.0
 
     return Contestant(name=name, call=call)
-
-
-def _recall(found: Int[np.ndarray, "n k"], truth: Int[np.ndarray, "n k"]) -> float:
-    """Mean share of the exact k items that were found."""
-    return float(np.mean([np.isin(*rows).mean() for rows in zip(truth, found, strict=True)]))

@@ -21,7 +21,6 @@ from cda4rec_jax.bench.harness import (
     measurement_json,
     megabytes,
     method_lines,
-    num_threads,
     times,
     write_json,
 )
@@ -35,7 +34,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.presets import preset
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 from cda4rec_jax.training import RunConfig
 
 LOSS_TOLERANCE = 1e-4
@@ -71,7 +70,7 @@ class TrainBenchmark:
             "real_tokens_per_step": float(np.mean([num_real_tokens(batch) for batch in packed])),
             "packed": {"shape": list(packed[0].targets.shape), "fill": self.batches.packed_fill},
             "padded": {"shape": list(padded[0].rows.targets.shape), "fill": self.batches.padded_fill},
-            "threads": num_threads(),
+            "threads": usable_cores(),
             "systems": {one.name: _system_json(one) for one in self.competitors},
             "not_installed": list(self.not_installed),
             "same_allocator": self.same_allocator,
@@ -116,7 +115,7 @@ class TrainBenchmark:
                 if self.not_installed
                 else []
             ),
-            *method_lines(self.measurement, num_threads(), self.others),
+            *method_lines(self.measurement, usable_cores(), self.others),
             *self.remarks,
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from flax import nnx
 from rich.console import Console
 
 from cda4rec_jax.agents.cloud import CloudConfig
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, num_threads, write_json
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, write_json
 from cda4rec_jax.bench.layouts import Segment, num_real_tokens, packed_rows
 from cda4rec_jax.bench.train_systems import (
     Model,
@@ -34,7 +34,7 @@ from cda4rec_jax.messages import SequenceBatch
 from cda4rec_jax.nn import DecoderConfig, ItemTableConfig
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 from cda4rec_jax.training import RunConfig, StepConfig, TrainConfig
 from cda4rec_jax.training.mesh import Layout
 from cda4rec_jax.training.step import jitted_steps, split_system
@@ -168,7 +168,7 @@ class AcceleratorBenchmark:
             f"model {self.flops_per_second / 1e12:.1f} TFLOP/s, products of {MATMUL_SIZE} x {MATMUL_SIZE} bfloat16 matrices "
             f"{self.measurement.rates[MATMUL].median / 1e12:.1f} TFLOP/s: a share of {share.median:.1%} [{share.p10:.1%}, {share.p90:.1%}]",
             f"compiled in {self.compile_seconds:.1f} s; temporary memory {self.temporary_bytes / 2**30:.2f} GB",
-            *method_lines(self.measurement, num_threads(), self.others),
+            *method_lines(self.measurement, usable_cores(), self.others),
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 

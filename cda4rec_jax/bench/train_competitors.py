@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cda4rec_jax.bench.harness import num_threads
 from cda4rec_jax.bench.layouts import Batches, GatheredBatch, gathered, num_real_tokens, padded_rows, segments_of
 from cda4rec_jax.bench.train_systems import (
     LossFunction,
@@ -27,6 +26,7 @@ from cda4rec_jax.bench.train_systems import (
 )
 from cda4rec_jax.data.packing import Histories
 from cda4rec_jax.messages import SequenceBatch
+from cda4rec_jax.timing import usable_cores
 
 OURS, OURS_PADDED = "ours, packed", "ours, padded"
 XLA_MEMORY, TORCH_MEMORY = "XLA's plan", "torch profiler"
@@ -166,7 +166,7 @@ def _padded(setting: Setting, check: _Check, name: str, loss: LossFunction) -> C
 def _torch(setting: Setting, check: _Check, name: str, *, packed: bool, compiled: bool, loss: Any) -> Competitor:
     from cda4rec_jax.bench.peers import torch_sasrec
 
-    torch_sasrec.set_threads(num_threads())
+    torch_sasrec.set_threads(usable_cores())
     config = setting.model.config
     batches = _packed_and_gathered(setting.batches.packed, exact=not compiled) if packed else setting.batches.padded
     trainer = torch_sasrec.TorchTrainer(
@@ -205,7 +205,7 @@ def _rectools(setting: Setting) -> Competitor:
     from cda4rec_jax.bench.peers import torch_sasrec
     from cda4rec_jax.bench.peers.rectools_sasrec import RecToolsTrainer
 
-    torch_sasrec.set_threads(num_threads())
+    torch_sasrec.set_threads(usable_cores())
     config, rows = setting.model.config, setting.batches.padded[0].rows.targets.shape[0]
     start = time.perf_counter()
     trainer = RecToolsTrainer(

@@ -2,7 +2,7 @@
 
 from cda4rec_jax.retrieval.build import Comparison, build_index, compare, load_index, scann_available
 from cda4rec_jax.retrieval.exact import ExactIndex, exact_search
-from cda4rec_jax.retrieval.index import Index
+from cda4rec_jax.retrieval.index import Index, mean_recall
 from cda4rec_jax.retrieval.partitioned import PartitionedConfig, PartitionedIndex
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.scann import Measured, ScannConfig, ScannIndex
@@ -28,6 +28,7 @@ __all__ = [
     "compare",
     "exact_search",
     "load_index",
+    "mean_recall",
     "scann_available",
     "tune_scann",
     "tune_search",

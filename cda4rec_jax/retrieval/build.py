@@ -11,7 +11,7 @@ import numpy as np
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
-from cda4rec_jax.retrieval.index import Index, Queries
+from cda4rec_jax.retrieval.index import Index, Queries, mean_recall
 from cda4rec_jax.retrieval.partitioned import PartitionedIndex
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.rows import Vectors, read_meta
@@ -75,7 +75,7 @@ def compare(index: Index, exact: Index, queries: Queries, k: int) -> Comparison:
             start = time.perf_counter()
             found[is_exact], _ = each.search(row, k)
             times_ms[is_exact].append(1e3 * (time.perf_counter() - start))
-        recalls.append(np.isin(found[True], found[False]).mean())
+        recalls.append(mean_recall(found[False], found[True]))
     return Comparison(
         k=k,
         num_queries=rows.shape[0],

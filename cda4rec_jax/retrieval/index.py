@@ -104,6 +104,11 @@ def _is_finite(values: Float[np.ndarray, "b d"]) -> bool:
     return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
+def mean_recall(found: Int[np.ndarray, "b k"], exact: Int[np.ndarray, "b k"]) -> float:
+    """Mean over queries of the share of the exact items that were found."""
+    return float(np.mean([np.isin(*rows).mean() for rows in zip(exact, found, strict=True)]))
+
+
 def check_k(k: int, num_items: int) -> None:
     """UserError if ``k`` is not between 1 and the number of items."""
     if not 1 <= k <= num_items:

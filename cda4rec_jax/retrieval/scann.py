@@ -20,6 +20,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_search
 from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
+from cda4rec_jax.timing import usable_cores
 
 _FILES = "scann"
 _CONFIG = "config.json"
@@ -91,7 +92,7 @@ class ScannIndex:
     implementation = "scann"
 
     def __init__(self, rows: ItemRows, searcher: Any, config: ScannConfig) -> None:
-        self._config, self._threads = config, config.threads or _usable_cores()
+        self._config, self._threads = config, config.threads or usable_cores()
         self._adopt(rows, searcher)
 
     @classmethod
@@ -249,15 +250,11 @@ class ScannIndex:
         return np.take_along_axis(items, order, axis=1), np.take_along_axis(scores, order, axis=1).astype(np.float32)
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _searcher(items: Float[np.ndarray, "n d"], config: ScannConfig) -> Any:
     """ScaNN's searcher over all rows but padding, by catalogue size."""
     num_items = items.shape[0]
     builder = _scann_ops().builder(items, min(100, num_items), "dot_product")
-    builder.set_n_training_threads(config.threads or _usable_cores())
+    builder.set_n_training_threads(config.threads or usable_cores())
     if num_items <= config.brute_force_items:
         return _built(builder.score_brute_force())
     if config.autopilot:

@@ -2,13 +2,14 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from cda4rec_jax.timing import usable_cores
 
 PACKAGES = ("cda4rec_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "scann", "numpy", "scikit-learn")
 
@@ -26,7 +27,7 @@ def provenance(*, dataset_fingerprint: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_model": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "devices": [device.device_kind for device in jax.devices()],
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

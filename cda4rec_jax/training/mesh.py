@@ -6,7 +6,6 @@ cross-entropy over the catalogue divides itself (``kernels/linear_cross_entropy/
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy.sharded import DATA_AXIS, ITEM_AXIS
 from cda4rec_jax.messages import HistoryBatch, SequenceBatch
+from cda4rec_jax.retrieval.sharded import place
 from cda4rec_jax.training.batches import TrainingBatch
 from cda4rec_jax.training.observations import Observation
 
@@ -93,7 +93,9 @@ class Layout:
         """State or constants, held by this process, to where the step wants them."""
         if self.mesh is None:
             return tree
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._put(self._padded(path, leaf), self._spec(path)), tree)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self._place_one(self._padded(path, leaf), self._spec(path)), tree
+        )
 
     def place_batch(self, batch: Any) -> Any:
         """A ``TrainingBatch`` or an ``Observation`` with its rows over ``data``; users that do not divide go to every device."""
@@ -104,11 +106,13 @@ class Layout:
             return TrainingBatch(**parts)
         if isinstance(batch, SequenceBatch):
             places = {name: PartitionSpec() if name == "prefixes" else PartitionSpec(DATA_AXIS) for name in vars(batch)}
-            return SequenceBatch(**{name: self._put(np.asarray(value), places[name]) for name, value in vars(batch).items()})
+            return SequenceBatch(
+                **{name: self._place_one(np.asarray(value), places[name]) for name, value in vars(batch).items()}
+            )
         assert isinstance(batch, HistoryBatch | Observation)
         whole = jax.tree.leaves(batch)[0].shape[0] % self._data != 0
         return jax.tree.map(
-            lambda leaf: self._put(np.asarray(leaf), PartitionSpec() if whole else PartitionSpec(DATA_AXIS)), batch
+            lambda leaf: self._place_one(np.asarray(leaf), PartitionSpec() if whole else PartitionSpec(DATA_AXIS)), batch
         )
 
     def shardings(self, tree: Any) -> Any:
@@ -150,10 +154,9 @@ class Layout:
     def _spec(self, path: tuple) -> PartitionSpec:
         return PartitionSpec(ITEM_AXIS) if _is_item_table(path) else PartitionSpec()
 
-    def _put(self, values: np.ndarray, spec: PartitionSpec) -> jax.Array:
+    def _place_one(self, values: np.ndarray, spec: PartitionSpec) -> jax.Array:
         assert self.mesh is not None
-        # Every process holds all values and gives its devices their part; nothing is sent.
-        return jax.make_array_from_callback(values.shape, NamedSharding(self.mesh, spec), partial(np.ndarray.__getitem__, values))
+        return place(values, self.mesh, spec)
 
 
 def _is_item_table(path: tuple) -> bool:

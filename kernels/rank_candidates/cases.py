@@ -1,6 +1,6 @@
 """Shapes that every implementation must agree on, and the workloads that matter; and weights and requests of such shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,9 @@ class Case:
     head_hidden: int = 32
 
 
+_TWO_LAYERS = Case(
+    name="two layers of 64", layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=64, window=51, tokens=51, candidates=100
+)
 CONTRACT_CASES = (
     Case(
         name="as small as it gets",
@@ -52,17 +55,7 @@ CONTRACT_CASES = (
         features=5,
         head_hidden=13,
     ),
-    Case(
-        name="whole vectors, a full window",
-        layers=2,
-        width=64,
-        heads=2,
-        kv_heads=2,
-        mlp_hidden=64,
-        window=51,
-        tokens=51,
-        candidates=100,
-    ),
+    replace(_TWO_LAYERS, name="whole vectors, a full window"),
     Case(
         name="shared keys, wide layers",
         layers=2,
@@ -87,21 +80,9 @@ CONTRACT_CASES = (
     ),
 )
 WORKLOAD_CASES = (
-    Case(
-        name="the presets' device", layers=1, width=32, heads=2, kv_heads=2, mlp_hidden=32, window=51, tokens=51, candidates=100
-    ),
-    Case(name="two layers of 64", layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=64, window=51, tokens=51, candidates=100),
-    Case(
-        name="two layers of 64, 500 candidates",
-        layers=2,
-        width=64,
-        heads=2,
-        kv_heads=2,
-        mlp_hidden=64,
-        window=51,
-        tokens=51,
-        candidates=500,
-    ),
+    replace(_TWO_LAYERS, name="the presets' device", layers=1, width=32, mlp_hidden=32),
+    _TWO_LAYERS,
+    replace(_TWO_LAYERS, name="two layers of 64, 500 candidates", candidates=500),
 )
 
 

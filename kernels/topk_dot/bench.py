@@ -5,7 +5,6 @@ a null that is outside of .95 to 1.05 after three attempts: the machine was too 
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -17,11 +16,11 @@ from cda4rec_jax.kernels.topk_dot import topk_dot
 from cda4rec_jax.kernels.topk_dot.cases import WORKLOAD_CASES, Case
 from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.kernels.topk_dot.quantised import quantise_items, topk_dot_quantised
-from cda4rec_jax.timing import Contestant, measure
+from cda4rec_jax.timing import Contestant, measure, usable_cores
 
 NUM_BATCHES = 8  # of queries, which take turns; the items of a big catalogue do not fit into a cache either
 LEAST_AGREEMENT = 0.9999  # of found items: sums in another order may swap neighbours
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = usable_cores()
 Search = Callable[[np.ndarray], np.ndarray]
 
 

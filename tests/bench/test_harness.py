@@ -39,7 +39,7 @@ def test_the_load_of_other_processes_is_seen() -> None:
 def test_own_time_does_not_count_and_cores_that_are_not_ours_may_be_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = iter([(10.0, 100.0, 5.0), (20.0, 118.0, 13.0)])
     monkeypatch.setattr(harness, "_busy_seconds", lambda: next(snapshots))
-    monkeypatch.setattr(harness, "num_threads", lambda: 2)
+    monkeypatch.setattr(harness, "usable_cores", lambda: 2)
     monkeypatch.setattr(harness.os, "cpu_count", lambda: 2)
     with OtherLoad() as load:
         pass
