@@ -3,6 +3,7 @@
 from cda4rec_jax.retrieval.build import Comparison, build_index, compare, load_index, scann_available
 from cda4rec_jax.retrieval.exact import ExactIndex, exact_search
 from cda4rec_jax.retrieval.index import Index, mean_recall
+from cda4rec_jax.retrieval.mapped import MappedIndex
 from cda4rec_jax.retrieval.partitioned import PartitionedConfig, PartitionedIndex
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.scann import Measured, ScannConfig, ScannIndex
@@ -14,6 +15,7 @@ __all__ = [
     "ExactIndex",
     "HeldOut",
     "Index",
+    "MappedIndex",
     "Measured",
     "PartitionedConfig",
     "PartitionedIndex",

@@ -12,13 +12,14 @@ import numpy as np
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Index, Queries, mean_recall
+from cda4rec_jax.retrieval.mapped import MappedIndex
 from cda4rec_jax.retrieval.partitioned import PartitionedIndex
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.rows import Vectors, read_meta
 from cda4rec_jax.retrieval.scann import ScannIndex
 from cda4rec_jax.retrieval.sharded import ShardedIndex
 
-Implementation = Literal["exact", "quantised", "scann", "sharded", "partitioned"]
+Implementation = Literal["exact", "quantised", "mapped", "scann", "sharded", "partitioned"]
 _logger = logging.getLogger(__name__)
 
 
@@ -90,6 +91,8 @@ def _class_of(implementation: str) -> type[ExactIndex] | type[ScannIndex] | type
         return ExactIndex
     if implementation == "quantised":
         return QuantisedIndex
+    if implementation == "mapped":
+        return MappedIndex
     if implementation == "scann":
         return ScannIndex
     if implementation == "sharded":

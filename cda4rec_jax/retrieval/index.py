@@ -24,7 +24,7 @@ class Index(Protocol):
 
     @property
     def implementation(self) -> str:
-        """Name of the implementation: ``exact``, ``quantised``, ``scann``, ``sharded`` or ``partitioned``."""
+        """Name of the implementation: ``exact``, ``quantised``, ``mapped``, ``scann``, ``sharded`` or ``partitioned``."""
         ...
 
     @property

@@ -18,7 +18,7 @@ from cda4rec_jax.errors import UserError
 INDEX_VERSION = 2
 _READABLE = (1, 2)
 _META = "index.json"
-_VECTORS = "vectors.npy"
+VECTORS = "vectors.npy"
 _PRESENT = "present.npy"
 
 Vectors = Float[Array, "i d"] | Float[np.ndarray, "i d"]
@@ -45,7 +45,7 @@ class ItemRows:
 
     @cached_property
     def num_items(self) -> int:
-        return int(self.present.sum())
+        return int(np.count_nonzero(self.present))
 
     @cached_property
     def _complete(self) -> bool:
@@ -63,15 +63,21 @@ class ItemRows:
         items, new = np.asarray(items), np.asarray(vectors, np.float32)
         if items.size == 0:
             return self
-        if items.min() < 1 or len(np.unique(items)) < len(items):
-            raise UserError("items to upsert hold an index below 1 or the same index twice; expected distinct indices from 1 on.")
-        if new.shape != (len(items), self.vectors.shape[1]):
-            raise UserError(f"vectors to upsert have shape {new.shape}; expected {(len(items), self.vectors.shape[1])}.")
-        growth = max(0, int(items.max()) + 1 - self.vectors.shape[0])
-        table = np.pad(self.vectors, ((0, growth), (0, 0)))
-        present = np.pad(self.present, (0, growth))
-        table[items], present[items] = new, True
+        present = self.present_after(items, new)
+        table = np.pad(self.vectors, ((0, len(present) - len(self.vectors)), (0, 0)))
+        table[items] = new
         return ItemRows.of(table, present)
+
+    def present_after(self, items: Int[np.ndarray, "n"], vectors: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, "rows"]:
+        """Which rows exist once these vectors are upserted. UserError on a bad index or width."""
+        if items.size and (items.min() < 1 or len(np.unique(items)) < len(items)):
+            raise UserError("items to upsert hold an index below 1 or the same index twice; expected distinct indices from 1 on.")
+        if vectors.shape != (len(items), self.vectors.shape[1]):
+            raise UserError(f"vectors to upsert have shape {vectors.shape}; expected {(len(items), self.vectors.shape[1])}.")
+        growth = max(0, int(items.max(initial=0)) + 1 - self.vectors.shape[0])
+        present = np.pad(self.present, (0, growth))
+        present[items] = True
+        return present
 
     def without(self, items: Int[np.ndarray, "n"]) -> "ItemRows":
         """Without these items, whose indices stay theirs; UserError if one does not exist."""
@@ -89,7 +95,12 @@ class ItemRows:
 def write_rows(directory: Path, implementation: str, rows: ItemRows) -> None:
     """Write the files that every index has."""
     directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / _VECTORS, rows.vectors)
+    np.save(directory / VECTORS, rows.vectors)
+    write_rows_but_vectors(directory, implementation, rows)
+
+
+def write_rows_but_vectors(directory: Path, implementation: str, rows: ItemRows) -> None:
+    """For an index that has written its vectors itself."""
     np.save(directory / _PRESENT, rows.present)
     size, width = rows.vectors.shape
     meta = {"implementation": implementation, "version": INDEX_VERSION, "rows": size, "width": width}
@@ -111,16 +122,18 @@ def read_meta(directory: Path) -> tuple[str, int]:
     return implementation, version
 
 
-def read_rows(directory: Path) -> ItemRows:
-    """Items of an index folder of any implementation."""
+def read_rows(directory: Path, *, mapped: bool = False) -> ItemRows:
+    """Items of an index folder of any implementation; vectors that are ``mapped`` stay in their file, and are trusted to be finite."""
     _, version = read_meta(directory)
-    path = directory / _VECTORS
+    path = directory / VECTORS
     try:
-        vectors = np.load(path, allow_pickle=False)
+        vectors = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         path = directory / _PRESENT
         present = np.load(path, allow_pickle=False) if version > 1 else None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}). Build the index again.") from error
     if present is not None and present.shape != vectors.shape[:1]:
         raise UserError(f"{path} is missing or damaged (shape {present.shape} for {vectors.shape}). Build the index again.")
+    if mapped and present is not None:
+        return ItemRows(vectors=vectors, present=present)
     return ItemRows.of(vectors, present)

@@ -30,6 +30,16 @@ class QuantisedItems:
 
 def quantise_items(items: Float[np.ndarray, "i d"]) -> QuantisedItems:
     """Codes of -127 to 127 by the greatest absolute value of each item. UserError if the items are not float32 or too wide."""
+    codes, scales, residuals, norms = map(jnp.asarray, quantise_rows(items))
+    return QuantisedItems(items=jnp.asarray(items), codes=codes, scales=scales, residuals=residuals, norms=norms)
+
+
+def quantise_rows(
+    items: Float[np.ndarray, "i d"],
+) -> tuple[
+    Int8[np.ndarray, "blocks d block"], Float[np.ndarray, "codes"], Float[np.ndarray, "codes"], Float[np.ndarray, "codes"]
+]:
+    """Codes, scales, residuals and norms of ``QuantisedItems``, for tables that are made piece by piece. Raises as ``quantise_items``."""
     if items.dtype != np.float32 or not 1 <= items.shape[1] <= MOST_WIDTH:
         raise UserError(f"items are {items.dtype} and {items.shape[1]} wide; expected float32 and a width of 1 to {MOST_WIDTH}.")
     scales = np.abs(items).max(axis=1) / np.float32(127)
@@ -38,9 +48,8 @@ def quantise_items(items: Float[np.ndarray, "i d"]) -> QuantisedItems:
     residuals = np.linalg.norm(items - scales[:, None] * codes, axis=1) * _ROUND_UP
     norms = np.linalg.norm(items, axis=1) * _ROUND_UP
     blocks = np.pad(codes, ((0, padding), (0, 0))).reshape(-1, BLOCK, items.shape[1]).transpose(0, 2, 1)
-    scales, residuals, norms = (jnp.asarray(np.pad(values, (0, padding))) for values in (scales, residuals, norms))
-    codes = jnp.asarray(np.ascontiguousarray(blocks))
-    return QuantisedItems(items=jnp.asarray(items), codes=codes, scales=scales, residuals=residuals, norms=norms)
+    scales, residuals, norms = (np.pad(values, (0, padding)) for values in (scales, residuals, norms))
+    return np.ascontiguousarray(blocks), scales, residuals, norms
 
 
 def topk_dot_quantised(

@@ -30,7 +30,7 @@ needs_compiler = pytest.mark.skipif(native_problem() is not None, reason="there 
 IMPLEMENTATIONS = [
     "exact",
     "sharded",
-    pytest.param("quantised", marks=needs_compiler),
+    *(pytest.param(name, marks=needs_compiler) for name in ("quantised", "mapped")),
     pytest.param("scann", marks=needs_scann),
     "partitioned",
 ]
