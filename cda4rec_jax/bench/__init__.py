@@ -1,10 +1,11 @@
-"""Benchmarks that a command runs, ``train``, ``plan`` and ``rank``; ``harness`` is what they share (the method is ``cda4rec_jax.timing``).
+"""Benchmarks that a command runs, a module for each; ``harness`` is what they share (the method is ``cda4rec_jax.timing``).
 
 ``peers`` holds the systems of others, which only the extra ``bench`` installs.
 """
 
 from cda4rec_jax.bench.plan import PlanBenchmark, bench_plan
 from cda4rec_jax.bench.rank import RankBenchmark, bench_rank
+from cda4rec_jax.bench.retrieval import RetrievalBenchmark, bench_retrieval
 from cda4rec_jax.bench.train import TrainBenchmark, bench_train
 from cda4rec_jax.bench.train_accelerator import ACCELERATOR_PRESETS, bench_accelerator, lower_step
 
@@ -12,10 +13,12 @@ __all__ = [
     "ACCELERATOR_PRESETS",
     "PlanBenchmark",
     "RankBenchmark",
+    "RetrievalBenchmark",
     "TrainBenchmark",
     "bench_accelerator",
     "bench_plan",
     "bench_rank",
+    "bench_retrieval",
     "bench_train",
     "lower_step",
 ]

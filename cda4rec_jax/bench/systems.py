@@ -1,9 +1,10 @@
 """What ``bench plan`` and ``bench rank`` measure: systems that take inputs in rotation, NumPy to NumPy, and what is told of them."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,20 +31,42 @@ def started(one: System) -> System:
     return replace(one, first_call_seconds=time.perf_counter() - start)
 
 
-def call_times_ms(systems: Sequence[System], calls: int, block: int = 50) -> dict[str, np.ndarray]:
-    """Milliseconds of single calls, where systems take turns of ``block`` calls, the first of which are not counted."""
+@runtime_checkable
+class Timed(Protocol):
+    """Something whose single calls are timed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def run(self) -> Callable[[Any], object]: ...
+    @property
+    def inputs(self) -> Sequence[Any]:
+        """In rotation."""
+        ...
+
+
+def call_times_ms(systems: Sequence[Timed], calls: int, block: int = 50, most_seconds: float = math.inf) -> dict[str, np.ndarray]:
+    """Milliseconds of single calls, where systems take turns of ``block`` calls, a fifth of which come first and are not counted.
+
+    A system that has had ``most_seconds`` has no further turn, and its turn ends then.
+    """
     found: dict[str, list[float]] = {one.name: [] for one in systems}
     clock = time.perf_counter_ns
     for turn in range(-(-calls // block)):
         for one in systems:
-            run, taken = one.run, found[one.name]
-            inputs = [one.inputs[(turn * block + call) % len(one.inputs)] for call in range(block)]
-            for given in inputs[: block // 5]:
+            run, taken, left_ms = one.run, found[one.name], 1e3 * most_seconds - sum(found[one.name])
+            if taken and left_ms <= 0.0:
+                continue
+            inputs = [one.inputs[(turn * block + call) % len(one.inputs)] for call in range(min(block, calls - turn * block))]
+            for given in inputs[: -(-len(inputs) // 5) if most_seconds == math.inf else 1]:
                 run(given)
             for given in inputs:
                 start = clock()
                 run(given)
                 taken.append((clock() - start) / 1e6)
+                left_ms -= taken[-1]
+                if left_ms <= 0.0:
+                    break
     return {name: np.asarray(taken) for name, taken in found.items()}
 
 

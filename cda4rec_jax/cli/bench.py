@@ -134,13 +134,60 @@ class BenchRank:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchRetrieval:
+    """Candidate search: recall against queries a second, exact search, and time and memory by catalogue size; ours beside others."""
+
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """A finished joint run, whose item table is searched; a generated set without clusters if not given."""
+    items: tuple[int, ...] = (100_000,)
+    """Items of the generated set, one or more sizes; none without numbers."""
+    batches: tuple[int, ...] = (1, 256)
+    """Queries of one call."""
+    k: int = 100
+    """Items to find."""
+    exact: bool = True
+    """Compare exact search too: 12,101 items in batches of 256, and a million items one query at a time."""
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    """Catalogue sizes at which time and memory are measured; none without numbers. 10 million takes 4 GB of disk."""
+    peers: tuple[str, ...] | None = None
+    """Whom to measure beside ours: faiss, hnswlib, usearch, pynndescent, torch, numpy. All that are installed if not given."""
+    rounds: int = 15
+    """Rounds in which all take turns."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file and the charts."""
+
+    def run(self) -> None:
+        """See ``bench_retrieval``."""
+        set_up_process()
+        from cda4rec_jax.bench import bench_retrieval
+        from cda4rec_jax.timing import TimingConfig
+
+        console = Console()
+        with StagesView(console) as view:
+            found = bench_retrieval(
+                self.run_folder,
+                items=self.items,
+                batches=self.batches,
+                k=self.k,
+                exact=self.exact,
+                sizes=self.sizes,
+                peers=self.peers,
+                timing=TimingConfig(rounds=self.rounds),
+                out=self.out,
+                progress=view.progress,
+            )
+        found.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure this package beside others on this machine, by one method: in turns, with a null and the spread over rounds."""
 
     benchmark: Annotated[
         Annotated[BenchTrain, tyro.conf.subcommand(name="train")]
         | Annotated[BenchPlan, tyro.conf.subcommand(name="plan")]
-        | Annotated[BenchRank, tyro.conf.subcommand(name="rank")],
+        | Annotated[BenchRank, tyro.conf.subcommand(name="rank")]
+        | Annotated[BenchRetrieval, tyro.conf.subcommand(name="retrieval")],
         tyro.conf.arg(name=""),
     ]
 

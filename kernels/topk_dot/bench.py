@@ -5,7 +5,7 @@ a null that is outside of .95 to 1.05 after three attempts: the machine was too 
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -20,6 +20,7 @@ from cda4rec_jax.timing import Contestant, measure, usable_cores
 
 NUM_BATCHES = 8  # of queries, which take turns; the items of a big catalogue do not fit into a cache either
 LEAST_AGREEMENT = 0.9999  # of found items: sums in another order may swap neighbours
+EXACT_PEERS = ("numpy", "torch", "faiss flat")
 THREADS = usable_cores()
 Search = Callable[[np.ndarray], np.ndarray]
 
@@ -32,40 +33,44 @@ def systems(case: Case, items: np.ndarray) -> dict[str, Search]:
         program = jax.jit(function)
         return lambda queries: np.asarray(jax.block_until_ready(program(table, jnp.asarray(queries)))[0])
 
-    def plain(items: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores, found = jax.lax.top_k((queries @ items.T).at[:, 0].set(-jnp.inf), case.k)
-        return found, scores
-
-    def by_partition(queries: np.ndarray) -> np.ndarray:
-        scores = queries @ items[1:].T
-        found = np.argpartition(-scores, case.k - 1, axis=1)[:, : case.k]
-        order = np.argsort(-np.take_along_axis(scores, found, axis=1), axis=1)
-        return 1 + np.take_along_axis(found, order, axis=1)
-
     names = (None, "xla") + (("native",) if native_problem() is None else ())
     found = {name or "topk_dot": compiled(partial(topk_dot, k=case.k, implementation=name)) for name in names}
     if native_problem() is None:
         codes = quantise_items(items)
         search = jax.jit(partial(topk_dot_quantised, k=case.k))
         found["8-bit codes"] = lambda queries: np.asarray(jax.block_until_ready(search(codes, jnp.asarray(queries)))[0])
-    return found | {"plain jax": compiled(plain), "numpy": by_partition} | _peers(case, items)
+    return found | {"plain jax": compiled(partial(plain_search, k=case.k))} | exact_peers(items, case.k, THREADS)
 
 
-def _peers(case: Case, items: np.ndarray) -> dict[str, Search]:
-    found: dict[str, Search] = {}
-    if importlib.util.find_spec("torch") is not None:
+def plain_search(items: jax.Array, queries: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+    """What one would write: all scores, and their top k. Row 0 is never found."""
+    scores, found = jax.lax.top_k((queries @ items.T).at[:, 0].set(-jnp.inf), k)
+    return found, scores
+
+
+def exact_peers(items: np.ndarray, k: int, threads: int, names: Sequence[str] = EXACT_PEERS) -> dict[str, Search]:
+    """Exact searches of others, as far as they are installed, over rows 1 to i - 1: of NumPy queries to NumPy item indices."""
+
+    def by_partition(queries: np.ndarray) -> np.ndarray:
+        scores = queries @ items[1:].T
+        found = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(scores, found, axis=1), axis=1)
+        return 1 + np.take_along_axis(found, order, axis=1)
+
+    found: dict[str, Search] = {"numpy": by_partition} if "numpy" in names else {}
+    if "torch" in names and importlib.util.find_spec("torch") is not None:
         import torch  # pyright: ignore[reportMissingImports]
 
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(threads)
         transposed = torch.from_numpy(items[1:]).T
-        found["torch"] = lambda queries: 1 + torch.topk(torch.from_numpy(queries) @ transposed, case.k).indices.numpy()
-    if importlib.util.find_spec("faiss") is not None:
+        found["torch"] = lambda queries: 1 + torch.topk(torch.from_numpy(queries) @ transposed, k).indices.numpy()
+    if "faiss flat" in names and importlib.util.find_spec("faiss") is not None:
         import faiss  # pyright: ignore[reportMissingImports]
 
-        faiss.omp_set_num_threads(THREADS)
+        faiss.omp_set_num_threads(threads)
         index = faiss.IndexFlatIP(items.shape[1])
         index.add(items[1:])
-        found["faiss flat"] = lambda queries: 1 + index.search(queries, case.k)[1]
+        found["faiss flat"] = lambda queries: 1 + index.search(queries, k)[1]
     return found
 
 

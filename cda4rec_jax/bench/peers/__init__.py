@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from cda4rec_jax.errors import UserError
 
-# Packages of each peer, in training, in planning and in ranking.
+# Packages of each peer, in training, in planning, in ranking and in retrieval.
 PEERS = {
     "jax": ("jax",),
     "torch": ("torch",),
@@ -17,11 +17,19 @@ PEERS = {
 }
 PLAN_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "numpy": ("numpy",)}
 RANK_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "jax": ("jax",), "numpy": ("numpy",)}
+RETRIEVAL_PEERS = {
+    "faiss": ("faiss",),
+    "hnswlib": ("hnswlib",),
+    "usearch": ("usearch",),
+    "pynndescent": ("pynndescent",),
+    "torch": ("torch",),
+    "numpy": ("numpy",),
+}
 
 
 def installed(peer: str) -> bool:
     """True where all packages of a peer are installed."""
-    return all(importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS | RANK_PEERS)[peer])
+    return all(importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS | RANK_PEERS | RETRIEVAL_PEERS)[peer])
 
 
 def chosen_peers(

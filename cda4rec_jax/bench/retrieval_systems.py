@@ -1,0 +1,190 @@
+"""The systems of ``cda4rec bench retrieval``: our indices and those of others, at several settings each, NumPy to NumPy."""
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
+from cda4rec_jax.data.splits import Split
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.topk_dot.bench import exact_peers
+from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.messages import EgressLevel
+from cda4rec_jax.pipeline.request import RequestFunctions
+from cda4rec_jax.retrieval import ExactIndex, Index, QuantisedIndex, ScannConfig, ScannIndex, scann_available
+from cda4rec_jax.runs.artifacts import load_trained
+
+WIDTH = 64  # of generated items
+NUM_QUERIES = 2048
+# Share of the leaves that ScaNN searches, and items that it scores again for each one wanted.
+SCANN_SETTINGS = ((0.05, 3), (0.1, 3), (0.1, 8), (0.25, 6), (0.5, 10))
+
+Search = Callable[[np.ndarray], np.ndarray]  # queries [b, d] to item indices [b, k]
+Searches = Callable[[np.ndarray, int, int], Mapping[str, Search]]  # of items (row 0 is padding), k and threads, by setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchData:
+    """Items, queries that are none of them, and what exact search finds."""
+
+    name: str
+    fingerprint: str
+    items: Float[np.ndarray, "i d"]  # row 0 is padding
+    queries: Float[np.ndarray, "q d"]
+    truth: Int[np.ndarray, "q k"]
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items) - 1
+
+    def batches(self, batch: int) -> list[np.ndarray]:
+        """The queries in rotation, at least one batch."""
+        whole = max(1, len(self.queries) // batch)
+        return [
+            np.ascontiguousarray(np.resize(self.queries, (whole * batch, self.queries.shape[1]))[i::whole]) for i in range(whole)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSystem:
+    """One system at one setting, with the recall that it reaches."""
+
+    system: str
+    setting: str
+    version: str
+    is_ours: bool
+    recall: float
+    build_seconds: float  # of the index, which its settings share
+    run: Search
+
+    @property
+    def name(self) -> str:
+        """Unique among all."""
+        return f"{self.system}: {self.setting}" if self.setting else self.system
+
+
+def hard_data(num_items: int, k: int) -> SearchData:
+    """The generated set, without clusters: what approximate search finds hardest."""
+    return _with_truth(
+        "hard", f"hard set, {num_items} items, seed 0", hard_items(num_items, WIDTH), hard_queries(NUM_QUERIES, WIDTH), k
+    )
+
+
+def trained_data(run: Path, k: int) -> SearchData:
+    """The item table of a finished joint run, and the semantic embeddings of its users before their test events."""
+    trained = load_trained(run)
+    if trained.system.policy is None:
+        raise UserError(f"{run} holds a baseline, which has no semantic embeddings: --run takes a joint run")
+    items = np.array(trained.catalogue.vectors, np.float32)
+    functions = RequestFunctions(trained.system, trained.catalogue, trained.config, ExactIndex.build(items))
+    positions = trained.corpus.target_positions(Split.TEST)
+    users = np.arange(len(positions))[:NUM_QUERIES]
+    queries = [
+        np.asarray(functions.semantic(functions.abstract(history, EgressLevel.FULL, 0)))
+        for history in (trained.corpus.histories(user, positions[user], trained.config.stored_events) for user in users[:, None])
+    ]
+    interactions = trained.corpus.interactions
+    return _with_truth(interactions.name, interactions.fingerprint, items, np.concatenate(queries).astype(np.float32), k)
+
+
+def _with_truth(name: str, fingerprint: str, items: np.ndarray, queries: np.ndarray, k: int) -> SearchData:
+    if k >= len(items) - 1:
+        raise UserError(f"asked for {k} of {len(items) - 1} items: expected fewer")
+    truth, _ = ExactIndex.build(items).search(queries, k)
+    return SearchData(name=name, fingerprint=fingerprint, items=items, queries=queries, truth=truth)
+
+
+def makers(peers: Sequence[str]) -> dict[str, tuple[str | None, Searches]]:
+    """For each system the package it comes from (None: this one), and how it is made. A further index of ours is one line here."""
+    found: dict[str, tuple[str | None, Searches]] = {"ours, exact": (None, partial(_of_index, ExactIndex.build))}
+    if native_problem() is None and jax.default_backend() == "cpu":
+        found["ours, quantised"] = (None, partial(_of_index, QuantisedIndex.build))
+    if scann_available():
+        found["ours, scann"] = (None, _of_scann)
+    if "faiss" in peers:
+        from cda4rec_jax.bench.peers import faiss_search
+
+        found["faiss IVF"] = ("faiss", faiss_search.ivf)
+        found["faiss HNSW"] = ("faiss", faiss_search.hnsw)
+    if "hnswlib" in peers:
+        from cda4rec_jax.bench.peers import hnswlib_search
+
+        found["hnswlib"] = ("hnswlib", hnswlib_search.hnsw)
+    if "usearch" in peers:
+        from cda4rec_jax.bench.peers import usearch_search
+
+        found["usearch"] = ("usearch", usearch_search.hnsw)
+    if "pynndescent" in peers:
+        from cda4rec_jax.bench.peers import pynndescent_search
+
+        found["pynndescent"] = ("pynndescent", pynndescent_search.descent)
+    for peer, name in (("faiss", "faiss flat"), ("torch", "torch"), ("numpy", "numpy")):
+        if peer in peers:
+            found[name] = (peer, partial(_of_exact_peer, name))
+    return found
+
+
+def systems_of(name: str, package: str | None, make: Searches, data: SearchData, k: int, threads: int) -> list[SearchSystem]:
+    """Every setting of one system, built, with its recall."""
+    start = time.perf_counter()
+    searches = make(data.items, k, threads)
+    build_seconds = time.perf_counter() - start
+    unmeasured = SearchSystem(
+        system=name,
+        setting="",
+        version=version_of(package),
+        is_ours=package is None,
+        recall=0.0,
+        build_seconds=build_seconds,
+        run=lambda queries: queries,
+    )
+    return [replace(unmeasured, setting=setting, run=search, recall=recall(search, data)) for setting, search in searches.items()]
+
+
+def recall(search: Search, data: SearchData) -> float:
+    """Mean share of the exact items that a search finds."""
+    found = [
+        search(data.queries[start : start + 64]) for start in range(0, len(data.queries), 64)
+    ]  # plain searches hold all scores
+    return float(
+        np.mean([np.isin(expected, row).mean() for expected, row in zip(data.truth, np.concatenate(found), strict=True)])
+    )
+
+
+def version_of(package: str | None) -> str:
+    """Of a peer's package; of what our indices stand on."""
+    if package is None:
+        return f"jax {jax.__version__}" + (f", scann {importlib.metadata.version('scann')}" if scann_available() else "")
+    distributions = importlib.metadata.packages_distributions().get(package, [package])
+    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}"
+
+
+def search_of(index: Index, k: int) -> Search:
+    """An index as a function of queries alone."""
+    return lambda queries: index.search(queries, k)[0]
+
+
+def _of_index(build: Callable[[np.ndarray], Index], items: np.ndarray, k: int, threads: int) -> Mapping[str, Search]:
+    return {"": search_of(build(items), k)}
+
+
+def _of_scann(items: np.ndarray, k: int, threads: int) -> Mapping[str, Search]:
+    has_tree = len(items) - 1 > ScannConfig().tree_items
+    settings = {
+        f"{leaf_share:.0%} of leaves, reorder {factor} k" if has_tree else f"no tree, reorder {factor} k": ScannConfig(
+            leaf_share=leaf_share, reorder_factor=factor
+        )
+        for leaf_share, factor in SCANN_SETTINGS
+    }
+    return {name: search_of(ScannIndex.build(items, config), k) for name, config in settings.items()}
+
+
+def _of_exact_peer(name: str, items: np.ndarray, k: int, threads: int) -> Mapping[str, Search]:
+    return {"": exact_peers(items, k, threads, (name,))[name]}
