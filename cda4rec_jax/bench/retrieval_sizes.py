@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cda4rec_jax.bench.charts import curves
-from cda4rec_jax.bench.harness import call_times_ms, megabytes, num_threads
+from cda4rec_jax.bench.harness import call_times_ms, num_threads
 from cda4rec_jax.bench.retrieval_data import hard_item_chunks, hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_systems import WIDTH, Search, makers, search_of, version_of
 from cda4rec_jax.kernels.topk_dot.native import native_problem
@@ -57,6 +57,7 @@ class SizePoint:
     first_call_seconds: float
     latency: LatencySummary  # of one query
     resident_bytes: int | None  # once built and asked
+    own_bytes: int | None  # of it, what is no page of a file, and cannot be taken back
     peak_bytes: int | None  # of the whole process, building included
     file_bytes: int  # on disk; 0 for what lies in memory
 
@@ -78,25 +79,31 @@ class SizesFound:
 
     def print(self, console: Console) -> None:
         """A row for each point."""
-        table = Table(title=f"One query by catalogue size: width {WIDTH}, k = {self.k}, {num_threads()} threads", box=SIMPLE)
+        table = Table(
+            title=f"One query by catalogue size: width {WIDTH}, k = {self.k}, {num_threads()} threads",
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
+        )
         table.add_column("system")
-        for column in ("items", "recall", "p50 ms", "p95 ms", "p99 ms", "build s", "MB", "peak MB", "files MB"):
+        for column in ("items", "recall", "p50 ms", "p95 ms", "p99 ms", "build s", "MB", "own MB", "peak MB", "files MB"):
             table.add_column(column, justify="right")
         for point in self.points:
             latency = (point.latency.p50_ms, point.latency.p95_ms, point.latency.p99_ms)
-            memory = ("-" if value is None else megabytes(value) for value in (point.resident_bytes, point.peak_bytes))
+            memory = (
+                "-" if value is None else f"{value / 2**20:,.0f}"
+                for value in (point.resident_bytes, point.own_bytes, point.peak_bytes, point.file_bytes)
+            )
             table.add_row(
                 point.label,
                 f"{point.num_items:,}",
                 f"{point.recall:.3f}",
-                *(f"{value:.3f}" for value in latency),
+                *(f"{value:.2f}" for value in latency),
                 f"{point.build_seconds:.1f}",
                 *memory,
-                megabytes(point.file_bytes),
             )
         console.print(table)
         lines = [
-            "MB: memory beyond that of the process before; peak: of the whole process, building included; mapped files count once read",
+            "MB: resident, beyond that of the process before; own: no page of a file; peak: of the whole process, building included",
             f"versions: {', '.join(dict.fromkeys(point.version for point in self.points))}",
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -139,7 +146,7 @@ def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def measure_size(system: str, num_items: int, k: int) -> SizePoint:
     """One system at one size, on the generated set."""
     queries = hard_queries(256, WIDTH)
-    before = _memory("VmRSS")
+    before, own_before = _memory("VmRSS"), _memory("RssAnon")
     with tempfile.TemporaryDirectory(prefix="cda4rec-bench-") as folder:
         start = time.perf_counter()
         search, package = _built(system, num_items, k, Path(folder))
@@ -150,7 +157,7 @@ def measure_size(system: str, num_items: int, k: int) -> SizePoint:
         first_call_seconds = time.perf_counter() - start
         timed = _Timed(system, search, [row[None] for row in queries])
         (taken,) = call_times_ms([timed], CALLS, most_seconds=MOST_SECONDS).values()
-        resident, peak = _memory("VmRSS"), _peak()
+        resident, own, peak = _memory("VmRSS"), _memory("RssAnon"), _peak()
         return SizePoint(
             system=system,
             setting=APPROXIMATE.get(system, ""),
@@ -162,6 +169,7 @@ def measure_size(system: str, num_items: int, k: int) -> SizePoint:
             first_call_seconds=first_call_seconds,
             latency=summarise_latency(taken),
             resident_bytes=None if resident is None or before is None else max(0, resident - before),
+            own_bytes=None if own is None or own_before is None else max(0, own - own_before),
             peak_bytes=peak,
             file_bytes=file_bytes,
         )
@@ -200,7 +208,7 @@ def _in_memory(chunks: Iterator[np.ndarray], num_items: int) -> np.ndarray:
 
 
 def _memory(field: str) -> int | None:
-    """Of this process, by Linux: ``VmRSS`` is resident now, ``VmHWM`` was at most. None where Linux does not tell."""
+    """Of this process: ``VmRSS`` is resident now, ``RssAnon`` of it no page of a file, ``VmHWM`` was resident at most. None off Linux."""
     file = Path("/proc/self/status")
     lines = file.read_text(encoding="ascii").splitlines() if file.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

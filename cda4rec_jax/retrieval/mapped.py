@@ -1,8 +1,9 @@
 """The quantised search over files that stay on disk: for catalogues that do not fit into memory, or that only serving reads.
 
 Beside the files that every index has, the folder holds the 8-bit codes and the bounds of ``kernels.topk_dot.quantised``, as they lie in
-memory. A search reads all codes and, of the float32 vectors, only the few hundred rows that the codes cannot rule out; so what stays
-resident is d + 13 bytes for each item instead of 5 d + 13.
+memory. A search reads all codes and, of the float32 vectors, only the few hundred rows that the codes cannot rule out; so what it needs
+in memory is d + 13 bytes for each item instead of 5 d + 13. While memory is free, Linux also keeps the pages around those rows, and
+counts them as the process's; it takes them back without writing anything.
 """
 
 import shutil

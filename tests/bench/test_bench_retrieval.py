@@ -179,13 +179,15 @@ def test_a_size_is_measured_in_a_process_of_its_own() -> None:
 def test_the_model_by_hand() -> None:
     host = Host(name="h", cores=2, memory_bytes=1000, read_bytes_per_second=100.0)
     model = ScaleModel(bytes_per_item=10, overhead_ms=5.0, scanned_items_per_second=20.0)
-    assert model.scan_ms(100, host) == 5.0 + 1e3 * 100 * 10 / 100.0, "bound by memory"
-    assert dataclasses.replace(model, scanned_items_per_second=2.0).scan_ms(100, host) == 5.0 + 1e3 * 100 / 4.0, "bound by cores"
-    assert model.shards(100, host, deadline_ms=5.0 + scale.ROUND_TRIP_MS + 1e4) == 2, "800 of 1,000 bytes are for the index"
-    assert model.shards(100, host, deadline_ms=5.0 + scale.ROUND_TRIP_MS + 1e3) == 10, "a tenth of 10 seconds"
+    assert model.scan_ms(100, host, overlap=True) == 5.0 + 1e3 * 100 * 10 / 100.0, "bound by memory"
+    slow = dataclasses.replace(model, scanned_items_per_second=2.0)
+    assert slow.scan_ms(100, host, overlap=True) == 5.0 + 1e3 * 100 / 4.0, "bound by cores"
+    assert model.scan_ms(100, host) == 5.0 + 1e3 * (10.0 + 2.5)
+    assert model.shards(100, host, deadline_ms=5.0 + scale.ROUND_TRIP_MS + 1e5) == 2, "800 of 1,000 bytes are for the index"
+    assert model.shards(100, host, deadline_ms=5.0 + scale.ROUND_TRIP_MS + 1250.0) == 10, "a tenth of 12.5 seconds"
     with pytest.raises(ValueError, match="leaves nothing"):
         model.shards(100, host, deadline_ms=5.0)
-    assert Check(num_items=1, measured_ms=4.0, predicted_ms=5.0).error == 0.25
+    assert Check(num_items=1, measured_ms=4.0, roofline_ms=3.0, no_overlap_ms=5.0).errors == (-0.25, 0.25)
 
 
 def test_a_deployment_meets_the_deadline_and_one_shard_needs_no_merge() -> None:
