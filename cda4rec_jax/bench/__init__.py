@@ -3,6 +3,7 @@
 ``peers`` holds the systems of others, which only the extra ``bench`` installs.
 """
 
+from cda4rec_jax.bench.kernels import KernelsBenchmark, bench_kernels
 from cda4rec_jax.bench.plan import PlanBenchmark, bench_plan
 from cda4rec_jax.bench.rank import RankBenchmark, bench_rank
 from cda4rec_jax.bench.retrieval import RetrievalBenchmark, bench_retrieval
@@ -11,11 +12,13 @@ from cda4rec_jax.bench.train_accelerator import ACCELERATOR_PRESETS, bench_accel
 
 __all__ = [
     "ACCELERATOR_PRESETS",
+    "KernelsBenchmark",
     "PlanBenchmark",
     "RankBenchmark",
     "RetrievalBenchmark",
     "TrainBenchmark",
     "bench_accelerator",
+    "bench_kernels",
     "bench_plan",
     "bench_rank",
     "bench_retrieval",

@@ -180,6 +180,31 @@ class BenchRetrieval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchKernels:
+    """Every kernel on the backend at hand: times beside plain JAX, shares of the copy and matmul rates, temporary memory."""
+
+    only: tuple[str, ...] | None = None
+    """Kernels to measure: topk_dot, segment_attention, linear_cross_entropy. All if not given."""
+    rounds: int = 7
+    """Rounds in which all take turns."""
+    turn_ms: float = 100.0
+    """How long a turn takes."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file."""
+
+    def run(self) -> None:
+        """See ``bench_kernels``."""
+        set_up_process()
+        from cda4rec_jax.bench import bench_kernels
+        from cda4rec_jax.timing import TimingConfig
+
+        console, timing = Console(), TimingConfig(rounds=self.rounds, block_seconds=self.turn_ms / 1e3)
+        with StagesView(console) as view:
+            found = bench_kernels(only=self.only, timing=timing, out=self.out, progress=view.progress)
+        found.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure this package beside others on this machine, by one method: in turns, with a null and the spread over rounds."""
 
@@ -187,7 +212,8 @@ class Bench:
         Annotated[BenchTrain, tyro.conf.subcommand(name="train")]
         | Annotated[BenchPlan, tyro.conf.subcommand(name="plan")]
         | Annotated[BenchRank, tyro.conf.subcommand(name="rank")]
-        | Annotated[BenchRetrieval, tyro.conf.subcommand(name="retrieval")],
+        | Annotated[BenchRetrieval, tyro.conf.subcommand(name="retrieval")]
+        | Annotated[BenchKernels, tyro.conf.subcommand(name="kernels")],
         tyro.conf.arg(name=""),
     ]
 

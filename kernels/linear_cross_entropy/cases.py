@@ -12,6 +12,7 @@ class Case:
     num_items: int
     width: int
     chunk_size: int = 256
+    dtype: str = "float32"  # of the hidden states, in workloads
 
 
 CONTRACT_CASES = (
@@ -27,4 +28,9 @@ CONTRACT_CASES = (
 WORKLOAD_CASES = (
     Case(name="amazon-beauty step", tokens=1024, num_items=12_102, width=128),
     Case(name="ml-1m step", tokens=4096, num_items=3_417, width=64),
+)
+
+ACCELERATOR_CASES = (
+    Case(name="a hundred thousand items", tokens=8192, num_items=131_072, width=128, dtype="bfloat16"),
+    Case(name="a million items", tokens=8192, num_items=1_000_000, width=128, dtype="bfloat16"),
 )

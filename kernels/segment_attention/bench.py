@@ -1,12 +1,9 @@
-"""Forward and backward pass against plain attention: ``python -m cda4rec_jax.kernels.segment_attention.bench``.
-
-By the method of ``cda4rec_jax.timing``. An exclamation mark stands behind a null that is outside of .95 to 1.05 after three attempts: the
-machine was too busy, run again.
-"""
+"""Forward and backward pass against plain attention; see ``kernels.workloads``."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from cda4rec_jax.kernels.segment_attention import segment_attention
 from cda4rec_jax.kernels.segment_attention.cases import WORKLOAD_CASES, Case
-from cda4rec_jax.timing import Contestant, measure
+from cda4rec_jax.kernels.workloads import PLAIN, Workload
 
 INPUT_BYTES = 64 * 2**20  # inputs are rotated, so that they do not stay in cache; more than most caches hold
 
@@ -44,14 +41,43 @@ def plain_attention(
     return jnp.einsum("rmgtu,rumh->rtmgh", weights, value).reshape(query.shape)
 
 
-def compiled(attention: Callable[..., Array], inputs: tuple[Array, ...]) -> jax.stages.Compiled:
+def workloads(backend: str) -> Iterator[Workload]:
+    """The rows that we train on, without and with dropout; the same everywhere."""
+    for case in WORKLOAD_CASES:
+        for dropout_rate in (0.0, 0.5):
+            yield workload(case, dropout_rate)
+
+
+def workload(case: Case, dropout_rate: float) -> Workload:
+    """One case; forward and backward."""
+    first = make_inputs(case, 0)
+    num_batches = max(2, INPUT_BYTES // sum(array.nbytes for array in first))
+    options = {"dropout_rate": dropout_rate, "dropout_key": jax.random.key(0, impl="unsafe_rbg")}  # the generator of training
+    attentions = {PLAIN: plain_attention, "segment_attention": segment_attention}
+    reads = _reads(np.asarray(first[3]))
+    return Workload(
+        kernel="segment_attention",
+        name=f"{case.name}, dropout {dropout_rate}",
+        shapes=f"{case.rows} rows of {case.length}, {case.heads} heads of {case.head_size}, float32, forward and backward",
+        batches=[first, *(make_inputs(case, seed) for seed in range(1, num_batches))],
+        programs={name: _both_passes(partial(attention, **options)) for name, attention in attentions.items()},
+        # Scores and mixing, and twice each in the backward pass.
+        flops=3 * 2 * 2.0 * reads * case.heads * case.head_size,
+        bytes_moved=2.0 * sum(array.nbytes for array in first),
+        dtype="float32",
+        difference=_largest_difference,
+        tolerance=math.inf if dropout_rate else 1e-4,  # dropout falls on other weights
+    )
+
+
+def _both_passes(attention: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
     """Output and gradients of ``attention`` for the cotangent that is the last input."""
 
-    def both_passes(query: Array, key: Array, value: Array, segment_ids: Array, cotangent: Array) -> tuple[Array, ...]:
+    def run(query: Array, key: Array, value: Array, segment_ids: Array, cotangent: Array) -> tuple[Array, ...]:
         out, pull_back = jax.vjp(lambda *operands: attention(*operands, segment_ids), query, key, value)
         return out, *pull_back(cotangent)
 
-    return jax.jit(both_passes).lower(*inputs).compile()
+    return run
 
 
 def make_inputs(case: Case, seed: int) -> tuple[Array, ...]:
@@ -61,43 +87,12 @@ def make_inputs(case: Case, seed: int) -> tuple[Array, ...]:
     return query * case.head_size**-0.5, key, value, jnp.asarray(case.segment_ids(seed)), cotangent
 
 
-def contestant(name: str, program: jax.stages.Compiled, batches: list[tuple[Array, ...]]) -> Contestant:
-    """One call is one pass forward and back, on the next batch."""
-
-    def call(number: int) -> float:
-        jax.block_until_ready(program(*batches[number % len(batches)]))
-        return 1.0
-
-    return Contestant(name=name, call=call)
+def _reads(segment_ids: Int[np.ndarray, "r t"]) -> int:
+    """Pairs of a token and one that it reads: of its own segment, up to itself."""
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
+    return int(np.tril(same).sum())
 
 
-def measured(case: Case, dropout_rate: float) -> str:
-    """One line of the table."""
-    first = make_inputs(case, 0)
-    num_batches = max(2, INPUT_BYTES // sum(array.nbytes for array in first))
-    batches = [first, *(make_inputs(case, seed) for seed in range(1, num_batches))]
-    dropout_key = jax.random.key(0, impl="unsafe_rbg")  # the generator of the training loop
-    options = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
-    plain, kernel = (compiled(partial(attention, **options), first) for attention in (plain_attention, segment_attention))
-    found = measure([contestant("kernel", kernel, batches), contestant("plain", plain, batches)], [("kernel", "plain")])
-    ratio, null = found.ratio("kernel", "plain"), found.nulls["kernel"]
-    analyses = (program.memory_analysis() for program in (plain, kernel))
-    megabytes = [math.nan if analysis is None else analysis.temp_size_in_bytes / 2**20 for analysis in analyses]
-    plain_ms, kernel_ms = (1e3 / found.rates[name].median for name in ("plain", "kernel"))
-    return (
-        f"{case.name:22} {dropout_rate:7.1f} {plain_ms:9.2f} {kernel_ms:9.2f} {ratio.median:7.2f} [{ratio.p10:.2f}, {ratio.p90:.2f}]"
-        f" {null:6.2f}{' ' if found.accepted else '!'} {megabytes[0]:8.1f} {megabytes[1]:9.1f}"
-    )
-
-
-def main() -> None:
-    device = jax.devices()[0]
-    print(f"jax {jax.__version__}, {device.platform} {device.device_kind}, forward and backward, float32")
-    print(f"{'case':22} dropout  plain ms kernel ms   ratio [10%, 90%]     null  plain MB kernel MB")
-    for case in WORKLOAD_CASES:
-        for dropout_rate in (0.0, 0.5):
-            print(measured(case, dropout_rate), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def _largest_difference(found: Any, expected: Any) -> float:
+    """Of output and gradients, at tokens that are no padding: the two may differ there."""
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(found, expected, strict=True))

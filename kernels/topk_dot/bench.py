@@ -1,54 +1,41 @@
-"""Every implementation that runs here, and what one would use instead: ``python -m cda4rec_jax.kernels.topk_dot.bench``.
-
-By the method of ``cda4rec_jax.timing``: peers get as many threads as JAX, and must find the same items. An exclamation mark stands behind
-a null that is outside of .95 to 1.05 after three attempts: the machine was too busy, run again.
-"""
+"""Every implementation that runs here, and what one would use instead; see ``kernels.workloads``."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
 
 from cda4rec_jax.kernels.topk_dot import topk_dot
-from cda4rec_jax.kernels.topk_dot.cases import WORKLOAD_CASES, Case
+from cda4rec_jax.kernels.topk_dot.api import Implementation
+from cda4rec_jax.kernels.topk_dot.cases import ACCELERATOR_CASES, WORKLOAD_CASES, Case
 from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.kernels.topk_dot.quantised import quantise_items, topk_dot_quantised
-from cda4rec_jax.timing import Contestant, measure, usable_cores
+from cda4rec_jax.kernels.workloads import PLAIN, Workload
+from cda4rec_jax.timing import usable_cores
 
 NUM_BATCHES = 8  # of queries, which take turns; the items of a big catalogue do not fit into a cache either
-LEAST_AGREEMENT = 0.9999  # of found items: sums in another order may swap neighbours
+MOST_OTHER_ITEMS = {
+    "float32": 1e-4,
+    "bfloat16": 0.02,
+}  # share: sums in another order may swap neighbours, and in 16 bits many are near
 EXACT_PEERS = ("numpy", "torch", "faiss flat")
-THREADS = usable_cores()
-Search = Callable[[np.ndarray], np.ndarray]
+Search = Callable[[Float[np.ndarray, "b d"]], Int[np.ndarray, "b k"]]
 
 
-def systems(case: Case, items: np.ndarray) -> dict[str, Search]:
-    """Searches that return found rows as NumPy arrays; row 0 of ``items`` is a vector like any other, but never found by ours."""
-    table = jnp.asarray(items)
-
-    def compiled(function: Callable) -> Search:
-        program = jax.jit(function)
-        return lambda queries: np.asarray(jax.block_until_ready(program(table, jnp.asarray(queries)))[0])
-
-    names = (None, "xla") + (("native",) if native_problem() is None else ())
-    found = {name or "topk_dot": compiled(partial(topk_dot, k=case.k, implementation=name)) for name in names}
-    if native_problem() is None:
-        codes = quantise_items(items)
-        search = jax.jit(partial(topk_dot_quantised, k=case.k))
-        found["8-bit codes"] = lambda queries: np.asarray(jax.block_until_ready(search(codes, jnp.asarray(queries)))[0])
-    return found | {"plain jax": compiled(partial(plain_search, k=case.k))} | exact_peers(items, case.k, THREADS)
-
-
-def plain_search(items: jax.Array, queries: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+def plain_search(items: Float[Array, "i d"], queries: Float[Array, "b d"], *, k: int) -> tuple[Array, Array]:
     """What one would write: all scores, and their top k. Row 0 is never found."""
-    scores, found = jax.lax.top_k((queries @ items.T).at[:, 0].set(-jnp.inf), k)
-    return found, scores
+    scores = jnp.matmul(queries, items.T, preferred_element_type=jnp.float32).at[:, 0].set(-jnp.inf)
+    best, found = jax.lax.top_k(scores, k)
+    return found, best
 
 
-def exact_peers(items: np.ndarray, k: int, threads: int, names: Sequence[str] = EXACT_PEERS) -> dict[str, Search]:
+def exact_peers(items: Float[np.ndarray, "i d"], k: int, threads: int, names: Sequence[str] = EXACT_PEERS) -> dict[str, Search]:
     """Exact searches of others, as far as they are installed, over rows 1 to i - 1: of NumPy queries to NumPy item indices."""
 
     def by_partition(queries: np.ndarray) -> np.ndarray:
@@ -74,46 +61,56 @@ def exact_peers(items: np.ndarray, k: int, threads: int, names: Sequence[str] = 
     return found
 
 
-def contestant(name: str, search: Search, batches: list[np.ndarray]) -> Contestant:
-    """One call is one batch of queries."""
-
-    def call(number: int) -> float:
-        search(batches[number % len(batches)])
-        return 1.0
-
-    return Contestant(name=name, call=call)
+def workloads(backend: str) -> Iterator[Workload]:
+    """Of the catalogues that we have on a CPU, and of a large one in 16 bits elsewhere."""
+    for case in WORKLOAD_CASES if backend == "cpu" else ACCELERATOR_CASES:
+        yield workload(case, backend)
 
 
-def measured(case: Case) -> list[str]:
-    """The lines of a table."""
+def workload(case: Case, backend: str) -> Workload:
+    """One case with the implementations of a backend."""
     rng = np.random.default_rng(0)
     items = rng.normal(size=(case.num_rows, case.width)).astype(np.float32)
-    batches = [rng.normal(size=(case.queries, case.width)).astype(np.float32) for _ in range(NUM_BATCHES)]
-    searches = systems(case, items)
-    expected = searches["plain jax"](batches[0])
-    for name, search in searches.items():
-        agreement = (np.sort(search(batches[0])) == np.sort(expected)).mean()
-        assert agreement >= LEAST_AGREEMENT, f"{name} finds {agreement:.4%} of the items of plain jax"
-    contestants = [contestant(name, search, batches) for name, search in searches.items()]
-    ours = [name for name in ("topk_dot", "8-bit codes") if name in searches]
-    found = measure(contestants, [(name, other) for name in ours for other in searches if other not in ours])
-    null = ", ".join(f"{name} {value:.3f}" for name, value in found.nulls.items()) + ("" if found.accepted else "!")
-    lines = [f"\n{case.name}: {case.num_rows - 1:,} x {case.width}, {case.queries} queries, k = {case.k}; null: {null}"]
-    lines.extend(f"{name:12} {1e3 / rate.median:9.3f} ms" for name, rate in found.rates.items())
-    for comparison in found.comparisons:
-        ratio = comparison.ratio
-        lines.append(
-            f"{comparison.name} is {ratio.median:.2f} [{ratio.p10:.2f}, {ratio.p90:.2f}] times as fast as {comparison.other}"
-        )
-    return lines
+    queries = [rng.normal(size=(case.queries, case.width)).astype(np.float32) for _ in range(NUM_BATCHES)]
+    table = jnp.asarray(items, case.dtype)
+    programs: dict[str, Callable[..., Any]] = {PLAIN: partial(plain_search, k=case.k)}
+    names: tuple[Implementation | None, ...] = (None, "xla", *_special(backend))
+    for name in names:
+        programs[name or "topk_dot"] = partial(topk_dot, k=case.k, implementation=name)
+    peers: Mapping[str, Callable[..., Any]] = {}
+    if backend == "cpu":
+        peers = {name: _with_scores(search) for name, search in exact_peers(items, case.k, usable_cores()).items()}
+        if native_problem() is None:
+            codes = quantise_items(items)
+            programs["8-bit codes"] = lambda _, rows: topk_dot_quantised(codes, rows, case.k)
+    return Workload(
+        kernel="topk_dot",
+        name=case.name,
+        shapes=f"{case.num_rows - 1:,} x {case.width}, {case.queries} queries, k = {case.k}, {case.dtype}",
+        constants=(table,),
+        batches=[(jnp.asarray(rows, case.dtype),) for rows in queries],
+        programs=programs,
+        peers=peers,
+        flops=2.0 * case.num_rows * case.width * case.queries,
+        bytes_moved=table.nbytes + case.queries * (case.width * table.dtype.itemsize + 8.0 * case.k),
+        dtype=case.dtype,
+        difference=_share_of_other_items,
+        tolerance=MOST_OTHER_ITEMS[case.dtype],
+    )
 
 
-def main() -> None:
-    device = jax.devices()[0]
-    print(f"jax {jax.__version__}, {device.platform} {device.device_kind}, {THREADS} threads, float32, numpy to numpy")
-    for case in WORKLOAD_CASES:
-        print("\n".join(measured(case)), flush=True)
+def _special(backend: str) -> tuple[Implementation, ...]:
+    if backend == "cpu":
+        return ("native",) if native_problem() is None else ()
+    return ("triton",) if backend == "gpu" else ("tpu",)
 
 
-if __name__ == "__main__":
-    main()
+def _with_scores(search: Search) -> Callable[..., Any]:
+    """In the form of ``topk_dot``; peers give their scores too, of which nothing is said here."""
+    return lambda rows: (search(rows), None)
+
+
+def _share_of_other_items(found: Any, expected: Any) -> float:
+    return float(
+        np.mean([np.isin(a, b, invert=True).mean() for a, b in zip(np.asarray(found[0]), np.asarray(expected[0]), strict=True)])
+    )

@@ -13,6 +13,7 @@ class Case:
     width: int
     k: int
     chunk_size: int = 16384
+    dtype: str = "float32"  # of items and queries, in workloads
 
 
 CONTRACT_CASES = (
@@ -32,4 +33,10 @@ WORKLOAD_CASES = (
     Case(name="amazon-beauty, one query", num_rows=12_102, queries=1, width=64, k=100),
     Case(name="a million items, one query", num_rows=1_000_001, queries=1, width=64, k=100),
     Case(name="a million items, a batch", num_rows=1_000_001, queries=16, width=64, k=100),
+)
+
+ACCELERATOR_CASES = (
+    Case(name="a million items, one query", num_rows=1_000_001, queries=1, width=128, k=100, dtype="bfloat16"),
+    Case(name="a million items, a batch", num_rows=1_000_001, queries=256, width=128, k=100, dtype="bfloat16"),
+    Case(name="amazon-beauty, a batch", num_rows=12_102, queries=256, width=64, k=100),
 )

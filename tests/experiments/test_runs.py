@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cda4rec_jax.cli.app import parse
+from cda4rec_jax.cli.bench import Bench, BenchKernels, BenchTrain
 from cda4rec_jax.cli.commands import Evaluate, Train
 
 RUNS = Path(__file__).resolve().parents[2] / "experiments" / "runs"
@@ -35,14 +36,17 @@ def commands(script: str, folder: Path, *arguments: str, **environment: str) -> 
     shutil.copy(RUNS / script, copy)
     bodies = {
         stand_ins / "python3": "",
-        tools / "python": 'case "$*" in *device_count*) echo 8 ;; esac',
-        tools / "cda4rec": f'[ "$1" != bench ] && printf "%q " "$@" >> {log} && echo >> {log}',
+        tools
+        / "python": "case \"$*\" in *device_count*) echo 8 ;; *default_backend*) echo gpu ;; *'-m pytest'*) exit $TESTS_EXIT ;; esac",
+        tools / "cda4rec": f'[ "$1" != "$UNLOGGED" ] && printf "%q " "$@" >> {log} && echo >> {log}',
     }
     for path, body in bodies.items():
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
     path = f"{stand_ins}:{os.environ['PATH']}"
-    subprocess.run(["bash", str(copy), *arguments], check=True, cwd=folder, env=os.environ | environment | {"PATH": path})
+    environment = {"UNLOGGED": "bench", "TESTS_EXIT": "0"} | environment | {"PATH": path}
+    done = subprocess.run(["bash", str(copy), *arguments], cwd=folder, env=os.environ | environment)
+    assert done.returncode == int(environment["TESTS_EXIT"])
     return [shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
@@ -72,3 +76,12 @@ def test_a_run_directory_is_made_up_and_a_resumed_run_keeps_its_rows(tmp_path: P
 def test_hosts_of_one_tpu_slice_train_together(tmp_path: Path) -> None:
     (train,) = map(parse, commands("tpu.sh", tmp_path, "synthetic", HOSTS="4"))
     assert isinstance(train, Train) and train.distributed and train.mesh == "data=8"
+
+
+@pytest.mark.parametrize("tests_exit", ["0", "1"])
+def test_the_kernels_are_measured_on_a_gpu_also_where_a_test_fails(tests_exit: str, tmp_path: Path) -> None:
+    kernels, train = map(parse, commands("gpu_bench.sh", tmp_path, "my results", UNLOGGED="", TESTS_EXIT=tests_exit))
+    assert isinstance(kernels, Bench) and isinstance(kernels.benchmark, BenchKernels)
+    assert isinstance(train, Bench) and isinstance(train.benchmark, BenchTrain) and train.benchmark.preset == "gpu-256"
+    assert kernels.benchmark.out == train.benchmark.out == tmp_path / "my results"
+    assert (tmp_path / "my results" / "kernels.log").is_file()

@@ -1,0 +1,44 @@
+"""What ``bench.py`` of a kernel gives: ``workloads(backend)``, one workload at a time, which ``cda4rec bench kernels`` measures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax import Array
+
+PLAIN = "plain jax"  # what one would write without the kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One operation on inputs of one shape.
+
+    Attributes:
+        kernel: name of the kernel's folder.
+        name: of the workload, unique within the kernel.
+        shapes: the inputs in words.
+        constants: arrays that every call gets first, such as a table of items.
+        batches: further arrays of a call; all of one shape, and calls take them in turns.
+        programs: implementations by name: functions of ``(*constants, *batch)`` that ``jax.jit`` takes.
+        baseline: whose outputs all others must give, and to which the times of all are held.
+        peers: what others offer on the CPU: functions of a batch as NumPy arrays that return what a program returns.
+        flops: floating-point operations of the products that the result needs, nothing computed twice.
+        bytes_moved: inputs read once and outputs written once.
+        dtype: of the operands of the products.
+        difference: how far an output is from that of the baseline.
+        tolerance: of it, for an output to count as the same.
+    """
+
+    kernel: str
+    name: str
+    shapes: str
+    constants: tuple[Array, ...] = ()
+    batches: Sequence[tuple[Array, ...]]
+    programs: Mapping[str, Callable[..., Any]]
+    baseline: str = PLAIN
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    flops: float
+    bytes_moved: float
+    dtype: str
+    difference: Callable[[Any, Any], float]
+    tolerance: float

@@ -1,0 +1,103 @@
+"""``cda4rec bench kernels``: what it measures, what it writes, and what it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cda4rec_jax.bench import kernels
+from cda4rec_jax.bench.kernels import in_a_loop
+from cda4rec_jax.cli import main
+from cda4rec_jax.kernels.linear_cross_entropy import bench as loss_bench
+from cda4rec_jax.kernels.linear_cross_entropy.cases import Case as LossCase
+from cda4rec_jax.kernels.segment_attention import bench as attention_bench
+from cda4rec_jax.kernels.segment_attention.cases import Case as AttentionCase
+from cda4rec_jax.kernels.topk_dot import bench as search_bench
+from cda4rec_jax.kernels.topk_dot.cases import Case as SearchCase
+from cda4rec_jax.kernels.workloads import PLAIN, Workload
+from cda4rec_jax.timing import TimingConfig
+
+FEW_ROUNDS = TimingConfig(rounds=3, block_seconds=1e-6, warm_up_turns=2, attempts=1)
+SEARCH = SearchCase(name="search", num_rows=200, queries=9, width=8, k=5)
+LOSS = LossCase(name="loss", tokens=16, num_items=30, width=8)
+ATTENTION = AttentionCase(name="rows", rows=2, length=16, heads=2, kv_heads=1, head_size=4, longest=5)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small workload of each kernel, few input batches and small ceilings."""
+    monkeypatch.setattr(attention_bench, "INPUT_BYTES", 1)
+    monkeypatch.setattr(kernels, "CPU_CEILING", (1 << 12, 8))
+    monkeypatch.setattr(kernels, "CALLS", 3)
+    monkeypatch.setattr(search_bench, "EXACT_PEERS", ("numpy",))
+    made = {
+        "topk_dot": lambda backend: iter([search_bench.workload(SEARCH, backend)]),
+        "segment_attention": lambda backend: (attention_bench.workload(ATTENTION, rate) for rate in (0.0, 0.5)),
+        "linear_cross_entropy": lambda backend: iter([loss_bench.workload(LOSS, backend)]),
+    }
+    monkeypatch.setattr(kernels, "KERNELS", made)
+    few = lambda rounds, block_seconds: dataclasses.replace(FEW_ROUNDS, rounds=rounds)  # noqa: E731
+    monkeypatch.setattr("cda4rec_jax.timing.TimingConfig", few)
+
+
+def test_the_command_measures_every_implementation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    assert "copy rate" in capsys.readouterr().out
+    found = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    rates = found["ceilings"]["flops_per_second"]
+    assert set(rates) == {"float32", "bfloat16"} and found["ceilings"]["copy_bytes_per_second"] > 0
+    assert [one["kernel"] for one in found["workloads"]] == [
+        "topk_dot",
+        "segment_attention",
+        "segment_attention",
+        "linear_cross_entropy",
+    ]
+    for one in found["workloads"]:
+        rows = {row["implementation"]: row for row in one["rows"]}
+        assert rows[PLAIN]["times_as_fast"]["median"] == 1.0 and one["kernel"] in rows
+        for name, row in rows.items():
+            assert row["threads"] > 0 and row["version"] and 0 < row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"]
+            assert row["copy_share"] > 0 and row["matmul_share"] > 0 and row["latency"]["p99_ms"] > 0
+            assert (row["temporary_bytes"] is None) == (row["compile_seconds"] is None) == (name == "numpy")
+    search = {row["implementation"]: row for row in found["workloads"][0]["rows"]}
+    assert {"numpy", "xla"} < set(search)
+    expected = 2.0 * 200 * 8 * 9 / (search["xla"]["ms"]["median"] / 1e3) / rates["float32"]
+    assert search["xla"]["matmul_share"] == pytest.approx(expected)
+
+
+def test_a_loop_on_the_device_gives_the_output_of_its_last_call() -> None:
+    table, batches = jnp.arange(12.0).reshape(4, 3), [(jnp.full((2, 3), value),) for value in (1.0, 2.0, 5.0)]
+    stacked = (jnp.stack([batch[0] for batch in batches]),)
+    run = jax.jit(lambda first, count: in_a_loop(lambda table, rows: {"scores": rows @ table.T}, (table,), stacked, first, count))
+    for first, count, last in ((0, 1, 0), (0, 3, 2), (1, 3, 0), (2, 5, 0)):
+        np.testing.assert_array_equal(run(first, count)["scores"], batches[last][0] @ table.T)
+
+
+def test_pairs_of_tokens_are_counted_by_hand() -> None:
+    assert attention_bench._reads(np.array([[1, 1, 1, 2, 0], [1, 2, 2, 0, 0]])) == (1 + 2 + 3 + 1) + (1 + 1 + 2)
+
+
+def test_a_catalogue_too_large_for_plain_jax_is_held_to_the_chunked_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_bench, "MOST_PLAIN_LOGITS", 100)
+    found = loss_bench.workload(LOSS, "gpu")
+    assert found.baseline == "xla" and PLAIN not in found.programs
+
+
+def test_another_output_and_an_unknown_kernel_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(backend: str):
+        right: Workload = loss_bench.workload(LOSS, backend)
+        doubled = lambda *given: jax.tree.map(lambda x: 2 * x, right.programs[PLAIN](*given))  # noqa: E731
+        yield dataclasses.replace(right, programs={**right.programs, "doubled": doubled})
+
+    monkeypatch.setitem(kernels.KERNELS, "linear_cross_entropy", wrong)
+    for only, message in (("linear_cross_entropy", "'doubled' is 1.0e+00 off 'plain jax'"), ("softmax", "choose from topk_dot")):
+        assert main(["bench", "kernels", "--only", only, "--rounds", "3", "--out", str(tmp_path)]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert message in error and "Traceback" not in error
+    assert not list(tmp_path.glob("*.json"))
