@@ -29,7 +29,9 @@ RETRIEVAL_PEERS = {
 
 def installed(peer: str) -> bool:
     """True where all packages of a peer are installed."""
-    return all(importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS | RANK_PEERS | RETRIEVAL_PEERS)[peer])
+    return all(
+        importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS | RANK_PEERS | RETRIEVAL_PEERS)[peer]
+    )
 
 
 def chosen_peers(
