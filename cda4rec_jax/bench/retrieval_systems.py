@@ -24,7 +24,7 @@ from cda4rec_jax.runs.artifacts import load_trained
 WIDTH = 64  # of generated items
 NUM_QUERIES = 2048
 # Share of the leaves that ScaNN searches, and items that it scores again for each one wanted.
-SCANN_SETTINGS = ((0.05, 3), (0.1, 3), (0.1, 8), (0.25, 6), (0.5, 10))
+SCANN_SETTINGS = ((0.05, 3.0), (0.1, 3.0), (0.1, 8.0), (0.25, 6.0), (0.5, 10.0))
 
 Search = Callable[[np.ndarray], np.ndarray]  # queries [b, d] to item indices [b, k]
 Searches = Callable[[np.ndarray, int, int], Mapping[str, Search]]  # of items (row 0 is padding), k and threads, by setting
@@ -178,7 +178,7 @@ def _of_index(build: Callable[[np.ndarray], Index], items: np.ndarray, k: int, t
 def _of_scann(items: np.ndarray, k: int, threads: int) -> Mapping[str, Search]:
     has_tree = len(items) - 1 > ScannConfig().tree_items
     settings = {
-        f"{leaf_share:.0%} of leaves, reorder {factor} k" if has_tree else f"no tree, reorder {factor} k": ScannConfig(
+        f"{leaf_share:.0%} of leaves, reorder {factor:g} k" if has_tree else f"no tree, reorder {factor:g} k": ScannConfig(
             leaf_share=leaf_share, reorder_factor=factor
         )
         for leaf_share, factor in SCANN_SETTINGS

@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(native_problem() is not None, reason="there 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few queries and calls, small tables, and no processes."""
     monkeypatch.setattr(retrieval_systems, "NUM_QUERIES", 64)
-    monkeypatch.setattr(retrieval_systems, "SCANN_SETTINGS", ((0.5, 10),))
+    monkeypatch.setattr(retrieval_systems, "SCANN_SETTINGS", ((0.5, 10.0),))
     monkeypatch.setattr(retrieval, "EXACT_SHAPES", ((300, 16, 4.0),))
     monkeypatch.setattr(retrieval, "CALLS", 20)
     monkeypatch.setattr(retrieval_sizes, "CALLS", 20)
