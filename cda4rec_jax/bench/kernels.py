@@ -16,15 +16,14 @@ from rich.table import Table
 
 from cda4rec_jax.bench.harness import (
     OtherLoad,
-    call_times_ms,
     check_folder,
     measurement_json,
     megabytes,
-    num_threads,
     times,
     write_json,
 )
 from cda4rec_jax.bench.retrieval_systems import version_of
+from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy import bench as linear_cross_entropy
 from cda4rec_jax.kernels.segment_attention import bench as segment_attention
@@ -32,7 +31,7 @@ from cda4rec_jax.kernels.topk_dot import bench as topk_dot
 from cda4rec_jax.kernels.workloads import Workload
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure
+from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure, usable_cores
 
 # A further kernel is one line here.
 KERNELS: Mapping[str, Callable[[str], Iterator[Workload]]] = {
@@ -107,7 +106,7 @@ class KernelsBenchmark:
         return {
             "benchmark": "kernels",
             "backend": self.backend,
-            "threads": num_threads(),
+            "threads": usable_cores(),
             "ceilings": asdict(self.ceilings),
             "workloads": [one.json() for one in self.workloads],
             "provenance": self.provenance,
@@ -130,7 +129,7 @@ class KernelsBenchmark:
         rates = ", ".join(f"{dtype} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in self.ceilings.flops_per_second.items())
         versions = dict.fromkeys(row.version for found in self.workloads for row in found.rows)
         lines = [
-            f"measured on {', '.join(self.provenance['devices'])} ({self.backend}), {num_threads()} threads: copy "
+            f"measured on {', '.join(self.provenance['devices'])} ({self.backend}), {usable_cores()} threads: copy "
             f"{self.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s, products of large matrices {rates}",
             "copy rate: the share of it at which inputs and outputs move; matmul rate: the share of it at which the products that the "
             "result needs are computed; what an implementation does twice does not count",
@@ -227,7 +226,7 @@ def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measur
     return Row(
         implementation=one.name,
         version=one.version,
-        threads=num_threads(),
+        threads=usable_cores(),
         ms=Spread(median=1e3 / rate.median, p10=1e3 / rate.p90, p90=1e3 / rate.p10),
         times_as_fast=Spread.of([1.0]) if is_baseline else measurement.ratio(one.name, workload.baseline),
         copy_share=workload.bytes_moved * rate.median / ceilings.copy_bytes_per_second,

@@ -15,11 +15,9 @@ from rich.table import Table
 from cda4rec_jax.bench.charts import curves
 from cda4rec_jax.bench.harness import (
     OtherLoad,
-    call_times_ms,
     check_folder,
     measurement_json,
     method_lines,
-    num_threads,
     times,
     write_json,
 )
@@ -34,11 +32,12 @@ from cda4rec_jax.bench.retrieval_systems import (
     trained_data,
 )
 from cda4rec_jax.bench.scale import ScaleFound, measure_scale
+from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.bench import plain_search
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 
 RECALL = 0.95  # from which on systems are compared
 EXACT = 0.9999  # recall of what counts as exact: sums in another order may swap neighbours
@@ -114,7 +113,7 @@ class SearchFound:
         rows = [
             {
                 **{key: value for key, value in vars(one).items() if key != "run"},
-                "threads": num_threads(),
+                "threads": usable_cores(),
                 "batch": self.batch,
                 "queries_per_second": self.queries_per_second(one.name),
                 "latency": asdict(self.latency[one.name]),
@@ -146,7 +145,7 @@ class SearchFound:
             *([f"below that recall: {', '.join(missed)}"] if missed else []),
             *([f"aim: {self.target} times the fastest of others; it is {self.least_ratio:.2f}"] if self.has_aim else []),
             f"versions: {', '.join(dict.fromkeys(one.version for one in self.compared))}",
-            *method_lines(self.measurement, num_threads(), self.others),
+            *method_lines(self.measurement, usable_cores(), self.others),
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
@@ -165,7 +164,7 @@ class RetrievalBenchmark:
         """Ready for JSON."""
         return {
             "benchmark": "retrieval",
-            "threads": num_threads(),
+            "threads": usable_cores(),
             "searches": [one.json() for one in self.searches],
             "sizes": None if self.sizes is None else self.sizes.json(),
             "scale": None if self.scale is None else self.scale.json(),
@@ -251,7 +250,7 @@ def _built(data: SearchData, k: int, peers: Sequence[str], progress: Callable[[i
     making = makers(peers)
     for done, (name, (package, make)) in enumerate(making.items()):
         progress(done, len(making))
-        systems += systems_of(name, package, make, data, k, num_threads())
+        systems += systems_of(name, package, make, data, k, usable_cores())
     progress(len(making), len(making))
     return systems
 
@@ -309,10 +308,17 @@ def _exact(
     data = hard_data(num_items, k)
     plain = jax.jit(partial(plain_search, k=k))
     making = {name: make for name, make in makers(peers).items() if name in EXACT_SYSTEMS}
-    systems = [one for name, (package, make) in making.items() for one in systems_of(name, package, make, data, k, num_threads())]
+    systems = [
+        one for name, (package, make) in making.items() for one in systems_of(name, package, make, data, k, usable_cores())
+    ]
     table = jax.numpy.asarray(data.items)
     written = systems_of(
-        PLAIN, "jax", lambda items, k, threads: {"": lambda queries: np.asarray(plain(table, queries)[0])}, data, k, num_threads()
+        PLAIN,
+        "jax",
+        lambda items, k, threads: {"": lambda queries: np.asarray(plain(table, queries)[0])},
+        data,
+        k,
+        usable_cores(),
     )
     return _searched(data, [*systems, *written], batch, k, EXACT, target, timing, progress)
 

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cda4rec_jax.bench.charts import curves
-from cda4rec_jax.bench.harness import call_times_ms, num_threads
 from cda4rec_jax.bench.retrieval_data import hard_item_chunks, hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_systems import WIDTH, Search, makers, search_of, version_of
+from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.retrieval import ExactIndex, MappedIndex, ScannIndex
+from cda4rec_jax.timing import usable_cores
 
 MAPPED = "ours, mapped"
 SCANN = "ours, scann"
@@ -80,7 +81,7 @@ class SizesFound:
     def print(self, console: Console) -> None:
         """A row for each point."""
         table = Table(
-            title=f"One query by catalogue size: width {WIDTH}, k = {self.k}, {num_threads()} threads",
+            title=f"One query by catalogue size: width {WIDTH}, k = {self.k}, {usable_cores()} threads",
             box=SIMPLE,
             padding=(0, 1, 0, 0),
         )
@@ -162,7 +163,7 @@ def measure_size(system: str, num_items: int, k: int) -> SizePoint:
             system=system,
             setting=APPROXIMATE.get(system, ""),
             version=version_of(package),
-            threads=num_threads(),
+            threads=usable_cores(),
             num_items=num_items,
             recall=_recall(search, queries[:64], num_items, k) if system in APPROXIMATE else 1.0,
             build_seconds=build_seconds,
@@ -195,7 +196,7 @@ def _built(system: str, num_items: int, k: int, folder: Path) -> tuple[Search, s
     if system == SCANN:
         return search_of(ScannIndex.build(items), k), None
     package, make = makers(tuple(PEERS_OF.get(system, ())))[system]
-    return make(items, k, num_threads())[APPROXIMATE.get(system, "")], package
+    return make(items, k, usable_cores())[APPROXIMATE.get(system, "")], package
 
 
 def _in_memory(chunks: Iterator[np.ndarray], num_items: int) -> np.ndarray:

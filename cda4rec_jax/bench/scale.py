@@ -27,11 +27,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import num_threads
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_sizes import MAPPED, SizesFound
 from cda4rec_jax.bench.retrieval_systems import WIDTH
 from cda4rec_jax.retrieval import QuantisedIndex
+from cda4rec_jax.timing import usable_cores
 
 BOUND_BYTES = 13  # of an item, beside its codes
 VECTOR_BYTES = 4 * WIDTH  # of an item on disk, of which a search reads a few hundred
@@ -176,9 +176,9 @@ def measure_scale(sizes: SizesFound, k: int) -> ScaleFound | None:
         return None
     host = Host(
         name="as this one",
-        cores=num_threads(),
+        cores=usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        read_bytes_per_second=read_rate(READ_BYTES, num_threads()),
+        read_bytes_per_second=read_rate(READ_BYTES, usable_cores()),
     )
     model = _model(host, k)
     checks = [
