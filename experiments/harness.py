@@ -31,6 +31,7 @@ from cda4rec_jax.training import Progress, RunConfig, train_run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORK = Path("runs/experiments")
+COMMAND_LINE = (tyro.conf.OmitArgPrefixes,)
 OURS, WITHOUT_TEXT, SASREC_CE = "cda4rec", "cda4rec-without-text", "sasrec-ce"
 SELECTION_USERS = 4096  # whose validation events choose a plan, a learning rate, a weight
 AGES = (0, 1, 3, 5, 10)  # events by which the cloud's view lags
@@ -406,7 +407,7 @@ def run_script(main: Callable[..., dict[str, Any]], page: Callable[[dict[str, An
 
     set_up_process()
     try:
-        print(page(tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))))
+        print(page(tyro.cli(main, config=COMMAND_LINE)))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ catalogue of ``--target``, of which it has seen no interaction. Beside it on the
 history without any training, and what the target's own training data makes of the same model and of SASRec on ids.
 
 The text vectors of both catalogues come from one TF-IDF + SVD that is fitted on both, or from two files that ``cda4rec encode`` wrote
-with one model (``--text SOURCE.npz TARGET.npz``). Writes ``transfer-<source>-to-<target>.json``, ``.md``, ``.png``.
+with one model (``--texts SOURCE.npz TARGET.npz``). Writes ``transfer-<source>-to-<target>.json``, ``.md``, ``.png``.
 """
 
 import hashlib
@@ -103,20 +103,22 @@ class TextSimilarity:
         return jnp.asarray(np.einsum("bl,blz->bz", weights, self.text[history.items]) @ self.text.T)
 
 
-def main(options: Options, target: str, text: tuple[Path, Path] | None = None) -> dict[str, Any]:
+def main(options: Options, target: str, texts: tuple[Path, Path] | None = None) -> dict[str, Any]:
     """Accuracy on the target of a model that was trained on the source.
 
     Args:
         options: of every experiment; ``data`` is the source, ``users`` samples those of the target.
         target: data source to recommend in.
-        text: text vectors of source and target, of one model; without them, TF-IDF + SVD fitted on both.
+        texts: text vectors of source and target, of one model; without them, TF-IDF + SVD fitted on both.
     """
     if options.run is not None:
         raise UserError("this experiment trains models of text alone: name --data instead of --run")
+    if options.text is not None:
+        raise UserError(f"got --text {options.text}, vectors of one catalogue: name those of both, --texts SOURCE.npz TARGET.npz")
     studies = [Study(options), Study(replace(options, data=target))]
     source, own = studies
     names = f"{source.name}-to-{own.name}"
-    provider, corpora = _corpora(source.interactions, own.interactions, text)
+    provider, corpora = _corpora(source.interactions, own.interactions, texts)
     # What a text-only model is trained with; its cells are found again under this name only.
     settings = json.dumps(
         [provider, *(asdict(study.config) for study in studies), *(study.interactions.fingerprint for study in studies)]

@@ -74,4 +74,6 @@ def test_text_vectors_of_two_models_are_refused(scripts: Scripts, options: Any, 
         files.append(tmp_path / f"{model}.npz")
         save_text_vectors(files[-1], vectors)
     with pytest.raises(UserError, match="two models do not compare"):
-        scripts("transfer").main(replace(options, data=str(small_world)), target=options.data, text=tuple(files))
+        scripts("transfer").main(replace(options, data=str(small_world)), target=options.data, texts=tuple(files))
+    with pytest.raises(UserError, match="name those of both, --texts"):
+        scripts("transfer").main(replace(options, text=files[0]), target=options.data)
