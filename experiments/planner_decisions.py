@@ -179,6 +179,7 @@ def _yardsticks(
         found["utility", name] = mean_over(utility[name], members)
         found["regret", name] = mean_over(utility[ORACLE] - utility[name], members)
         found["policy_minus", name] = mean_over(utility[POLICY] - utility[name], members)
+        found["minus_plug_in", name] = mean_over(utility[name] - utility[PLUG_IN], members)
         found["oracle_equal", name] = mean_over((choices[name] == choices[ORACLE]).astype(np.float32), members)
     found["oracle_minus_plug_in",] = mean_over(utility[ORACLE] - utility[PLUG_IN], members)
     found["gap_closed",] = gap_closed(utility[POLICY], utility[PLUG_IN], utility[ORACLE], members)
@@ -206,14 +207,16 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _overall_lines(found: dict[str, Any]) -> list[str]:
-    columns = ["planner", "utility", "policy - planner, 95%", "regret against the oracle, 95%", "equal to the oracle"]
+    columns = ["planner", "utility", "policy - planner, 95%", "planner - plug-in, 95%", "regret against the oracle, 95%"]
+    columns += ["equal to the oracle"]
     overall = found["overall"]
     rows = []
     for name, utility in overall["utility"].items():
         label = f"{BEST_FIXED}: {', '.join(sorted(set(found['best_fixed'])))}" if name == BEST_FIXED else name
         gain = "" if name == POLICY else with_interval(overall["policy_minus"][name], signed=True)
+        over = "" if name == PLUG_IN else with_interval(overall["minus_plug_in"][name], signed=True)
         regret = "" if name == ORACLE else with_interval(overall["regret"][name], signed=True)
-        rows.append([label, f"{utility['mean']:.4f}", gain, regret, f"{overall['oracle_equal'][name]['mean']:.1%}"])
+        rows.append([label, f"{utility['mean']:.4f}", gain, over, regret, f"{overall['oracle_equal'][name]['mean']:.1%}"])
     gap = overall["oracle_minus_plug_in"]
     closed = overall["gap_closed"]
     said = (
