@@ -6,6 +6,7 @@
 from cda4rec_jax.bench.kernels import KernelsBenchmark, bench_kernels
 from cda4rec_jax.bench.plan import PlanBenchmark, bench_plan
 from cda4rec_jax.bench.rank import RankBenchmark, bench_rank
+from cda4rec_jax.bench.request import RequestBenchmark, bench_request
 from cda4rec_jax.bench.retrieval import RetrievalBenchmark, bench_retrieval
 from cda4rec_jax.bench.train import TrainBenchmark, bench_train
 from cda4rec_jax.bench.train_accelerator import ACCELERATOR_PRESETS, bench_accelerator, lower_step
@@ -15,12 +16,14 @@ __all__ = [
     "KernelsBenchmark",
     "PlanBenchmark",
     "RankBenchmark",
+    "RequestBenchmark",
     "RetrievalBenchmark",
     "TrainBenchmark",
     "bench_accelerator",
     "bench_kernels",
     "bench_plan",
     "bench_rank",
+    "bench_request",
     "bench_retrieval",
     "bench_train",
     "lower_step",

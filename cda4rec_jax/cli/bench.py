@@ -205,6 +205,40 @@ class BenchKernels:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """One warm request: milliseconds by plan, a waterfall of its parts, what concurrent branches gain, and the device's part."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")] = Path("checkpoints/synthetic-tiny")
+    """A finished joint run; the small one that a checkout holds if not given, whose catalogue is tiny."""
+    requests: int = 300
+    """Timed requests of each plan."""
+    users: int = 64
+    """Users who take turns."""
+    rounds: int = 15
+    """Rounds in which both sides of a comparison take turns."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file and the chart."""
+
+    def run(self) -> None:
+        """See ``bench_request``."""
+        set_up_process()
+        from cda4rec_jax.bench import bench_request
+        from cda4rec_jax.timing import TimingConfig
+
+        console, timing = Console(), TimingConfig(rounds=self.rounds)
+        with StagesView(console) as view:
+            found = bench_request(
+                self.run_folder,
+                requests=self.requests,
+                users=self.users,
+                timing=timing,
+                out=self.out,
+                progress=view.progress,
+            )
+        found.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure this package beside others on this machine, by one method: in turns, with a null and the spread over rounds."""
 
@@ -213,7 +247,8 @@ class Bench:
         | Annotated[BenchPlan, tyro.conf.subcommand(name="plan")]
         | Annotated[BenchRank, tyro.conf.subcommand(name="rank")]
         | Annotated[BenchRetrieval, tyro.conf.subcommand(name="retrieval")]
-        | Annotated[BenchKernels, tyro.conf.subcommand(name="kernels")],
+        | Annotated[BenchKernels, tyro.conf.subcommand(name="kernels")]
+        | Annotated[BenchRequest, tyro.conf.subcommand(name="request")],
         tyro.conf.arg(name=""),
     ]
 
