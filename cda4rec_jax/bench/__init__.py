@@ -3,6 +3,7 @@
 ``peers`` holds the systems of others, which only the extra ``bench`` installs.
 """
 
+from cda4rec_jax.bench.dispatch import DispatchBenchmark, bench_dispatch
 from cda4rec_jax.bench.kernels import KernelsBenchmark, bench_kernels
 from cda4rec_jax.bench.plan import PlanBenchmark, bench_plan
 from cda4rec_jax.bench.rank import RankBenchmark, bench_rank
@@ -13,6 +14,7 @@ from cda4rec_jax.bench.train_accelerator import ACCELERATOR_PRESETS, bench_accel
 
 __all__ = [
     "ACCELERATOR_PRESETS",
+    "DispatchBenchmark",
     "KernelsBenchmark",
     "PlanBenchmark",
     "RankBenchmark",
@@ -20,6 +22,7 @@ __all__ = [
     "RetrievalBenchmark",
     "TrainBenchmark",
     "bench_accelerator",
+    "bench_dispatch",
     "bench_kernels",
     "bench_plan",
     "bench_rank",
