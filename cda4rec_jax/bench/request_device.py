@@ -16,7 +16,6 @@ from cda4rec_jax.kernels.rank_candidates import empty_cache, extend_history
 from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, Slate
 from cda4rec_jax.nn import embed
 from cda4rec_jax.pipeline.subtasks import StructuredState, rank_slate, score_features, structure_sequences, unseen
-from cda4rec_jax.planner import plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.runtime.functions import CandidatePool
 from cda4rec_jax.runtime.models import device_functions
@@ -59,7 +58,7 @@ def device_path(recommender: Recommender, trained: TrainedSystem, devices: list[
         UserError: path and kernels give different slates.
     """
     device = max(devices, key=lambda one: int(one.history.lengths[0]))
-    pool = ask(recommender, device, plan_index(plan), with_link=False).answer.pool
+    pool = ask(recommender, device, recommender.space.index(plan), with_link=False).answer.pool
     assert pool is not None
     functions = device_functions(recommender.functions, device.state, SLATE)
 

@@ -13,7 +13,6 @@ import numpy as np
 from cda4rec_jax.bench.systems import System, started
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel, HistoryBatch, Trace
-from cda4rec_jax.planner import PLANS, plan_index
 from cda4rec_jax.privacy.gate import Gate
 from cda4rec_jax.privacy.ledger import Ledger
 from cda4rec_jax.runtime import (
@@ -97,13 +96,15 @@ def ask(recommender: Recommender, device: Device, wanted: int | None, *, with_li
         with_link: count the time of a WiFi link that is exactly as estimated; otherwise it takes none.
 
     Raises:
-        UserError: it ended in another plan.
+        UserError: the situation forbids the plan, or it ended in another one.
     """
     started_s = time.perf_counter()
     served = recommender.planner.decide(device.history, _SITUATION)
     planning_ms = 1e3 * (time.perf_counter() - started_s)
     planned = recommender.planner.explain(device.history, _SITUATION, served)
     choice = choose(planned, wanted)
+    if wanted is not None and choice.plan_index != wanted:
+        raise UserError(f"{choice.asked_for} is forbidden to {device.user_id!r}, whom {choice.decision.chosen.name} would answer")
     request = Request(
         plan=planned.costs.space.plans[choice.plan_index],
         fallback=planned.costs.space.plans[int(planned.fallback[0, choice.plan_index])],
@@ -125,7 +126,7 @@ def request_systems(recommender: Recommender, devices: Sequence[Device]) -> list
     def asker(wanted: int | None) -> Callable[[Device], object]:
         return lambda device: ask(recommender, device, wanted, with_link=False)
 
-    runs: dict[str, Callable[[Device], object]] = {plan: asker(plan_index(plan)) for plan in NAMED_PLANS}
+    runs: dict[str, Callable[[Device], object]] = {plan: asker(recommender.space.index(plan)) for plan in NAMED_PLANS}
     runs[CHOICE] = asker(None)
     runs[WHOLE] = lambda device: recommender.recommend(device.user_id, k=SLATE)
     found = []
@@ -160,7 +161,7 @@ def waterfall_of(
     recommender: Recommender, devices: Sequence[Device], title: str, plan: str, count: int, *, with_link: bool
 ) -> Waterfall:
     """Ask ``count`` times, after every device did once, and keep the request with the median latency."""
-    wanted = plan_index(plan)
+    wanted = recommender.space.index(plan)
     for device in devices:
         ask(recommender, device, wanted, with_link=with_link)
     asked = [ask(recommender, devices[number % len(devices)], wanted, with_link=with_link) for number in range(count)]
@@ -176,7 +177,8 @@ def branch_contestants(recommender: Recommender, devices: Sequence[Device], stac
     The cloud branch waits 25 ms for each direction of the link; the device branch computes.
     """
     link = LinkRealisation(transfer_ms=lambda payload_bytes, direction: BRANCH_MS / 2)
-    plan, fallback = PLANS[plan_index(HEAVIEST)], PLANS[plan_index("local-skip-skip")]
+    plans, space = recommender.space.plans, recommender.space
+    plan, fallback = plans[space.index(HEAVIEST)], plans[space.last_resort]
 
     def contestant(name: str, concurrent: bool) -> Contestant:
         config = ExecutorConfig(real_delay=True, concurrent=concurrent)

@@ -44,7 +44,7 @@ class DeviceState:
 
     Attributes:
         history: the private past (b = 1).
-        newest: its newest events, as structured modelling reads them. It changes with the history alone, and stays here.
+        newest: what a FULL abstract would tell of it now, which is what structured modelling reads; it changes with the history alone.
         own_evidence: records of the items of ``newest``, leading axes [1, l].
         embedding: the last one that the cloud gave, or None.
         cache: the candidates that came with it (none without it), then the popular items; scores where there are such.
@@ -110,6 +110,9 @@ def device_state(
 def device_functions(functions: RequestFunctions, state: DeviceState, k: int) -> DeviceFunctions:
     """The device's sub-tasks for the user of ``state``; slates have length ``k``."""
 
+    def abstract(level: EgressLevel) -> AbstractData:
+        return _abstract_data(state.newest if level is EgressLevel.FULL else functions.abstract(state.history, level, 0))
+
     def structured() -> StructuredState:
         own = functions.structured(state.newest, state.own_evidence)
         jax.block_until_ready(own.state)
@@ -127,7 +130,7 @@ def device_functions(functions: RequestFunctions, state: DeviceState, k: int) ->
         return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
 
     return DeviceFunctions(
-        abstract=lambda level: _abstract_data(functions.abstract(state.history, level, 0)),
+        abstract=abstract,
         structured=structured,
         cached_embedding=lambda: state.embedding,
         cached_candidates=partial(_cached_candidates, state.cache),

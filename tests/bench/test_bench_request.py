@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cda4rec_jax.bench import request, request_device
+from cda4rec_jax.bench import request, request_device, request_systems
 from cda4rec_jax.bench.request_device import EMPTY, KERNELS, PATH
 from cda4rec_jax.bench.request_systems import CHOICE, CONCURRENT, HEAVIEST, NAMED_PLANS, SEQUENTIAL, WHOLE
 from cda4rec_jax.cli import main
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.messages import EgressLevel
+from cda4rec_jax.runtime.recommend.planning import Situation
 from cda4rec_jax.timing import TimingConfig
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
@@ -78,3 +80,9 @@ def test_bad_input_gets_one_message(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(["bench", "request", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
+
+
+def test_a_plan_that_the_situation_forbids_is_not_measured_as_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_systems, "_SITUATION", Situation(consent=EgressLevel.PROFILE))
+    with pytest.raises(UserError, match=f"{HEAVIEST} is forbidden"):
+        request.bench_request(CHECKPOINT, requests=1, users=1, timing=FEW_ROUNDS, out=tmp_path)
