@@ -7,7 +7,7 @@ import importlib.metadata
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -37,7 +37,7 @@ JIT = "jit"  # what all others are compared with: one array in and one out, both
 ARRAYS = (4, 16, 64)
 REPEATS = 20  # calls that the harness sees as one
 CALLS, MOST_SECONDS = 3000, 0.5  # single calls whose percentiles are taken, and the most that they may take
-REMOTE_REPEATS = 500  # of another process, which is asked over a pipe
+REMOTE_REPEATS = 5000  # of another process, which is asked over a pipe
 X = np.arange(16, dtype=np.float32)  # small whole numbers, whose parts and sums are exact
 
 
@@ -60,14 +60,13 @@ class DispatchBenchmark:
 
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
-        rows = systems_json(self.systems, self.latency)
         return {
             "benchmark": "dispatch",
             "backend": jax.default_backend(),
-            "threads": usable_cores(),
             "async_dispatch": self.async_dispatch,
-            "compared_with": JIT,
-            "systems": {name: {**row, "threads": usable_cores()} for name, row in rows.items()},
+            "systems": {
+                name: {**row, "threads": usable_cores()} for name, row in systems_json(self.systems, self.latency).items()
+            },
             "measurement": measurement_json(self.measurement, self.others),
             "not_installed": list(self.not_installed),
             "provenance": self.provenance,
@@ -83,14 +82,13 @@ class DispatchBenchmark:
             ratio = "1" if one.name == JIT else f"{self.measurement.ratio(JIT, one.name).median:.2f}"
             table.add_row(one.name, *percentile_cells(self.latency[one.name]), ratio, str(usable_cores()), one.version)
         console.print(table)
-        first = ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in self.systems)
         lines = [
             f"every call adds 1 to 16 numbers, the C++ call ranks one candidate; {JIT}: one array in and one out, both where the program "
             "runs; NumPy: in and out; split once: the module's arrays are passed as a list, as RequestFunctions does; constants: they are "
             "part of the program, as ServedPlanner and ServedRanker have them",
             f"jax_cpu_enable_async_dispatch is {'on' if self.async_dispatch else 'off'} but where a row says otherwise, which is timed "
             "in a process of its own",
-            f"first calls, compiling included: {first}",
+            "first calls, compiling included: " + ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in self.systems),
             *method_lines(self.measurement, usable_cores(), self.others),
         ]
         if self.not_installed:
@@ -253,8 +251,7 @@ def _of_peers(peers: Sequence[str]) -> list[System]:
         runs["torch"] = torch_call(threads=usable_cores())
     if "numpy" in peers:
         runs["numpy"] = _plus_one
-    found = {name: f"{name} {importlib.metadata.version(name)}" for name in runs}
-    return [_system(f"{name}, NumPy", run, X, found[name]) for name, run in runs.items()]
+    return [_system(f"{name}, NumPy", run, X, f"{name} {importlib.metadata.version(name)}") for name, run in runs.items()]
 
 
 class OtherProcess:
@@ -271,7 +268,7 @@ class OtherProcess:
         self.system = System(
             name=name, version=_JAX, against=(), run=self.call_ms, inputs=(1,), first_call_seconds=first_ms / 1e3
         )
-        self.contestant = Contestant(name=name, call=lambda _: float(len(self.call_ms(REMOTE_REPEATS))))
+        self.contestant = Contestant(name=name, call=lambda _: self._repeated())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -280,22 +277,26 @@ class OtherProcess:
 
     def call_ms(self, count: int) -> list[float]:
         """Milliseconds of single calls there."""
-        self._pipe.send(count)
+        self._pipe.send((count, True))
         return self._pipe.recv()
+
+    def _repeated(self) -> float:
+        self._pipe.send((REMOTE_REPEATS, False))
+        self._pipe.recv()
+        return float(REMOTE_REPEATS)
 
 
 def _serve(pipe: Connection, async_dispatch: bool) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", async_dispatch)
     run, x, clock = _ready(jax.jit(_plus_one)), jnp.asarray(X), time.perf_counter_ns
     pipe.send(_async_dispatch())
-    while True:
-        try:
-            count = pipe.recv()
-        except EOFError:
-            return
-        taken = []
-        for _ in range(count):
-            start = clock()
-            run(x)
-            taken.append((clock() - start) / 1e6)
-        pipe.send(taken)
+    with suppress(EOFError):
+        while True:
+            count, each = pipe.recv()
+            taken = []
+            for _ in range(count):
+                start = clock() if each else 0
+                run(x)
+                if each:
+                    taken.append((clock() - start) / 1e6)
+            pipe.send(taken)
