@@ -124,7 +124,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     staged.replace(path)
 
 
-def bar_chart(path: Path, title: str, unit: str, rates: Mapping[str, Spread], ours: Sequence[str]) -> bool:
+def bar_chart(path: Path, title: str, unit: str, rates: Mapping[str, Spread], ours: Sequence[str], *, log: bool = False) -> bool:
     """One bar for each system, the 10th to 90th percentile on it; False where matplotlib is not installed."""
     try:
         import matplotlib
@@ -142,9 +142,10 @@ def bar_chart(path: Path, title: str, unit: str, rates: Mapping[str, Spread], ou
     figure, axes = pyplot.subplots(figsize=(9.0, 1.2 + 0.42 * len(names)), layout="constrained")
     colours = ["tab:blue" if name in ours else "tab:grey" for name in names]
     bars = axes.barh(names, medians, xerr=errors, color=colours, ecolor="black", capsize=3)
-    axes.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], padding=6)
+    axes.bar_label(bars, labels=[f"{median:,.0f}" if median >= 100.0 else f"{median:.3g}" for median in medians], padding=6)
     axes.invert_yaxis()
     axes.margins(x=0.15)
+    axes.set_xscale("log" if log else "linear")
     axes.set_xlabel(unit)
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)

@@ -205,6 +205,65 @@ class BenchKernels:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """One warm request: milliseconds by plan, a waterfall of its parts, what concurrent branches gain, and the device's part."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")] = Path("checkpoints/synthetic-tiny")
+    """A finished joint run; the small one that a checkout holds if not given, whose catalogue is tiny."""
+    requests: int = 300
+    """Timed requests of each plan."""
+    users: int = 64
+    """Users who take turns."""
+    rounds: int = 15
+    """Rounds in which both sides of a comparison take turns."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file and the chart."""
+
+    def run(self) -> None:
+        """See ``bench_request``."""
+        set_up_process()
+        from cda4rec_jax.bench import bench_request
+        from cda4rec_jax.timing import TimingConfig
+
+        console, timing = Console(), TimingConfig(rounds=self.rounds)
+        with StagesView(console) as view:
+            found = bench_request(
+                self.run_folder,
+                requests=self.requests,
+                users=self.users,
+                timing=timing,
+                out=self.out,
+                progress=view.progress,
+            )
+        found.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDispatch:
+    """What a call of compiled code costs from Python: microseconds by how arrays and weights get into it, beside others' calls."""
+
+    peers: tuple[str, ...] | None = None
+    """Whom to measure beside JAX: onnxruntime, torch, numpy. All that are installed if not given."""
+    rounds: int = 15
+    """Rounds in which all take turns."""
+    turn_ms: float = 50.0
+    """How long a turn takes."""
+    out: Path = Path("runs/bench")
+    """Folder for the JSON file and the chart."""
+
+    def run(self) -> None:
+        """See ``bench_dispatch``."""
+        set_up_process()
+        from cda4rec_jax.bench import bench_dispatch
+        from cda4rec_jax.timing import TimingConfig
+
+        console, timing = Console(), TimingConfig(rounds=self.rounds, block_seconds=self.turn_ms / 1e3)
+        with StagesView(console) as view:
+            found = bench_dispatch(peers=self.peers, timing=timing, out=self.out, progress=view.progress)
+        found.print(console)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure this package beside others on this machine, by one method: in turns, with a null and the spread over rounds."""
 
@@ -213,7 +272,9 @@ class Bench:
         | Annotated[BenchPlan, tyro.conf.subcommand(name="plan")]
         | Annotated[BenchRank, tyro.conf.subcommand(name="rank")]
         | Annotated[BenchRetrieval, tyro.conf.subcommand(name="retrieval")]
-        | Annotated[BenchKernels, tyro.conf.subcommand(name="kernels")],
+        | Annotated[BenchKernels, tyro.conf.subcommand(name="kernels")]
+        | Annotated[BenchDispatch, tyro.conf.subcommand(name="dispatch")]
+        | Annotated[BenchRequest, tyro.conf.subcommand(name="request")],
         tyro.conf.arg(name=""),
     ]
 

@@ -15,6 +15,7 @@ from cda4rec_jax.kernels.rank_candidates import RankerWeights, empty_cache, exte
 from cda4rec_jax.messages import Candidates, Context, EgressLevel, Evidence, HistoryBatch, Slate, UserAbstract
 from cda4rec_jax.nn import embed
 from cda4rec_jax.pipeline.catalogue import Catalogue
+from cda4rec_jax.pipeline.handover import Handover
 from cda4rec_jax.pipeline.subtasks import (
     StructuredState,
     cached_candidates,
@@ -55,7 +56,8 @@ class RequestFunctions:
         self._semantic = _flat(system.cloud, lambda cloud, vectors, abstract: model_semantics(cloud, vectors, abstract))
         ranker = ranker_weights(system.device, config.history_length, config.without_features)
         self._state = jax.jit(partial(_state, ranker, np.asarray(system.device.prefix[...])))
-        shared = {"num_items": self.num_items, "without": config.without_features}
+        self._handover = Handover(self._evidence)
+        shared = {"handover": self._handover, "num_items": self.num_items, "without": config.without_features}
         self._score = _flat(system.device.head, partial(_score, **shared))
         self._rank = _flat(system.device.head, partial(_rank, **shared), static_argnames="k")
         self._finish = jax.jit(partial(_finish, num_items=self.num_items), static_argnames="k")
@@ -103,8 +105,9 @@ class RequestFunctions:
         age_events: float,
         level: EgressLevel,
     ) -> jax.Array:
-        """Final scores, [1, c], of candidates whose history is not known (ranking in the cloud)."""
-        return self._score(candidates, evidence, structured, present, *_described(age_events, level))
+        """Final scores, [1, c], of candidates whose history is not known (ranking in the cloud). Scores of item 0 are not read."""
+        joined = self._handover.join(candidates, evidence, present, whole=structured is not None)
+        return self._score(joined, _described(age_events, level), structured)[1]
 
     def rank(
         self,
@@ -117,8 +120,9 @@ class RequestFunctions:
         seen: Array,
         k: int,
     ) -> Slate:
-        """The slate, [1, k]: final ranking on the device, without what the user has seen."""
-        return self._rank(candidates, evidence, structured, present, *_described(age_events, level), seen, k=k)
+        """The slate, [1, k]: final ranking on the device, without what the user has seen. Scores of item 0 are not read."""
+        joined = self._handover.join(candidates, evidence, present, whole=structured is not None)
+        return self._rank(joined, _described(age_events, level), structured, seen, k=k)
 
     def finish(self, items: np.ndarray, scores: np.ndarray, seen: Array, k: int) -> Slate:
         """The slate, [1, k], of candidates that the cloud has ranked."""
@@ -148,42 +152,33 @@ def _state(weights: RankerWeights, prefix: np.ndarray, full: UserAbstract, evide
     return state[None, :], num_tokens - 1
 
 
-def _described(age_events: float, level: EgressLevel) -> tuple[np.ndarray, np.ndarray]:
-    return np.full(1, age_events, np.float32), np.full(1, int(level), np.int32)
+def _described(age_events: float, level: EgressLevel) -> np.ndarray:
+    return np.array([age_events, int(level)], np.float32)
 
 
 def _score(
     head: Any,
-    candidates: Any,
-    evidence: Any,
+    joined: Any,
+    described: Any,
     structured: Any,
-    present: Any,
-    age: Any,
-    level: Any,
     *,
+    handover: Handover,
     num_items: int,
     without: tuple[str, ...],
-) -> Any:
-    described = {"present": present, "age_events": age, "level": level}
-    return head(score_features(candidates, evidence, structured, **described, num_items=num_items, without=without))
+) -> tuple[jax.Array, jax.Array]:
+    """Candidates and their scores."""
+    candidates, evidence, present = handover.part(joined, whole=structured is not None)
+    # An approximate index marks an empty place by a score of -inf, which no feature could hold.
+    is_item = candidates.items > 0
+    candidates = Candidates(items=candidates.items, scores=jnp.where(is_item, candidates.scores, 0.0))
+    given = {"present": present * is_item, "age_events": described[:1], "level": described[1:].astype(jnp.int32)}
+    scores = head(score_features(candidates, evidence, structured, **given, num_items=num_items, without=without))
+    return candidates.items, scores
 
 
-def _rank(
-    head: Any,
-    candidates: Any,
-    evidence: Any,
-    structured: Any,
-    present: Any,
-    age: Any,
-    level: Any,
-    seen: Any,
-    *,
-    num_items: int,
-    without: tuple[str, ...],
-    k: int,
-) -> Slate:
-    scores = _score(head, candidates, evidence, structured, present, age, level, num_items=num_items, without=without)
-    return _finish(candidates.items, scores, seen, num_items=num_items, k=k)
+def _rank(head: Any, joined: Any, described: Any, structured: Any, seen: Any, *, num_items: int, k: int, **shared: Any) -> Slate:
+    items, scores = _score(head, joined, described, structured, num_items=num_items, **shared)
+    return _finish(items, scores, seen, num_items=num_items, k=k)
 
 
 def _finish(items: Any, scores: Any, seen: Any, *, num_items: int, k: int) -> Slate:

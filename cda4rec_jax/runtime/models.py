@@ -40,16 +40,18 @@ _NO_EVIDENCE = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """What one user's device holds before a request.
+    """What one user's device holds before a request; what every request reads is where JAX computes.
 
     Attributes:
         history: the private past (b = 1).
-        own_evidence: records of the newest items of the history, leading axes [1, l].
+        newest: what a FULL abstract would tell of it now, which is what structured modelling reads; it changes with the history alone.
+        own_evidence: records of the items of ``newest``, leading axes [1, l].
         embedding: the last one that the cloud gave, or None.
         cache: the candidates that came with it (none without it), then the popular items; scores where there are such.
     """
 
     history: HistoryBatch
+    newest: UserAbstract
     own_evidence: Evidence
     embedding: CachedEmbedding | None
     cache: CandidatePool
@@ -71,6 +73,7 @@ def device_state(
         cache_level: of the earlier request; NOTHING if there was none.
         cache_age_events: events of the history since then.
     """
+    history = jax.device_put(history)
     width = min(CACHED_CANDIDATES, functions.num_items)
     embedding, last = None, (np.zeros(width, np.int32), np.zeros(width, np.float32))
     if cache_level is not EgressLevel.NOTHING:
@@ -99,23 +102,27 @@ def device_state(
         age_events=cache_age_events if embedding else 0,
         level=cache_level,
     )
-    full = functions.abstract(history, EgressLevel.FULL, 0)
-    own = jax.device_put(functions.evidence(np.asarray(full.items)))  # every request reads it
-    return DeviceState(history=history, own_evidence=own, embedding=embedding, cache=cache)
+    newest = functions.abstract(history, EgressLevel.FULL, 0)
+    own = jax.device_put(functions.evidence(np.asarray(newest.items)))
+    return DeviceState(history=history, newest=newest, own_evidence=own, embedding=embedding, cache=cache)
 
 
 def device_functions(functions: RequestFunctions, state: DeviceState, k: int) -> DeviceFunctions:
     """The device's sub-tasks for the user of ``state``; slates have length ``k``."""
 
+    def abstract(level: EgressLevel) -> AbstractData:
+        return _abstract_data(state.newest if level is EgressLevel.FULL else functions.abstract(state.history, level, 0))
+
     def structured() -> StructuredState:
-        full = functions.abstract(state.history, EgressLevel.FULL, 0)
-        return jax.block_until_ready(functions.structured(full, state.own_evidence))
+        own = functions.structured(state.newest, state.own_evidence)
+        jax.block_until_ready(own.state)
+        return own
 
     def rank(pool: CandidatePool, own: object) -> Ranked:
         evidence = _whole(pool.evidence) if own is not None else _popularity(pool.evidence)
-        present = (pool.present * (pool.items > 0))[None, :]
         candidates, history = _candidates(pool.items, pool.scores), cast(StructuredState | None, own)
-        slate = functions.rank(candidates, evidence, history, present, float(pool.age_events), pool.level, state.history.seen, k)
+        present, age = pool.present[None, :], float(pool.age_events)
+        slate = functions.rank(candidates, evidence, history, present, age, pool.level, state.history.seen, k)
         return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
 
     def finish(items: np.ndarray, scores: np.ndarray) -> Ranked:
@@ -123,7 +130,7 @@ def device_functions(functions: RequestFunctions, state: DeviceState, k: int) ->
         return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
 
     return DeviceFunctions(
-        abstract=lambda level: _abstract_data(functions.abstract(state.history, level, 0)),
+        abstract=abstract,
         structured=structured,
         cached_embedding=lambda: state.embedding,
         cached_candidates=partial(_cached_candidates, state.cache),
@@ -149,7 +156,7 @@ def cloud_functions(functions: RequestFunctions, num_attributes: int) -> CloudFu
     def rank(items: np.ndarray, scores: np.ndarray, released: UplinkFields, own: object) -> Ranked:
         rows = _rows(functions.evidence(items))
         evidence = _whole(rows) if own is not None else _popularity(rows)
-        present = (items > 0).astype(np.float32)[None, :]
+        present = np.ones((1, len(items)), np.float32)
         candidates, history = _candidates(items, scores), cast(StructuredState | None, own)
         final = np.asarray(functions.score(candidates, evidence, history, present, 0.0, released.level))[0]
         final = np.where(items > 0, final, -np.inf).astype(np.float32)
@@ -217,8 +224,7 @@ def _cached_candidates(cache: CandidatePool, semantic: Placement) -> CandidatePo
 
 
 def _candidates(items: np.ndarray, scores: np.ndarray) -> Candidates:
-    """One row of candidates; an approximate index marks an empty place by a score of -inf, which no feature could hold."""
-    return Candidates(items=items[None, :], scores=np.where(items > 0, scores, 0.0).astype(np.float32)[None, :])
+    return Candidates(items=items[None, :], scores=scores[None, :])
 
 
 def _rows(evidence: Evidence) -> dict[str, np.ndarray]:

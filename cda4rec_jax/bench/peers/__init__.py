@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from cda4rec_jax.errors import UserError
 
-# Packages of each peer, in training, in planning, in ranking and in retrieval.
+# Packages of each peer, in training, in planning, in ranking, in calls of compiled code and in retrieval.
 PEERS = {
     "jax": ("jax",),
     "torch": ("torch",),
@@ -17,6 +17,7 @@ PEERS = {
 }
 PLAN_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "numpy": ("numpy",)}
 RANK_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "jax": ("jax",), "numpy": ("numpy",)}
+DISPATCH_PEERS = {"onnxruntime": ("onnxruntime", "onnx"), "torch": ("torch",), "numpy": ("numpy",)}
 RETRIEVAL_PEERS = {
     "faiss": ("faiss",),
     "hnswlib": ("hnswlib",),
@@ -29,9 +30,8 @@ RETRIEVAL_PEERS = {
 
 def installed(peer: str) -> bool:
     """True where all packages of a peer are installed."""
-    return all(
-        importlib.util.find_spec(package) is not None for package in (PEERS | PLAN_PEERS | RANK_PEERS | RETRIEVAL_PEERS)[peer]
-    )
+    packages = (PEERS | PLAN_PEERS | RANK_PEERS | DISPATCH_PEERS | RETRIEVAL_PEERS)[peer]
+    return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def chosen_peers(

@@ -1,0 +1,72 @@
+"""Candidates and their records, handed to a compiled program as few arrays: each one costs more than a microsecond, whatever its size."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import groupby
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from cda4rec_jax.array_typing import Array
+from cda4rec_jax.messages import Candidates, Evidence
+
+Joined = tuple[Array, ...]  # flat, of unsigned integers, one for each size of a number
+
+
+class Column(NamedTuple):
+    """Numbers that every candidate has."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]  # of one candidate
+
+
+class Handover:
+    """Joins what final ranking reads of one request's candidates on the host, and parts it inside of a program.
+
+    Args:
+        evidence: records of any items, NumPy; a request's have their dtypes and widths.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        number, code = np.dtype(np.float32), np.dtype(np.int32)
+        own = [Column("items", code, ()), Column("scores", number, ()), Column("present", number, ())]
+        records = {each.name: getattr(evidence, each.name) for each in fields(Evidence)}
+        self._records = [Column(name, rows.dtype, rows.shape[1:]) for name, rows in records.items()]
+        self._whole = _by_size([*own, *self._records])
+        self._least = _by_size([*own, *(column for column in self._records if column.name == "log_popularity")])
+
+    def join(self, candidates: Candidates, evidence: Evidence, present: Float[Array, "1 c"], *, whole: bool) -> Joined:
+        """One user's candidates (leading axes [1, c]) with all their records, or, if not ``whole``, with their popularity alone."""
+        own = {"items": candidates.items, "scores": candidates.scores, "present": present}
+        joined = []
+        for columns in self._whole if whole else self._least:
+            values = ((own[name] if name in own else getattr(evidence, name), dtype) for name, dtype, _ in columns)
+            # NumPy takes several times as long to concatenate so small arrays.
+            flat = b"".join([np.ascontiguousarray(rows, dtype).data for rows, dtype in values])
+            joined.append(np.frombuffer(flat, f"u{columns[0].dtype.itemsize}"))
+        return tuple(joined)
+
+    def part(self, joined: Joined, *, whole: bool) -> tuple[Candidates, Evidence, Float[Array, "1 c"]]:
+        """What ``join`` was given; traceable. Records that it left out are empty."""
+        found: dict[str, Any] = {name: jnp.zeros(0, dtype) for name, dtype, _ in self._records}
+        for flat, columns in zip(joined, self._whole if whole else self._least, strict=True):
+            rows, start = flat.shape[0] // sum(prod(column.shape) for column in columns), 0
+            for name, dtype, shape in columns:
+                end = start + rows * prod(shape)
+                found[name] = jax.lax.bitcast_convert_type(flat[start:end], dtype).reshape(1, rows, *shape)
+                start = end
+        candidates = Candidates(items=found.pop("items"), scores=found.pop("scores"))
+        present = found.pop("present")
+        return candidates, Evidence(**found), present
+
+
+def _by_size(columns: Sequence[Column]) -> list[list[Column]]:
+    def size(column: Column) -> int:
+        return column.dtype.itemsize
+
+    return [list(group) for _, group in groupby(sorted(columns, key=size), key=size)]
