@@ -69,14 +69,14 @@ def topk_dot(
         implementation = "native" if fits and native_problem() is None else "xla"
     if implementation == "xla":
         return topk_dot_xla(items.astype(wide), queries.astype(wide), k, allowed, excluded, chunk_size)
-    real = jnp.arange(items.shape[0]) > 0
-    allowed = real if allowed is None else allowed & real
     excluded = jnp.zeros((queries.shape[0], 0), jnp.int32) if excluded is None else excluded
-    if implementation == "reference":
-        return topk_dot_reference(items.astype(wide), queries.astype(wide), k, allowed, excluded)
     if implementation == "native":
         _check_native(items, queries)
         return topk_dot_native(items, queries, k, allowed, excluded)
+    real = jnp.arange(items.shape[0]) > 0
+    allowed = real if allowed is None else allowed & real
+    if implementation == "reference":
+        return topk_dot_reference(items.astype(wide), queries.astype(wide), k, allowed, excluded)
     if implementation in ("triton", "tpu"):
         check_backend(implementation, interpret)
         return topk_dot_pallas(items, queries, k, allowed, excluded, implementation, interpret)

@@ -91,25 +91,104 @@ void run_pieces(ffi::ThreadPool& pool, int64_t count, Work work) {
   state->all_done.wait(lock, [&] { return state->done == count; });
 }
 
+struct alignas(64) Line {
+  char bytes[64];
+};
+
+// Values that begin with a cache line: a vector that crosses into the next one is read twice.
+template <typename Value>
+struct Lines {
+  explicit Lines(int64_t count) : lines((count * sizeof(Value) + sizeof(Line) - 1) / sizeof(Line)) {}
+  Value* data() { return reinterpret_cast<Value*>(lines.data()); }
+  std::vector<Line> lines;
+};
+
 struct Problem {
+  Problem(ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> items, ffi::Buffer<ffi::PRED> allowed, ffi::Buffer<ffi::S32> excluded,
+          int64_t k)
+      : items(items.typed_data()), queries(queries.typed_data()), allowed(allowed.element_count() ? allowed.typed_data() : nullptr),
+        excluded(excluded.typed_data()), num_rows(items.dimensions()[0]), width(items.dimensions()[1]),
+        num_queries(queries.dimensions()[0]), num_excluded(excluded.dimensions()[1]), k(k) {}
+
   const float* items;
   const float* queries;
-  const bool* allowed;
+  const bool* allowed;  // null where all items are but row 0
   const int32_t* excluded;
   int64_t num_rows, width, num_queries, num_excluded, k;
 
+  bool exists(int64_t item) const { return allowed ? allowed[item] : item > 0; }
+
   bool is_allowed(int64_t query, int32_t item) const {
     const int32_t* first = excluded + query * num_excluded;
-    return allowed[item] && std::find(first, first + num_excluded, item) == first + num_excluded;
+    return exists(item) && (num_excluded == 0 || std::find(first, first + num_excluded, item) == first + num_excluded);
+  }
+
+  int64_t num_dropped(int64_t query) const {
+    const int32_t* first = excluded + query * num_excluded;
+    return num_excluded - std::count(first, first + num_excluded, 0);
   }
 };
+
+// How threads share a call out: pieces of the queries if there are enough for all, else also pieces of the items. Twice as many pieces as
+// threads where possible, so that a thread which the machine holds up does not hold up the call.
+struct Shares {
+  Shares(const ffi::ThreadPool& pool, const Problem& p, int64_t tile, int64_t lanes, int64_t least_items)
+      : num_queries(p.num_queries), num_items(p.num_rows) {
+    int64_t threads = std::max<int64_t>(1, pool.num_threads());
+    queries_each = std::max((num_queries + 2 * threads - 1) / (2 * threads), std::min(tile, num_queries));
+    queries_each = (queries_each + lanes - 1) / lanes * lanes;
+    query_pieces = (num_queries + queries_each - 1) / queries_each;
+    item_pieces = std::max<int64_t>(1, std::min(threads / query_pieces, num_items / least_items));
+    items_each = (num_items + item_pieces - 1) / item_pieces;
+  }
+
+  int64_t count() const { return query_pieces * item_pieces; }
+  int64_t first_piece(int64_t query) const { return query / queries_each * item_pieces; }
+  int64_t first_query(int64_t piece) const { return piece / item_pieces * queries_each; }
+  int64_t last_query(int64_t piece) const { return std::min(first_query(piece) + queries_each, num_queries); }
+  int64_t begin(int64_t piece) const { return piece % item_pieces * items_each; }
+  int64_t end(int64_t piece) const { return std::min(begin(piece) + items_each, num_items); }
+
+  int64_t num_queries, num_items, query_pieces, item_pieces, queries_each, items_each;
+};
+
+// A share of the items, evenly spaced pieces of them, from which a query's threshold is guessed: of a sample of s among n items about
+// m = k s / n belong to the best k, give or take sqrt(m), so its item of rank m + 3 sqrt(m) + 3 almost surely does not. Who keeps only
+// what exceeds that score keeps few items, and finds less than k once in some thousand queries; then he searches again without.
+constexpr int64_t kSampleShare = 16, kMostSample = 8192, kLeastSample = 64;
+
+// A bound that `rank` of the values exceed, and few more do; -inf where so many do not.
+float bound_above(const float* values, int64_t count, int64_t rank) {
+  float low = kInfinity, high = -kInfinity;
+  for (int64_t i = 0; i < count; ++i) {
+    high = values[i] > high ? values[i] : high;
+    low = values[i] < low && values[i] > -kInfinity ? values[i] : low;
+  }
+  auto exceed = [&](float bound) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found += values[i] > bound;
+    return found;
+  };
+  for (int step = 0; step < 12; ++step) {
+    float middle = 0.5f * low + 0.5f * high;
+    (exceed(middle) >= rank ? low : high) = middle;
+  }
+  return exceed(low) >= rank ? low : -kInfinity;
+}
+
+float guess_threshold(const Problem& p, int64_t query, const float* sample, int64_t size, int64_t whole) {
+  double expected = double(p.k + p.num_dropped(query)) * size / whole;
+  return bound_above(sample, size, int64_t(std::ceil(expected + 3 * std::sqrt(expected) + 3)));
+}
 
 // The best k items seen so far of one query, and some more, by rising index.
 class Best {
  public:
-  explicit Best(int64_t k) : k_(k), capacity_(2 * k + 64), keys_(capacity_), items_(capacity_) {}
+  explicit Best(int64_t k) : k_(k), capacity_(4 * k + 64), keys_(new int32_t[capacity_]), items_(new int32_t[capacity_]) {}
 
   bool full() const { return count_ == capacity_; }
+  bool lacks() const { return count_ < k_; }
+  void clear() { count_ = 0; }
 
   void add(int32_t key, int32_t item) {
     keys_[count_] = key;
@@ -126,8 +205,9 @@ class Best {
   // Keeps k to `most` items, among equals the lower index; returns the score that an item of higher index must exceed from now on.
   float cut(int64_t most) {
     if (count_ < k_) return -kInfinity;
-    auto [least, greatest] = std::minmax_element(keys_.begin(), keys_.begin() + count_);
-    int64_t low = *least, high = *greatest;  // of the k-th largest key
+    int32_t least = keys_[0], greatest = keys_[0];
+    for (int64_t i = 1; i < count_; ++i) least = std::min(least, keys_[i]), greatest = std::max(greatest, keys_[i]);
+    int64_t low = least, high = greatest;  // of the k-th largest key
     int64_t at_least = count_;  // keys of at least `low`
     while (low < high && at_least > most) {
       int64_t middle = (low + high + 1) >> 1, above = count(int32_t(middle));
@@ -177,21 +257,21 @@ class Best {
 
  private:
   int64_t count(int32_t bound) const {
-    const int32_t* keys = keys_.data();
+    const int32_t* keys = keys_.get();
     int32_t found = 0;
     for (int64_t i = 0; i < count_; ++i) found += keys[i] >= bound;
     return found;
   }
 
   int64_t count_at_most(int32_t bound) const {
-    const int32_t* keys = keys_.data();
+    const int32_t* keys = keys_.get();
     int32_t found = 0;
     for (int64_t i = 0; i < count_; ++i) found += keys[i] <= bound;
     return found;
   }
 
   int64_t k_, capacity_, count_ = 0;
-  std::vector<int32_t> keys_, items_;
+  std::unique_ptr<int32_t[]> keys_, items_;
 };
 
 // Keeps the scores of one item whose bit in `passed` is set. Apart from the loop over tiles, whose sums must stay in registers.
@@ -241,101 +321,91 @@ void scan_tile(const Problem& p, const float* packed, int64_t first_query, int64
   }
 }
 
-// Raises thresholds to a score that at least k of the first items exceed, so that few items pass only to be dropped later. Lanes from
-// `last_query` on keep theirs, which nothing exceeds: the queries there are another piece's.
 template <int kRows, int kColumns>
-void seed_thresholds(const Problem& p, const float* packed, int64_t first_query, int64_t last_query, int64_t begin, int64_t end,
-                     float* thresholds) {
-  int64_t rows = (end - begin) / kRows * kRows, num_queries = std::min<int64_t>(kColumns * kLanes, last_query - first_query);
-  std::vector<Vector> scores(rows * kColumns);
-  Vector low[kColumns], high[kColumns];
-  for (int c = 0; c < kColumns; ++c) low[c] = Vector{} + kInfinity, high[c] = Vector{} - kInfinity;
-  for (int64_t r = 0; r < rows; r += kRows)
-    score_tile<kRows, kColumns>(p, packed, begin + r, end, reinterpret_cast<Vector(*)[kColumns]>(scores.data() + r * kColumns));
-  for (int64_t r = 0; r < rows; ++r)
-    if (!p.allowed[begin + r])
-      for (int c = 0; c < kColumns; ++c) scores[r * kColumns + c] = Vector{} - kInfinity;
-  float* single = reinterpret_cast<float*>(scores.data());
+void guess_thresholds(const Problem& p, const float* packed, int64_t first_query, int64_t num_queries, int64_t begin, int64_t end,
+                      float* thresholds) {
+  int64_t tiles = std::min((end - begin) / kRows / kSampleShare, kMostSample / kRows), size = tiles * kRows;
+  if (size < kLeastSample) return;
+  int64_t spacing = (end - begin) / tiles;
+  std::vector<float> sample(num_queries * size);
+  Vector scores[kRows][kColumns];
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    int64_t first = begin + tile * spacing;
+    score_tile<kRows, kColumns>(p, packed, first, end, scores);
+    for (int r = 0; r < kRows; ++r) {
+      const float* row = reinterpret_cast<const float*>(scores[r]);
+      bool exists = p.exists(first + r);
+      for (int64_t q = 0; q < num_queries; ++q) sample[q * size + tile * kRows + r] = exists ? row[q] : -kInfinity;
+    }
+  }
   for (int64_t q = 0; q < num_queries; ++q)
-    for (int64_t j = 0; j < p.num_excluded; ++j) {
-      int64_t row = p.excluded[(first_query + q) * p.num_excluded + j] - begin;
-      if (row >= 0 && row < rows) single[row * kColumns * kLanes + q] = -kInfinity;
-    }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int c = 0; c < kColumns; ++c) {
-      Vector score = scores[r * kColumns + c];
-      high[c] = score > high[c] ? score : high[c];
-      low[c] = score < low[c] && score > -kInfinity ? score : low[c];
-    }
-  for (int step = 0; step < 12; ++step)
-    for (int c = 0; c < kColumns; ++c) {
-      Vector middle = 0.5f * low[c] + 0.5f * high[c], count = {};
-      for (int64_t r = 0; r < rows; ++r) count += scores[r * kColumns + c] > middle ? Vector{} + 1.0f : Vector{};
-      low[c] = count >= Vector{} + float(p.k) ? middle : low[c];
-      high[c] = count >= Vector{} + float(p.k) ? high[c] : middle;
-      if (step == 11) {
-        count = Vector{};
-        for (int64_t r = 0; r < rows; ++r) count += scores[r * kColumns + c] > low[c] ? Vector{} + 1.0f : Vector{};
-        Vector seeded = count >= Vector{} + float(p.k) ? low[c] : Vector{} - kInfinity;
-        for (int lane = 0; lane < kLanes; ++lane)
-          if (c * kLanes + lane < num_queries) thresholds[c * kLanes + lane] = seeded[lane];
-      }
-    }
+    thresholds[q] = guess_threshold(p, first_query + q, sample.data() + q * size, size, end - begin);
 }
 
 // One piece: items [begin, end) for queries [first_query, last_query).
 template <int kRows, int kColumns>
 void scan_piece(const Problem& p, int64_t first_query, int64_t last_query, int64_t begin, int64_t end, Best* best) {
-  constexpr int kQueries = kColumns * kLanes;
-  int64_t tiles = (last_query - first_query + kQueries - 1) / kQueries;
-  std::vector<float> packed(tiles * p.width * kQueries, 0.0f), thresholds(tiles * kQueries, kInfinity);
-  for (int64_t q = first_query; q < last_query; ++q) {
-    int64_t tile = (q - first_query) / kQueries, lane = (q - first_query) % kQueries;
-    thresholds[q - first_query] = -kInfinity;
-    for (int64_t x = 0; x < p.width; ++x) packed[(tile * p.width + x) * kQueries + lane] = p.queries[q * p.width + x];
-  }
+  constexpr int64_t kQueries = kColumns * kLanes;
+  int64_t num_queries = last_query - first_query, tiles = (num_queries + kQueries - 1) / kQueries;
+  Lines<float> packed_lines(tiles * p.width * kQueries), threshold_lines(tiles * kQueries);
+  float *packed = packed_lines.data(), *thresholds = threshold_lines.data();
+  // Lanes without a query of their own: nothing exceeds their thresholds.
+  std::fill_n(thresholds, tiles * kQueries, kInfinity);
+  std::fill_n(thresholds, num_queries, -kInfinity);
+  for (int64_t q = 0; q < num_queries; ++q)
+    for (int64_t x = 0; x < p.width; ++x)
+      packed[(q / kQueries * p.width + x) * kQueries + q % kQueries] = p.queries[(first_query + q) * p.width + x];
   // Item vectors of one block stay in the second-level cache while all tiles of queries pass over them.
   int64_t block = std::max<int64_t>(kRows, (1 << 16) / std::max<int64_t>(p.width, 1) / kRows * kRows);
-  if (int64_t sample = std::min<int64_t>(end - begin, 16 * p.k); p.k >= 8 && sample >= 8 * p.k)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      seed_thresholds<kRows, kColumns>(p, packed.data() + tile * p.width * kQueries, first_query + tile * kQueries, last_query,
-                                       begin, begin + sample, thresholds.data() + tile * kQueries);
-  for (int64_t start = begin; start < end; start += block)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      scan_tile<kRows, kColumns>(p, packed.data() + tile * p.width * kQueries, first_query + tile * kQueries, start,
-                                 std::min(start + block, end), thresholds.data() + tile * kQueries, best + tile * kQueries);
+  auto scan = [&](int64_t first_tile, int64_t last_tile) {
+    for (int64_t start = begin; start < end; start += block)
+      for (int64_t tile = first_tile; tile < last_tile; ++tile)
+        scan_tile<kRows, kColumns>(p, packed + tile * p.width * kQueries, first_query + tile * kQueries, start,
+                                   std::min(start + block, end), thresholds + tile * kQueries, best + tile * kQueries);
+  };
+  for (int64_t q = 0; q < num_queries; q += kQueries)
+    guess_thresholds<kRows, kColumns>(p, packed + q * p.width, first_query + q, std::min(kQueries, num_queries - q), begin, end,
+                                      thresholds + q);
+  scan(0, tiles);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    bool again = false;
+    for (int64_t q = tile * kQueries; q < std::min((tile + 1) * kQueries, num_queries); ++q) {
+      bool guessed_too_high = best[q].lacks() && thresholds[q] > -kInfinity;
+      thresholds[q] = guessed_too_high ? -kInfinity : kInfinity;
+      if (guessed_too_high) best[q].clear();
+      again |= guessed_too_high;
+    }
+    if (again) scan(tile, tile + 1);
+  }
 }
 
 ffi::Error topk_dot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> items, ffi::Buffer<ffi::PRED> allowed,
                     ffi::Buffer<ffi::S32> excluded, ffi::ResultBuffer<ffi::S32> found, ffi::ResultBuffer<ffi::F32> scores) {
-  Problem p{items.typed_data(), queries.typed_data(), allowed.typed_data(), excluded.typed_data(),
-            items.dimensions()[0], items.dimensions()[1], queries.dimensions()[0], excluded.dimensions()[1], found->dimensions()[1]};
+  Problem p(queries, items, allowed, excluded, found->dimensions()[1]);
   if (p.num_queries == 0) return ffi::Error::Success();
-  int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  int64_t query_pieces = std::min(threads, (p.num_queries + 4 * kLanes - 1) / (4 * kLanes));
-  int64_t item_pieces = std::max<int64_t>(1, std::min(threads / query_pieces, p.num_rows / 1024));
-  int64_t queries_each = (p.num_queries + query_pieces - 1) / query_pieces;
-  int64_t items_each = (p.num_rows + item_pieces - 1) / item_pieces;
-  std::vector<std::vector<Best>> best(item_pieces, std::vector<Best>(p.num_queries, Best(p.k)));
-  run_pieces(pool, query_pieces * item_pieces, [&](int64_t piece) {
-    int64_t first_query = piece / item_pieces * queries_each, last_query = std::min(first_query + queries_each, p.num_queries);
-    int64_t begin = piece % item_pieces * items_each, end = std::min(begin + items_each, p.num_rows);
-    if (first_query >= last_query || begin >= end) return;
-    Best* own = best[piece % item_pieces].data() + first_query;
-    int64_t count = last_query - first_query;
+  constexpr int kColumns = kLanes == 8 ? 2 : 4;
+  Shares shares(pool, p, kColumns * kLanes, kLanes, 1024);
+  std::vector<std::vector<Best>> best(shares.count());
+  auto write = [&](int64_t first_piece, int64_t query) {
+    int64_t place = query - shares.first_query(first_piece);
+    Best& whole = best[first_piece][place];
+    for (int64_t part = 1; part < shares.item_pieces; ++part) whole.add_all(best[first_piece + part][place]);
+    whole.write(found->typed_data() + query * p.k, scores->typed_data() + query * p.k);
+  };
+  run_pieces(pool, shares.count(), [&](int64_t piece) {
+    int64_t first_query = shares.first_query(piece), last_query = shares.last_query(piece), count = last_query - first_query;
+    int64_t begin = shares.begin(piece), end = shares.end(piece);
+    best[piece].reserve(count);
+    for (int64_t q = 0; q < count; ++q) best[piece].emplace_back(p.k);
     if (count <= kLanes)
-      scan_piece<8, 1>(p, first_query, last_query, begin, end, own);
+      scan_piece<8, 1>(p, first_query, last_query, begin, end, best[piece].data());
     else if (count <= 2 * kLanes)
-      scan_piece<6, 2>(p, first_query, last_query, begin, end, own);
+      scan_piece<6, 2>(p, first_query, last_query, begin, end, best[piece].data());
     else
-      scan_piece<6, kLanes == 8 ? 2 : 4>(p, first_query, last_query, begin, end, own);
+      scan_piece<6, kColumns>(p, first_query, last_query, begin, end, best[piece].data());
+    for (int64_t q = first_query; shares.item_pieces == 1 && q < last_query; ++q) write(piece, q);
   });
-  run_pieces(pool, query_pieces, [&](int64_t piece) {
-    for (int64_t q = piece * queries_each; q < std::min((piece + 1) * queries_each, p.num_queries); ++q) {
-      for (int64_t part = 1; part < item_pieces; ++part) best[0][q].add_all(best[part][q]);
-      best[0][q].write(found->typed_data() + q * p.k, scores->typed_data() + q * p.k);
-    }
-  });
+  if (shares.item_pieces > 1) run_pieces(pool, p.num_queries, [&](int64_t q) { write(shares.first_piece(q), q); });
   return ffi::Error::Success();
 }
 
@@ -444,8 +514,7 @@ ffi::Error topk_dot_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ff
                          ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> residuals, ffi::Buffer<ffi::F32> norms,
                          ffi::Buffer<ffi::PRED> allowed, ffi::Buffer<ffi::S32> excluded, ffi::ResultBuffer<ffi::S32> found,
                          ffi::ResultBuffer<ffi::F32> scores) {
-  Problem p{items.typed_data(), queries.typed_data(), allowed.typed_data(), excluded.typed_data(),
-            items.dimensions()[0], items.dimensions()[1], queries.dimensions()[0], excluded.dimensions()[1], found->dimensions()[1]};
+  Problem p(queries, items, allowed, excluded, found->dimensions()[1]);
   if (p.num_queries == 0) return ffi::Error::Success();
   Quantised table{codes.typed_data(), scales.typed_data(), residuals.typed_data(), norms.typed_data()};
   int64_t blocks = codes.dimensions()[0], pieces = std::max<int64_t>(1, std::min(pool.num_threads(), blocks / 64));

@@ -17,12 +17,12 @@ def topk_dot_native(
     items: Float[Array, "i d"],
     queries: Float[Array, "b d"],
     k: int,
-    allowed: Bool[Array, "i"],
+    allowed: Bool[Array, "i"] | None,
     excluded: Int[Array, "b s"],
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
-    """As the reference, of float32 on a CPU; row 0 must not be allowed. ``native_problem`` must have returned None."""
+    """As the reference, of float32 on a CPU. ``native_problem`` must have returned None."""
     call = jax.ffi.ffi_call(_TARGET, _results(queries, k), vmap_method="sequential")
-    found, scores = call(queries, items, allowed, excluded.astype(jnp.int32))
+    found, scores = call(queries, items, _real(allowed), excluded.astype(jnp.int32))
     return found, scores
 
 
@@ -34,13 +34,18 @@ def topk_dot_int8_native(
     norms: Float[Array, "codes"],
     queries: Float[Array, "b d"],
     k: int,
-    allowed: Bool[Array, "i"],
+    allowed: Bool[Array, "i"] | None,
     excluded: Int[Array, "b s"],
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
     """What ``topk_dot_native`` finds, bit for bit, by way of the codes; see ``cda4rec_jax.kernels.topk_dot.quantised``."""
     call = jax.ffi.ffi_call(_INT8_TARGET, _results(queries, k), vmap_method="sequential")
-    found, scores = call(queries, items, codes, scales, residuals, norms, allowed, excluded.astype(jnp.int32))
+    found, scores = call(queries, items, codes, scales, residuals, norms, _real(allowed), excluded.astype(jnp.int32))
     return found, scores
+
+
+def _real(allowed: Bool[Array, "i"] | None) -> Bool[Array, "_"]:
+    """Without padding; no value at all where nothing else is missing, so that nothing is read."""
+    return jnp.zeros(0, bool) if allowed is None else allowed.at[0].set(False)
 
 
 def _results(queries: Array, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -75,8 +75,6 @@ def topk_dot_quantised(
     if queries.dtype != jnp.float32:
         raise UserError(f"queries are {queries.dtype}; expected float32.")
     check_quantised()
-    real = jnp.arange(table.items.shape[0]) > 0
-    allowed = real if allowed is None else allowed & real
     excluded = jnp.zeros((queries.shape[0], 0), jnp.int32) if excluded is None else excluded
     values = (table.items, table.codes, table.scales, table.residuals, table.norms)
     return topk_dot_int8_native(*values, queries, k, allowed, excluded)
