@@ -132,8 +132,8 @@ struct Problem {
 // How threads share a call out: pieces of the queries if there are enough for all, else also pieces of the items. Twice as many pieces as
 // threads where possible, so that a thread which the machine holds up does not hold up the call.
 struct Shares {
-  Shares(const ffi::ThreadPool& pool, const Problem& p, int64_t tile, int64_t lanes, int64_t least_items)
-      : num_queries(p.num_queries), num_items(p.num_rows) {
+  Shares(const ffi::ThreadPool& pool, int64_t num_queries, int64_t num_items, int64_t tile, int64_t lanes, int64_t least_items)
+      : num_queries(num_queries), num_items(num_items) {
     int64_t threads = std::max<int64_t>(1, pool.num_threads());
     queries_each = std::max((num_queries + 2 * threads - 1) / (2 * threads), std::min(tile, num_queries));
     queries_each = (queries_each + lanes - 1) / lanes * lanes;
@@ -384,7 +384,7 @@ ffi::Error topk_dot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Bu
   Problem p(queries, items, allowed, excluded, found->dimensions()[1]);
   if (p.num_queries == 0) return ffi::Error::Success();
   constexpr int kColumns = kLanes == 8 ? 2 : 4;
-  Shares shares(pool, p, kColumns * kLanes, kLanes, 1024);
+  Shares shares(pool, p.num_queries, p.num_rows, kColumns * kLanes, kLanes, 1024);
   std::vector<std::vector<Best>> best(shares.count());
   auto write = [&](int64_t first_piece, int64_t query) {
     int64_t place = query - shares.first_query(first_piece);
@@ -415,12 +415,56 @@ typedef int8_t Codes __attribute__((vector_size(kBlock), aligned(1), may_alias))
 typedef int32_t Whole __attribute__((vector_size(4 * kBlock)));
 typedef float Scores __attribute__((vector_size(4 * kBlock), aligned(4), may_alias));
 
-inline Scores widened(const int8_t* codes) {
-#if defined(__AVX512F__)
-  return (Scores)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+// Codes as the instructions want them, in steps of one or more channels: `pack` makes a step of 16 items, `advance` adds the products
+// with a query's codes for the step, whose sum starts at `start_of`. Sums are whole numbers below 2^24, hence exact in float32 as well.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+constexpr int kChannels = 4;  // of 16 items side by side, in bytes
+typedef int8_t QueryCode;
+typedef __m512i Packed;
+typedef __m512i Sums;
+
+inline Packed pack(const int8_t* codes, int channels) {
+  alignas(64) static constexpr auto kOrder = [] {
+    struct { int8_t at[64]; } order{};
+    for (int i = 0; i < 64; ++i) order.at[i] = i % kChannels * kBlock + i / kChannels;
+    return order;
+  }();
+  __m512i rows = channels == kChannels ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8((1ull << channels * kBlock) - 1, codes);
+  // The instruction wants one side unsigned: codes + 128, which adds 128 times the query's codes.
+  return _mm512_xor_si512(_mm512_permutexvar_epi8(_mm512_load_si512(&kOrder), rows), _mm512_set1_epi8(-128));
+}
+inline Sums start_of(int32_t sum_of_codes) { return _mm512_set1_epi32(-128 * sum_of_codes); }
+inline Sums advance(Sums sums, Packed items, const QueryCode* query) {
+  int32_t step;
+  std::memcpy(&step, query, sizeof(step));
+  return _mm512_dpbusd_epi32(sums, items, _mm512_set1_epi32(step));
+}
+inline Scores scores_of(Sums sums) { return (Scores)_mm512_cvtepi32_ps(sums); }
 #else
+constexpr int kChannels = 1;
+typedef float QueryCode;
+typedef Scores Packed;
+typedef Scores Sums;
+
+inline Packed pack(const int8_t* codes, int) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Whole), Scores);
+}
+inline Sums start_of(int32_t) { return Sums{}; }
+inline Sums advance(Sums sums, Packed items, const QueryCode* query) { return sums + items * *query; }
+inline Scores scores_of(Sums sums) { return sums; }
 #endif
+#if defined(__AVX512F__)
+constexpr int kTileQueries = 8, kTileBlocks = 3;
+#else
+constexpr int kTileQueries = 4, kTileBlocks = 1;
+#endif
+constexpr int64_t kPackedBytes = 1 << 15;  // of items, which stay in the first-level cache while the queries pass over them
+
+inline uint32_t above(const Scores& scores, float bound) {
+  uint32_t bits = 0;
+  for (int part = 0; part < kBlock / kLanes; ++part)
+    bits |= above(load(reinterpret_cast<const float*>(&scores) + part * kLanes), Vector{} + bound) << part * kLanes;
+  return bits;
 }
 
 struct Quantised {
@@ -428,15 +472,17 @@ struct Quantised {
   const float *scales, *residuals, *norms;
 };
 
-// A query as codes: q = scale * codes + rest. Sums of products of codes are whole numbers below 2^24, hence exact in float32.
+// A query as codes: q = scale * codes + rest.
 struct QueryCodes {
-  QueryCodes(const float* query, int64_t width) : codes(width, 0.0f) {
-    double largest = 0, whole = 0, coded = 0, rest = 0;
-    for (int64_t x = 0; x < width; ++x) largest = std::max(largest, std::abs(double(query[x])));
-    scale = float(largest / 127);
+  QueryCodes(const float* query, int64_t width) : codes((width + kChannels - 1) / kChannels * kChannels) {
+    double whole = 0, coded = 0, rest = 0;
+    float largest = 0;
+    for (int64_t x = 0; x < width; ++x) largest = std::max(largest, std::abs(query[x]));
+    scale = largest / 127;
     for (int64_t x = 0; x < width; ++x) {
-      codes[x] = scale > 0 ? std::nearbyint(query[x] / scale) : 0.0f;
-      double value = double(scale) * codes[x];
+      float code = scale > 0 ? std::nearbyint(query[x] / scale) : 0.0f;
+      codes[x] = QueryCode(code), sum_of_codes += int32_t(code);
+      double value = double(scale) * code;
       whole += double(query[x]) * query[x], coded += value * value, rest += (query[x] - value) * (query[x] - value);
     }
     // |q . e - s_q s_i (c_q . c_i)| <= |s_q c_q| |e - s_i c_i| + |q - s_q c_q| |e|, by Cauchy-Schwarz. The last term of `per_norm` is the
@@ -444,7 +490,8 @@ struct QueryCodes {
     per_residual = float(std::sqrt(coded) * 1.00001);
     per_norm = float(std::sqrt(rest) * 1.00001 + std::sqrt(whole) * (width + 16) * 0x1p-23);
   }
-  std::vector<float> codes;
+  std::vector<QueryCode> codes;
+  int32_t sum_of_codes = 0;
   float scale, per_residual, per_norm;
 };
 
@@ -453,17 +500,23 @@ struct Candidate {
   int32_t item;
 };
 
-// Drops what k others are certain to beat; returns what a score must be able to reach.
-float prune(std::vector<Candidate>& candidates, int64_t k) {
-  if (int64_t(candidates.size()) < k) return -kInfinity;
-  std::vector<float> lower(candidates.size());
-  for (size_t i = 0; i < candidates.size(); ++i) lower[i] = candidates[i].lower;
-  std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<float>());
-  float reach = lower[k - 1];
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), [=](const Candidate& c) { return c.upper < reach; }),
-                   candidates.end());
-  return reach;
-}
+// What one piece found for one query.
+struct Candidates {
+  std::vector<Candidate> found;
+  float guessed = -kInfinity, below = -kInfinity;  // an upper bound must exceed `below`
+  size_t most = 0;
+
+  // Drops what k others are certain to beat.
+  void prune(int64_t k) {
+    if (int64_t(found.size()) < k) return;
+    std::vector<float> lower(found.size());
+    for (size_t i = 0; i < found.size(); ++i) lower[i] = found[i].lower;
+    std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<float>());
+    float reach = lower[k - 1];
+    found.erase(std::remove_if(found.begin(), found.end(), [=](const Candidate& each) { return each.upper < reach; }), found.end());
+    below = std::nextafter(reach, -kInfinity);
+  }
+};
 
 // One step of a score, rounded as in `score_tile`; a plain loop may be compiled to products that are rounded before they are added.
 inline float chained(float a, float b, float sum) {
@@ -474,41 +527,138 @@ inline float chained(float a, float b, float sum) {
 #endif
 }
 
-// Candidates of one query among the blocks [begin, end), by rising index.
-std::vector<Candidate> scan_codes(const Problem& p, const Quantised& table, const QueryCodes& query, int64_t number, int64_t begin,
-                                  int64_t end) {
-  std::vector<Candidate> found;
-  size_t most = 2 * p.k + 256;
-  float below = -kInfinity;  // an upper bound must exceed it
-  for (int64_t block = begin; block < end; ++block) {
-    const int8_t* codes = table.codes + block * p.width * kBlock;
-    Scores sums[4] = {};
-    int64_t x = 0;
-    for (; x + 4 <= p.width; x += 4)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
-        sums[j] += widened(codes + (x + j) * kBlock) * query.codes[x + j];
-    for (; x < p.width; ++x)
-      sums[0] += widened(codes + x * kBlock) * query.codes[x];
-    auto of = [block](const float* values) { return *reinterpret_cast<const Scores*>(values + block * kBlock); };
-    Scores score = (sums[0] + sums[1] + sums[2] + sums[3]) * (of(table.scales) * query.scale);
-    Scores error = of(table.residuals) * query.per_residual + of(table.norms) * query.per_norm;
-    Scores lower = score - error, upper = score + error;
-    for (int part = 0; part < kBlock / kLanes; ++part) {
-      uint32_t passed = above(load(reinterpret_cast<float*>(&upper) + part * kLanes), Vector{} + below);
-      for (; passed; passed &= passed - 1) {
-        int lane = part * kLanes + __builtin_ctz(passed);
-        int64_t item = block * kBlock + lane;
-        if (item < p.num_rows && p.is_allowed(number, item)) found.push_back({lower[lane], upper[lane], int32_t(item)});
-      }
-    }
-    if (found.size() > most) {
-      below = std::nextafter(prune(found, p.k), -kInfinity);
-      most = std::max(most, 2 * found.size());
+// The float32 scores of candidates, several at a time: one chain alone would wait for each of its sums.
+void score_candidates(const Problem& p, int64_t query, Candidates& given, Best& best) {
+  constexpr int64_t kTogether = 8;
+  if (int64_t(given.found.size()) > 3 * p.k) given.prune(p.k);
+  const std::vector<Candidate>& candidates = given.found;
+  const float* wanted = p.queries + query * p.width;
+  for (size_t first = 0; first < candidates.size(); first += kTogether) {
+    int64_t count = std::min<int64_t>(kTogether, candidates.size() - first);
+    const float* rows[kTogether];
+    float scores[kTogether] = {};
+    for (int64_t j = 0; j < kTogether; ++j) rows[j] = p.items + candidates[first + std::min(j, count - 1)].item * p.width;
+    for (int64_t x = 0; x < p.width; ++x)
+      for (int64_t j = 0; j < kTogether; ++j) scores[j] = chained(rows[j][x], wanted[x], scores[j]);
+    for (int64_t j = 0; j < count; ++j) {
+      if (best.full()) best.cut(p.k);
+      best.add(key_of(scores[j]), candidates[first + j].item);
     }
   }
-  return found;
 }
+
+// The codes of items against those of some queries of one piece.
+class CodeScan {
+ public:
+  CodeScan(const Problem& p, const Quantised& table, int64_t first_query, int64_t last_query, int64_t begin, int64_t end,
+           Candidates* found)
+      : p_(p), table_(table), first_query_(first_query), begin_(begin), end_(end), found_(found), steps_((p.width + kChannels - 1) / kChannels),
+        chunk_(std::max<int64_t>(1, kPackedBytes / sizeof(Packed) / steps_ / kTileBlocks) * kTileBlocks), packed_(chunk_ * steps_) {
+    for (int64_t q = first_query; q < last_query; ++q) queries_.emplace_back(p.queries + q * p.width, p.width);
+  }
+
+  void run(bool with_guess) {
+    if (with_guess) guess();
+    // One query alone waits for memory: what it packs is read at once.
+    int64_t blocks = queries_.size() == 1 ? kTileBlocks : chunk_;
+    for (int64_t first = begin_; first < end_; first += blocks)
+      over(first, std::min(first + blocks, end_), [this](int64_t block, int64_t query, Scores score, Scores error) {
+        uint32_t passed = above(score + error, found_[query].below);
+        if (passed) keep(block, query, passed, score - error, score + error);
+      });
+  }
+
+ private:
+  // From the scores of codes themselves: it need not be sure, see `guess_threshold`.
+  void guess() {
+    int64_t blocks = end_ - begin_;
+    int64_t tiles = std::min(blocks / kTileBlocks / kSampleShare, kMostSample / kBlock / kTileBlocks);
+    int64_t size = tiles * kTileBlocks * kBlock;
+    if (size < kLeastSample) return;
+    std::vector<float> sample(queries_.size() * size);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      int64_t first = begin_ + blocks / tiles * tile, place = tile * kTileBlocks;
+      over(first, first + kTileBlocks, [&](int64_t block, int64_t query, Scores score, Scores) {
+        std::memcpy(&sample[query * size + (place + block - first) * kBlock], &score, sizeof(score));
+      });
+      for (int64_t i = 0; i < kTileBlocks * kBlock; ++i) {
+        int64_t item = first * kBlock + i;
+        if (item < p_.num_rows && p_.exists(item)) continue;
+        for (size_t q = 0; q < queries_.size(); ++q) sample[q * size + place * kBlock + i] = -kInfinity;
+      }
+    }
+    for (size_t q = 0; q < queries_.size(); ++q)
+      found_[q].guessed = found_[q].below = guess_threshold(p_, first_query_ + q, &sample[q * size], size, blocks * kBlock);
+  }
+
+  // Calls use(block, query, scores, errors) for blocks [first, last) and every query: what scores are, and how far off at most.
+  template <typename Use>
+  void over(int64_t first, int64_t last, Use use) {
+    for (int64_t block = first; block < last; ++block)
+      for (int64_t x = 0, step = 0; x < p_.width; x += kChannels, ++step)
+        packed_.data()[(block - first) * steps_ + step] =
+            pack(table_.codes + (block * p_.width + x) * kBlock, std::min<int64_t>(kChannels, p_.width - x));
+    int64_t count = queries_.size();
+    for (int64_t block = first; block < last; block += kTileBlocks) {
+      int64_t blocks = std::min<int64_t>(kTileBlocks, last - block), query = 0;
+      const Packed* from = packed_.data() + (block - first) * steps_;
+      for (; query + kTileQueries <= count; query += kTileQueries) tile<kTileQueries>(from, block, blocks, query, use);
+      for (; query < count; ++query) tile<1>(from, block, blocks, query, use);
+    }
+  }
+
+  template <int kQueries, typename Use>
+  void tile(const Packed* packed, int64_t block, int64_t blocks, int64_t query, Use use) {
+    const QueryCodes* queries = queries_.data() + query;
+    const Packed* items[kTileBlocks];
+    for (int b = 0; b < kTileBlocks; ++b) items[b] = packed + std::min<int64_t>(b, blocks - 1) * steps_;
+    const QueryCode* codes[kQueries];
+    Sums sums[kQueries][kTileBlocks];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) {
+      codes[q] = queries[q].codes.data();
+#pragma GCC unroll 4
+      for (int b = 0; b < kTileBlocks; ++b) sums[q][b] = start_of(queries[q].sum_of_codes);
+    }
+    for (int64_t step = 0; step < steps_; ++step)
+#pragma GCC unroll 8
+      for (int q = 0; q < kQueries; ++q)
+#pragma GCC unroll 4
+        for (int b = 0; b < kTileBlocks; ++b) sums[q][b] = advance(sums[q][b], items[b][step], codes[q] + step * kChannels);
+    Sums done[kQueries][kTileBlocks];  // apart from the sums, which must stay in registers
+    std::memcpy(done, sums, sizeof(sums));
+    for (int b = 0; b < blocks; ++b) {
+      auto of = [&](const float* values) { return *reinterpret_cast<const Scores*>(values + (block + b) * kBlock); };
+      Scores scales = of(table_.scales), residuals = of(table_.residuals), norms = of(table_.norms);
+      for (int q = 0; q < kQueries; ++q) {
+        Scores score = scores_of(done[q][b]) * (scales * queries[q].scale);
+        Scores error = residuals * queries[q].per_residual + norms * queries[q].per_norm;
+        use(block + b, query + q, score, error);
+      }
+    }
+  }
+
+  __attribute__((noinline)) void keep(int64_t block, int64_t query, uint32_t passed, Scores lower, Scores upper) {
+    Candidates& mine = found_[query];
+    for (; passed; passed &= passed - 1) {
+      int lane = __builtin_ctz(passed);
+      int64_t item = block * kBlock + lane;
+      if (item < p_.num_rows && p_.is_allowed(first_query_ + query, item))
+        mine.found.push_back({lower[lane], upper[lane], int32_t(item)});
+    }
+    if (mine.found.size() <= std::max<size_t>(mine.most, 4 * p_.k + 256)) return;
+    mine.prune(p_.k);
+    mine.most = 2 * mine.found.size();
+  }
+
+  const Problem& p_;
+  const Quantised& table_;
+  int64_t first_query_, begin_, end_;  // of blocks
+  Candidates* found_;
+  int64_t steps_, chunk_;
+  Lines<Packed> packed_;
+  std::vector<QueryCodes> queries_;
+};
 
 ffi::Error topk_dot_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> items, ffi::Buffer<ffi::S8> codes,
                          ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> residuals, ffi::Buffer<ffi::F32> norms,
@@ -517,28 +667,34 @@ ffi::Error topk_dot_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ff
   Problem p(queries, items, allowed, excluded, found->dimensions()[1]);
   if (p.num_queries == 0) return ffi::Error::Success();
   Quantised table{codes.typed_data(), scales.typed_data(), residuals.typed_data(), norms.typed_data()};
-  int64_t blocks = codes.dimensions()[0], pieces = std::max<int64_t>(1, std::min(pool.num_threads(), blocks / 64));
-  int64_t blocks_each = (blocks + pieces - 1) / pieces;
-  std::vector<QueryCodes> coded;
-  for (int64_t q = 0; q < p.num_queries; ++q) coded.emplace_back(p.queries + q * p.width, p.width);
-  std::vector<std::vector<Candidate>> candidates(p.num_queries * pieces);
-  run_pieces(pool, p.num_queries * pieces, [&](int64_t piece) {
-    int64_t q = piece / pieces, begin = piece % pieces * blocks_each;
-    candidates[piece] = scan_codes(p, table, coded[q], q, begin, std::min(begin + blocks_each, blocks));
-  });
-  run_pieces(pool, p.num_queries, [&](int64_t q) {
-    std::vector<Candidate> all;
-    for (int64_t piece = q * pieces; piece < (q + 1) * pieces; ++piece) all.insert(all.end(), candidates[piece].begin(), candidates[piece].end());
-    prune(all, p.k);
-    Best best(p.k);
-    for (const Candidate& candidate : all) {
-      float score = 0.0f;
-      for (int64_t x = 0; x < p.width; ++x) score = chained(p.items[candidate.item * p.width + x], p.queries[q * p.width + x], score);
-      if (best.full()) best.cut(p.k);
-      best.add(key_of(score), candidate.item);
+  int64_t blocks = codes.dimensions()[0];
+  Shares shares(pool, p.num_queries, blocks, 3 * kTileQueries, kTileQueries, 64);
+  std::vector<std::vector<Candidates>> candidates(shares.count());
+  auto write = [&](int64_t first_piece, int64_t query) {
+    int64_t place = query - shares.first_query(first_piece);
+    Candidates& all = candidates[first_piece][place];
+    for (int64_t part = 1; part < shares.item_pieces; ++part) {
+      const Candidates& other = candidates[first_piece + part][place];
+      all.found.insert(all.found.end(), other.found.begin(), other.found.end());
+      all.guessed = std::max(all.guessed, other.guessed);
     }
-    best.write(found->typed_data() + q * p.k, scores->typed_data() + q * p.k);
+    Best best(p.k);
+    score_candidates(p, query, all, best);
+    if (best.cut(p.k) < all.guessed) {
+      Candidates without_guess;
+      CodeScan(p, table, query, query + 1, 0, blocks, &without_guess).run(false);
+      best.clear();
+      score_candidates(p, query, without_guess, best);
+    }
+    best.write(found->typed_data() + query * p.k, scores->typed_data() + query * p.k);
+  };
+  run_pieces(pool, shares.count(), [&](int64_t piece) {
+    int64_t first_query = shares.first_query(piece), last_query = shares.last_query(piece);
+    candidates[piece].resize(last_query - first_query);
+    CodeScan(p, table, first_query, last_query, shares.begin(piece), shares.end(piece), candidates[piece].data()).run(true);
+    for (int64_t q = first_query; shares.item_pieces == 1 && q < last_query; ++q) write(piece, q);
   });
+  if (shares.item_pieces > 1) run_pieces(pool, p.num_queries, [&](int64_t q) { write(shares.first_piece(q), q); });
   return ffi::Error::Success();
 }
 
