@@ -155,7 +155,7 @@ struct Shares {
 // A share of the items, evenly spaced pieces of them, from which a query's threshold is guessed: of a sample of s among n items about
 // m = k s / n belong to the best k, give or take sqrt(m), so its item of rank m + 3 sqrt(m) + 3 almost surely does not. Who keeps only
 // what exceeds that score keeps few items, and finds less than k once in some thousand queries; then he searches again without.
-constexpr int64_t kSampleShare = 16, kMostSample = 8192, kLeastSample = 64;
+constexpr int64_t kSampleShare = 8, kMostSample = 8192, kLeastSample = 64;
 
 // A bound that `rank` of the values exceed, and few more do; -inf where so many do not.
 float bound_above(const float* values, int64_t count, int64_t rank) {
@@ -463,7 +463,7 @@ constexpr int64_t kPackedBytes = 1 << 15;  // of items, which stay in the first-
 inline uint32_t above(const Scores& scores, float bound) {
   uint32_t bits = 0;
   for (int part = 0; part < kBlock / kLanes; ++part)
-    bits |= above(load(reinterpret_cast<const float*>(&scores) + part * kLanes), Vector{} + bound) << part * kLanes;
+    bits |= above(load(reinterpret_cast<const float*>(&scores) + part * kLanes), bound - Vector{}) << part * kLanes;
   return bits;
 }
 
@@ -508,13 +508,11 @@ struct Candidates {
 
   // Drops what k others are certain to beat.
   void prune(int64_t k) {
-    if (int64_t(found.size()) < k) return;
     std::vector<float> lower(found.size());
     for (size_t i = 0; i < found.size(); ++i) lower[i] = found[i].lower;
-    std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<float>());
-    float reach = lower[k - 1];
-    found.erase(std::remove_if(found.begin(), found.end(), [=](const Candidate& each) { return each.upper < reach; }), found.end());
-    below = std::nextafter(reach, -kInfinity);
+    float reach = bound_above(lower.data(), lower.size(), k);
+    found.erase(std::remove_if(found.begin(), found.end(), [=](const Candidate& each) { return each.upper <= reach; }), found.end());
+    below = std::max(below, reach);
   }
 };
 
@@ -528,9 +526,12 @@ inline float chained(float a, float b, float sum) {
 }
 
 // The float32 scores of candidates, several at a time: one chain alone would wait for each of its sums.
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-slp-vectorize")))  // which would spend more on building vectors than on sums
+#endif
 void score_candidates(const Problem& p, int64_t query, Candidates& given, Best& best) {
   constexpr int64_t kTogether = 8;
-  if (int64_t(given.found.size()) > 3 * p.k) given.prune(p.k);
+  given.prune(p.k);
   const std::vector<Candidate>& candidates = given.found;
   const float* wanted = p.queries + query * p.width;
   for (size_t first = 0; first < candidates.size(); first += kTogether) {
