@@ -423,15 +423,15 @@ typedef int8_t QueryCode;
 typedef __m512i Packed;
 typedef __m512i Sums;
 
-inline Packed pack(const int8_t* codes, int channels) {
+inline Packed pack(const int8_t* codes) {
   alignas(64) static constexpr auto kOrder = [] {
     struct { int8_t at[64]; } order{};
     for (int i = 0; i < 64; ++i) order.at[i] = i % kChannels * kBlock + i / kChannels;
     return order;
   }();
-  __m512i rows = channels == kChannels ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8((1ull << channels * kBlock) - 1, codes);
+  __m512i items = _mm512_permutexvar_epi8(_mm512_load_si512(&kOrder), _mm512_loadu_si512(codes));
   // The instruction wants one side unsigned: codes + 128, which adds 128 times the query's codes.
-  return _mm512_xor_si512(_mm512_permutexvar_epi8(_mm512_load_si512(&kOrder), rows), _mm512_set1_epi8(-128));
+  return _mm512_xor_si512(items, _mm512_set1_epi8(-128));
 }
 inline Sums start_of(int32_t sum_of_codes) { return _mm512_set1_epi32(-128 * sum_of_codes); }
 inline Sums advance(Sums sums, Packed items, const QueryCode* query) {
@@ -439,6 +439,7 @@ inline Sums advance(Sums sums, Packed items, const QueryCode* query) {
   std::memcpy(&step, query, sizeof(step));
   return _mm512_dpbusd_epi32(sums, items, _mm512_set1_epi32(step));
 }
+inline Sums both(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Scores scores_of(Sums sums) { return (Scores)_mm512_cvtepi32_ps(sums); }
 #else
 constexpr int kChannels = 1;
@@ -446,11 +447,12 @@ typedef float QueryCode;
 typedef Scores Packed;
 typedef Scores Sums;
 
-inline Packed pack(const int8_t* codes, int) {
+inline Packed pack(const int8_t* codes) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Whole), Scores);
 }
 inline Sums start_of(int32_t) { return Sums{}; }
 inline Sums advance(Sums sums, Packed items, const QueryCode* query) { return sums + items * *query; }
+inline Sums both(Sums a, Sums b) { return a + b; }
 inline Scores scores_of(Sums sums) { return sums; }
 #endif
 #if defined(__AVX512F__)
@@ -458,6 +460,7 @@ constexpr int kTileQueries = 8, kTileBlocks = 3;
 #else
 constexpr int kTileQueries = 4, kTileBlocks = 1;
 #endif
+constexpr int64_t kStep = kChannels * kBlock;  // bytes
 constexpr int64_t kPackedBytes = 1 << 15;  // of items, which stay in the first-level cache while the queries pass over them
 
 inline uint32_t above(const Scores& scores, float bound) {
@@ -470,6 +473,7 @@ inline uint32_t above(const Scores& scores, float bound) {
 struct Quantised {
   const int8_t* codes;
   const float *scales, *residuals, *norms;
+  int64_t num_blocks;
 };
 
 // A query as codes: q = scale * codes + rest.
@@ -556,17 +560,26 @@ class CodeScan {
       : p_(p), table_(table), first_query_(first_query), begin_(begin), end_(end), found_(found), steps_((p.width + kChannels - 1) / kChannels),
         chunk_(std::max<int64_t>(1, kPackedBytes / sizeof(Packed) / steps_ / kTileBlocks) * kTileBlocks), packed_(chunk_ * steps_) {
     for (int64_t q = first_query; q < last_query; ++q) queries_.emplace_back(p.queries + q * p.width, p.width);
+    if (p.width % kChannels) {
+      last_block_ = table.num_blocks - 1;
+      last_codes_.resize(steps_ * kStep);
+      std::memcpy(last_codes_.data(), table.codes + last_block_ * p.width * kBlock, p.width * kBlock);
+    }
   }
 
   void run(bool with_guess) {
     if (with_guess) guess();
-    // One query alone waits for memory: what it packs is read at once.
-    int64_t blocks = queries_.size() == 1 ? kTileBlocks : chunk_;
-    for (int64_t first = begin_; first < end_; first += blocks)
-      over(first, std::min(first + blocks, end_), [this](int64_t block, int64_t query, Scores score, Scores error) {
-        uint32_t passed = above(score + error, found_[query].below);
-        if (passed) keep(block, query, passed, score - error, score + error);
-      });
+    auto use = [this](int64_t block, int64_t blocks, int64_t query, const Sums* sums) {
+      const QueryCodes& asked = queries_[query];
+      uint64_t passed = 0;
+      for (int64_t b = 0; b < blocks; ++b) {
+        Scores error = of(table_.residuals, block + b) * asked.per_residual + of(table_.norms, block + b) * asked.per_norm;
+        Scores upper = scores_of(sums[b]) * (of(table_.scales, block + b) * asked.scale) + error;
+        passed |= uint64_t(above(upper, found_[query].below)) << b * kBlock;
+      }
+      if (passed) keep(block, query, passed, sums);
+    };
+    for (int64_t first = begin_; first < end_; first += chunk_) over(first, std::min(first + chunk_, end_), use);
   }
 
  private:
@@ -578,34 +591,59 @@ class CodeScan {
     if (size < kLeastSample) return;
     std::vector<float> sample(queries_.size() * size);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      int64_t first = begin_ + blocks / tiles * tile, place = tile * kTileBlocks;
-      over(first, first + kTileBlocks, [&](int64_t block, int64_t query, Scores score, Scores) {
-        std::memcpy(&sample[query * size + (place + block - first) * kBlock], &score, sizeof(score));
+      int64_t first = begin_ + blocks / tiles * tile, place = tile * kTileBlocks * kBlock;
+      over(first, first + kTileBlocks, [&](int64_t block, int64_t blocks, int64_t query, const Sums* sums) {
+        for (int64_t b = 0; b < blocks; ++b) {
+          Scores scores = scores_of(sums[b]) * (of(table_.scales, block + b) * queries_[query].scale);
+          std::memcpy(&sample[query * size + place + b * kBlock], &scores, sizeof(scores));
+        }
       });
       for (int64_t i = 0; i < kTileBlocks * kBlock; ++i) {
         int64_t item = first * kBlock + i;
         if (item < p_.num_rows && p_.exists(item)) continue;
-        for (size_t q = 0; q < queries_.size(); ++q) sample[q * size + place * kBlock + i] = -kInfinity;
+        for (size_t q = 0; q < queries_.size(); ++q) sample[q * size + place + i] = -kInfinity;
       }
     }
     for (size_t q = 0; q < queries_.size(); ++q)
       found_[q].guessed = found_[q].below = guess_threshold(p_, first_query_ + q, &sample[q * size], size, blocks * kBlock);
   }
 
-  // Calls use(block, query, scores, errors) for blocks [first, last) and every query: what scores are, and how far off at most.
+  // Calls use(first block, number of blocks, query, sums of products of codes) for all blocks from `first` to `last` and every query.
   template <typename Use>
   void over(int64_t first, int64_t last, Use use) {
-    for (int64_t block = first; block < last; ++block)
-      for (int64_t x = 0, step = 0; x < p_.width; x += kChannels, ++step)
-        packed_.data()[(block - first) * steps_ + step] =
-            pack(table_.codes + (block * p_.width + x) * kBlock, std::min<int64_t>(kChannels, p_.width - x));
     int64_t count = queries_.size();
-    for (int64_t block = first; block < last; block += kTileBlocks) {
-      int64_t blocks = std::min<int64_t>(kTileBlocks, last - block), query = 0;
-      const Packed* from = packed_.data() + (block - first) * steps_;
-      for (; query + kTileQueries <= count; query += kTileQueries) tile<kTileQueries>(from, block, blocks, query, use);
-      for (; query < count; ++query) tile<1>(from, block, blocks, query, use);
+    for (int64_t block = first; block < last; ++block) {
+      if (count == 1) {
+        Sums sums = alone(block);
+        use(block, 1, 0, &sums);
+        continue;
+      }
+      for (int64_t step = 0; step < steps_; ++step) packed_.data()[(block - first) * steps_ + step] = pack(codes_of(block) + step * kStep);
     }
+    for (int64_t block = first; count > 1 && block < last; block += kTileBlocks) {
+      int64_t blocks = std::min<int64_t>(kTileBlocks, last - block), query = 0;
+      const Packed* packed = packed_.data() + (block - first) * steps_;
+      for (; query + kTileQueries <= count; query += kTileQueries) tile<kTileQueries>(packed, block, blocks, query, use);
+      for (; query < count; ++query) tile<1>(packed, block, blocks, query, use);
+    }
+  }
+
+  // Where a block has channels over after whole steps, the next codes are read, too; the query's are 0 there.
+  const int8_t* codes_of(int64_t block) const {
+    return block == last_block_ ? last_codes_.data() : table_.codes + block * p_.width * kBlock;
+  }
+
+  // The sums of a single query. It waits for memory, and so reads one block after the other, and nothing twice.
+  Sums alone(int64_t block) const {
+    const int8_t* codes = codes_of(block);
+    const QueryCode* asked = queries_[0].codes.data();
+    Sums sums[4] = {start_of(queries_[0].sum_of_codes), start_of(0), start_of(0), start_of(0)};
+    int64_t step = 0;
+    for (; step + 4 <= steps_; step += 4)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) __builtin_prefetch(codes + (step + j) * kStep + 4096), sums[j] = advance(sums[j], pack(codes + (step + j) * kStep), asked + (step + j) * kChannels);
+    for (; step < steps_; ++step) sums[0] = advance(sums[0], pack(codes + step * kStep), asked + step * kChannels);
+    return both(both(sums[0], sums[1]), both(sums[2], sums[3]));
   }
 
   template <int kQueries, typename Use>
@@ -628,29 +666,26 @@ class CodeScan {
         for (int b = 0; b < kTileBlocks; ++b) sums[q][b] = advance(sums[q][b], items[b][step], codes[q] + step * kChannels);
     Sums done[kQueries][kTileBlocks];  // apart from the sums, which must stay in registers
     std::memcpy(done, sums, sizeof(sums));
-    for (int b = 0; b < blocks; ++b) {
-      auto of = [&](const float* values) { return *reinterpret_cast<const Scores*>(values + (block + b) * kBlock); };
-      Scores scales = of(table_.scales), residuals = of(table_.residuals), norms = of(table_.norms);
-      for (int q = 0; q < kQueries; ++q) {
-        Scores score = scores_of(done[q][b]) * (scales * queries[q].scale);
-        Scores error = residuals * queries[q].per_residual + norms * queries[q].per_norm;
-        use(block + b, query + q, score, error);
-      }
-    }
+    for (int q = 0; q < kQueries; ++q) use(block, blocks, query + q, done[q]);
   }
 
-  __attribute__((noinline)) void keep(int64_t block, int64_t query, uint32_t passed, Scores lower, Scores upper) {
+  __attribute__((noinline)) void keep(int64_t block, int64_t query, uint64_t passed, const Sums* sums) {
+    const QueryCodes& asked = queries_[query];
     Candidates& mine = found_[query];
     for (; passed; passed &= passed - 1) {
-      int lane = __builtin_ctz(passed);
-      int64_t item = block * kBlock + lane;
-      if (item < p_.num_rows && p_.is_allowed(first_query_ + query, item))
-        mine.found.push_back({lower[lane], upper[lane], int32_t(item)});
+      int place = __builtin_ctzll(passed);
+      int64_t item = block * kBlock + place;
+      if (item >= p_.num_rows || !p_.is_allowed(first_query_ + query, item)) continue;
+      float score = scores_of(sums[place / kBlock])[place % kBlock] * (table_.scales[item] * asked.scale);
+      float error = table_.residuals[item] * asked.per_residual + table_.norms[item] * asked.per_norm;
+      mine.found.push_back({score - error, score + error, int32_t(item)});
     }
     if (mine.found.size() <= std::max<size_t>(mine.most, 4 * p_.k + 256)) return;
     mine.prune(p_.k);
     mine.most = 2 * mine.found.size();
   }
+
+  Scores of(const float* values, int64_t block) const { return *reinterpret_cast<const Scores*>(values + block * kBlock); }
 
   const Problem& p_;
   const Quantised& table_;
@@ -659,6 +694,8 @@ class CodeScan {
   int64_t steps_, chunk_;
   Lines<Packed> packed_;
   std::vector<QueryCodes> queries_;
+  int64_t last_block_ = -1;  // whose codes are copied where what follows them would be read
+  std::vector<int8_t> last_codes_;
 };
 
 ffi::Error topk_dot_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> items, ffi::Buffer<ffi::S8> codes,
@@ -667,8 +704,8 @@ ffi::Error topk_dot_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ff
                          ffi::ResultBuffer<ffi::F32> scores) {
   Problem p(queries, items, allowed, excluded, found->dimensions()[1]);
   if (p.num_queries == 0) return ffi::Error::Success();
-  Quantised table{codes.typed_data(), scales.typed_data(), residuals.typed_data(), norms.typed_data()};
   int64_t blocks = codes.dimensions()[0];
+  Quantised table{codes.typed_data(), scales.typed_data(), residuals.typed_data(), norms.typed_data(), blocks};
   Shares shares(pool, p.num_queries, blocks, 3 * kTileQueries, kTileQueries, 64);
   std::vector<std::vector<Candidates>> candidates(shares.count());
   auto write = [&](int64_t first_piece, int64_t query) {
