@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -264,13 +264,21 @@ struct Head {
   int64_t features, units, score_feature;
 };
 
+// GCC takes __builtin_convertvector of bytes apart, number by number.
+inline Vector widened(const int8_t* codes) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+#elif defined(__AVX2__)
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Whole), Vector);
+#endif
+}
+
 float inner_product(const int8_t* codes, const float* state, int64_t width) {
   Vector sums = {};
   int64_t x = 0;
-  for (; x + kLanes <= width; x += kLanes) {
-    Whole whole = __builtin_convertvector(*reinterpret_cast<const Codes*>(codes + x), Whole);
-    sums += __builtin_convertvector(whole, Vector) * load(state + x);
-  }
+  for (; x + kLanes <= width; x += kLanes) sums += widened(codes + x) * load(state + x);
   float product = sum(sums);
   for (; x < width; ++x) product += codes[x] * state[x];
   return product;

@@ -448,7 +448,18 @@ typedef Scores Packed;
 typedef Scores Sums;
 
 inline Packed pack(const int8_t* codes) {
+#if defined(__AVX512F__)  // GCC takes __builtin_convertvector of bytes apart, number by number
+  return (Packed)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+#elif defined(__AVX2__)
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  Packed packed;
+  std::memcpy(&packed, halves, sizeof(packed));
+  return packed;
+#else
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Whole), Scores);
+#endif
 }
 inline Sums start_of(int32_t) { return Sums{}; }
 inline Sums advance(Sums sums, Packed items, const QueryCode* query) { return sums + items * *query; }
