@@ -155,7 +155,7 @@ struct Shares {
 // A share of the items, evenly spaced pieces of them, from which a query's threshold is guessed: of a sample of s among n items about
 // m = k s / n belong to the best k, give or take sqrt(m), so its item of rank m + 3 sqrt(m) + 3 almost surely does not. Who keeps only
 // what exceeds that score keeps few items, and finds less than k once in some thousand queries; then he searches again without.
-constexpr int64_t kSampleShare = 8, kMostSample = 8192, kLeastSample = 64;
+constexpr int64_t kSampleShare = 16, kMostSample = 8192, kLeastSample = 64;
 
 // A bound that `rank` of the values exceed, and few more do; -inf where so many do not.
 float bound_above(const float* values, int64_t count, int64_t rank) {
@@ -165,15 +165,21 @@ float bound_above(const float* values, int64_t count, int64_t rank) {
     low = values[i] < low && values[i] > -kInfinity ? values[i] : low;
   }
   auto exceed = [&](float bound) {
-    int32_t found = 0;
-    for (int64_t i = 0; i < count; ++i) found += values[i] > bound;
+    int64_t found = 0, i = 0;
+    for (; i + kLanes <= count; i += kLanes) found += __builtin_popcount(above(load(values + i), bound - Vector{}));
+    for (; i < count; ++i) found += values[i] > bound;
     return found;
   };
-  for (int step = 0; step < 12; ++step) {
+  int64_t above_low = exceed(low);
+  for (int step = 0; step < 16 && above_low > rank + rank / 16; ++step) {
     float middle = 0.5f * low + 0.5f * high;
-    (exceed(middle) >= rank ? low : high) = middle;
+    int64_t above_middle = exceed(middle);
+    if (above_middle >= rank)
+      low = middle, above_low = above_middle;
+    else
+      high = middle;
   }
-  return exceed(low) >= rank ? low : -kInfinity;
+  return above_low >= rank ? low : -kInfinity;
 }
 
 float guess_threshold(const Problem& p, int64_t query, const float* sample, int64_t size, int64_t whole) {
@@ -554,6 +560,8 @@ void score_candidates(const Problem& p, int64_t query, Candidates& given, Best& 
     const float* rows[kTogether];
     float scores[kTogether] = {};
     for (int64_t j = 0; j < kTogether; ++j) rows[j] = p.items + candidates[first + std::min(j, count - 1)].item * p.width;
+    for (size_t next = first + kTogether; next < std::min(first + 2 * kTogether, candidates.size()); ++next)
+      for (int64_t x = 0; x < p.width; x += sizeof(Line) / sizeof(float)) __builtin_prefetch(p.items + candidates[next].item * p.width + x);
     for (int64_t x = 0; x < p.width; ++x)
       for (int64_t j = 0; j < kTogether; ++j) scores[j] = chained(rows[j][x], wanted[x], scores[j]);
     for (int64_t j = 0; j < count; ++j) {
@@ -570,7 +578,10 @@ class CodeScan {
            Candidates* found)
       : p_(p), table_(table), first_query_(first_query), begin_(begin), end_(end), found_(found), steps_((p.width + kChannels - 1) / kChannels),
         chunk_(std::max<int64_t>(1, kPackedBytes / sizeof(Packed) / steps_ / kTileBlocks) * kTileBlocks), packed_(chunk_ * steps_) {
-    for (int64_t q = first_query; q < last_query; ++q) queries_.emplace_back(p.queries + q * p.width, p.width);
+    for (int64_t q = first_query; q < last_query; ++q) {
+      queries_.emplace_back(p.queries + q * p.width, p.width);
+      found[q - first_query].found.reserve(most_);
+    }
     if (p.width % kChannels) {
       last_block_ = table.num_blocks - 1;
       last_codes_.resize(steps_ * kStep);
@@ -691,7 +702,7 @@ class CodeScan {
       float error = table_.residuals[item] * asked.per_residual + table_.norms[item] * asked.per_norm;
       mine.found.push_back({score - error, score + error, int32_t(item)});
     }
-    if (mine.found.size() <= std::max<size_t>(mine.most, 4 * p_.k + 256)) return;
+    if (mine.found.size() < std::max<size_t>(mine.most, most_)) return;
     mine.prune(p_.k);
     mine.most = 2 * mine.found.size();
   }
@@ -702,7 +713,7 @@ class CodeScan {
   const Quantised& table_;
   int64_t first_query_, begin_, end_;  // of blocks
   Candidates* found_;
-  int64_t steps_, chunk_;
+  int64_t steps_, chunk_, most_ = 4 * p_.k + 256;
   Lines<Packed> packed_;
   std::vector<QueryCodes> queries_;
   int64_t last_block_ = -1;  // whose codes are copied where what follows them would be read
