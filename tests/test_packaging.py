@@ -16,7 +16,7 @@ import cda4rec_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_FILES = {
-    f"cda4rec_jax/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.*") if path.suffix in (".py", ".cc")
+    f"cda4rec_jax/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.*") if path.suffix in (".py", ".cc", ".h")
 }
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "cda4rec_jax").rglob("*.py")} | KERNEL_FILES
 BUILD = """

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from cda4rec_jax.kernels.native_build import provide
 
+SOURCE, INT8_SOURCE = (Path(__file__).with_name(name) for name in ("native.cc", "native_int8.cc"))
 _TARGET, _INT8_TARGET = "cda4rec_jax_topk_dot", "cda4rec_jax_topk_dot_int8"
 
 
@@ -56,4 +57,4 @@ def _results(queries: Array, k: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDty
 @functools.cache
 def native_problem() -> str | None:
     """Makes the custom calls available; None, or what stands in the way. See ``native_build.provide``."""
-    return provide(Path(__file__).with_name("native.cc"), {_TARGET: "TopkDot", _INT8_TARGET: "TopkDotInt8"})
+    return provide(SOURCE, {_TARGET: "TopkDot"}) or provide(INT8_SOURCE, {_INT8_TARGET: "TopkDotInt8"})

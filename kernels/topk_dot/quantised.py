@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Int8
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.native import native_problem, topk_dot_int8_native
 
-BLOCK = 16  # as in native.cc
+BLOCK = 16  # as in native_int8.cc
 MOST_WIDTH = 1040  # 127 * 127 * 1040 < 2^24: sums of products of codes are exact in float32
 _ROUND_UP = np.float32(1.00001)  # more than float32 rounding can take away from a norm
 

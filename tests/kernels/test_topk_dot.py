@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels import native_build
 from cda4rec_jax.kernels.topk_dot import api, native, topk_dot
 from cda4rec_jax.kernels.topk_dot.cases import CONTRACT_CASES, Case
 from cda4rec_jax.kernels.topk_dot.pallas import topk_dot_pallas
@@ -190,6 +191,59 @@ def test_search_by_codes_equals_native_bit_for_bit(rows):
     table = quantise_items(items)
     actual = topk_dot_quantised(table, jnp.asarray(queries), k, allowed=filters[0], excluded=filters[1])
     assert_trees_equal(actual, expected)
+
+
+def make_codes_inputs(rows: int, num_queries: int, width: int):
+    """Norms spread, so that errors of codes differ."""
+    rng = np.random.default_rng(7)
+    items = (rng.lognormal(size=(rows, 1)) * rng.normal(size=(rows, width))).astype(np.float32)
+    return items, jnp.asarray(rng.normal(size=(num_queries, width)), jnp.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("num_queries", "width"), ((1, 20), (27, 21), (75, 64)))
+def test_search_by_codes_in_tiles_equals_native_bit_for_bit(num_queries, width):
+    """Whole tiles of queries and a rest; widths that end within a step of the instruction; thresholds guessed from a sample."""
+    items, queries = make_codes_inputs(6005, num_queries, width)
+    expected = found_by(jnp.asarray(items), queries, 40, implementation="native")
+    assert_trees_equal(topk_dot_quantised(quantise_items(items), queries, 40), expected)
+
+
+@needs_compiler
+def test_a_wrong_guess_of_the_threshold_costs_no_item():
+    """The sample holds only good items, so the guess is too high: few of the best k exceed it, or none."""
+    rows = np.arange(6000)
+    in_samples = (rows % 6000 % 375 < 6) | (rows // 48 % 7 == 0)
+    items = np.where(in_samples, 2.0, 1.0)[:, None] * np.linspace(1, 1.1, len(rows))[:, None]
+    items = np.repeat(items, 3, axis=1).astype(np.float32)
+    items[rows % 5 == 0] *= 0.01
+    queries = jnp.asarray([[1.0, 2.0, 0.5], [-1.0, -0.1, -3.0]] * 20, jnp.float32)
+    for k in (10, 1500, 3500):
+        expected = found_by(jnp.asarray(items), queries, k, implementation="reference")
+        for found, scores in (
+            found_by(jnp.asarray(items), queries, k, implementation="native"),
+            topk_dot_quantised(quantise_items(items), queries, k),
+        ):
+            np.testing.assert_allclose(scores, expected[1], rtol=1e-5)
+            assert all(len(set(row)) == k for row in np.asarray(found).tolist())
+
+
+@needs_compiler
+def test_code_for_any_processor_finds_the_same(monkeypatch):
+    """Compiled without what is special about this one, and thus by other lines of the sources."""
+    flags = [flag for flag in native_build._FLAGS if not flag.startswith(("-march", "-O"))]
+    monkeypatch.setattr(native_build, "_FLAGS", (*flags, "-O1"))
+    for name, source, symbol in (("_TARGET", native.SOURCE, "TopkDot"), ("_INT8_TARGET", native.INT8_SOURCE, "TopkDotInt8")):
+        assert native_build.provide(source, {f"plain{name}": symbol}) is None
+        monkeypatch.setattr(native, name, f"plain{name}")
+    items, queries = make_codes_inputs(3000, 11, 21)
+    filters = make_filters(Case(name="plain", num_rows=3000, queries=11, width=21, k=40))
+    expected = found_by(jnp.asarray(items), queries, 40, *filters, implementation="reference")
+    plain = native.topk_dot_native(jnp.asarray(items), queries, 40, *filters)
+    np.testing.assert_array_equal(plain[0], expected[0])
+    np.testing.assert_allclose(plain[1], expected[1], rtol=1e-5, atol=1e-5)
+    by_codes = topk_dot_quantised(quantise_items(items), queries, 40, allowed=filters[0], excluded=filters[1])
+    assert_trees_equal(by_codes, plain)
 
 
 @needs_compiler
