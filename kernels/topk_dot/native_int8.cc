@@ -208,7 +208,7 @@ class CodeScan {
       over(first, first + kTileBlocks, [&](int64_t block, int64_t blocks, int64_t query, const Sums* sums) {
         for (int64_t b = 0; b < blocks; ++b) {
           Scores scores = scores_of(sums[b]) * (of(table_.scales, block + b) * queries_[query].scale);
-          std::memcpy(&sample[query * size + place + b * kBlock], &scores, sizeof(scores));
+          std::memcpy(&sample[query * size + place + (block - first + b) * kBlock], &scores, sizeof(scores));
         }
       });
       for (int64_t i = 0; i < kTileBlocks * kBlock; ++i) {
