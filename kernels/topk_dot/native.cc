@@ -1,8 +1,8 @@
-// Fused scores and top-k on a CPU, as XLA custom calls. The contract is that of ../topk_dot/reference.py.
+// Fused scores and top-k on a CPU, as an XLA custom call. The contract is that of ../topk_dot/reference.py.
 //
 // Scores never reach memory: a tile of queries x items lives in registers, is compared with each query's threshold, and only what
 // passes is kept, in a buffer that is cut back to k whenever it is full. A score is one chain of fused multiply-adds over the width,
-// whatever the tile, so equal item vectors have equal scores, and the two calls below agree bit for bit.
+// whatever the tile, so equal item vectors have equal scores, and native_int8.cc, which computes the same chain, the same ones.
 
 #include "search.h"
 

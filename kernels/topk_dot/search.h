@@ -155,7 +155,7 @@ struct Shares {
 // what exceeds that score keeps few items, and finds less than k once in some thousand queries; then he searches again without.
 constexpr int64_t kSampleShare = 16, kMostSample = 8192, kLeastSample = 64;
 
-// A bound that `rank` of the values exceed, and few more do; -inf where so many do not.
+// A bound that `rank` of the values exceed, and few more do; -inf where so many do not, or all are equal.
 float bound_above(const float* values, int64_t count, int64_t rank) {
   float low = kInfinity, high = -kInfinity;
   for (int64_t i = 0; i < count; ++i) {
