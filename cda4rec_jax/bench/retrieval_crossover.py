@@ -1,15 +1,17 @@
-"""From which catalogue size on the partitioned index beats brute force on the present backend; ScaNN on the host beside them.
+"""Our indices against each other by catalogue size and batch, at equal recall, on the present backend.
 
-Items are the generated hard set. For each size the partitioned index is built once, and searches the fewest leaves that reach the target on
-one half of the queries; recall is reported on the other half. ScaNN searches as many leaves of its own, and scores as many items again.
+Items are the generated hard set. An approximate index is built once for each size, and for each recall searched in the cheapest way that
+reaches it on both halves of the queries: ScaNN as ``tune_search`` finds it, the partitioned index over the fewest leaves of ``SHARES``.
+This tells from which size on a partition beats brute force, and gives the table of times by which ``retrieval.choose_index`` chooses.
 """
 
-import math
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,105 +22,170 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, times, write_json
+from cda4rec_jax.bench.charts import curves
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.topk_dot import topk_dot
+from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.retrieval import (
     ExactIndex,
+    HeldOut,
+    Index,
+    IndexTime,
+    IndexTimes,
     PartitionedConfig,
     PartitionedIndex,
-    ScannConfig,
+    QuantisedIndex,
+    RecallNotReached,
     ScannIndex,
     exact_search,
     mean_recall,
     scann_available,
+    tune_search,
 )
+from cda4rec_jax.retrieval.choice import Way
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 
-PARTITIONED, EXACT, APPROXIMATE, SCANN = "partitioned", "exact", "approx_max_k", "ScaNN on the host"
-SIZES, BATCHES = (10_000, 30_000, 100_000, 300_000), (1, 256)
-SHARES = (
-    1 / 64,
-    1 / 32,
-    1 / 16,
-    3 / 32,
-    1 / 8,
-    3 / 16,
-    1 / 4,
-    5 / 16,
-    3 / 8,
-    1 / 2,
-    1.0,
-)  # of the leaves, of which one is chosen
-NUM_QUERIES = 512
+APPROXIMATE: Literal["approx_max_k"] = "approx_max_k"  # no index: what JAX offers by itself
+RECALLS, BATCHES = (0.95, 0.99), (1, 256)
+SHARES = (1 / 64, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of the leaves
+NUM_QUERIES, FEW = 512, 32  # the few tell the recall of approx_max_k, which is slow
+MOST_SCORES = {
+    "cpu": 2**25
+}  # of a batch, up to which approx_max_k is timed: it sorts them on a CPU; elsewhere it only has to hold them
+MOST_SCORES_ELSEWHERE = 2**28
 TIMING = TimingConfig()
 Search = Callable[[Float[np.ndarray, "b d"]], Int[np.ndarray, "b k"]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Searched:
+    """One way to search one catalogue, built."""
+
+    way: Way | Literal["approx_max_k"]
+    wanted: float  # recall; 1 of exact search
+    recall: float  # found, on queries of which half chose the settings
+    build_seconds: float  # compiling and finding the settings included
+    search: Search
+    leaf_share: float | None = None
+    reordered: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.way if self.wanted == 1.0 else f"{self.way} .{round(100 * self.wanted)}"
+
+    def json(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "search"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CrossoverPoint:
-    """All systems on one catalogue, at one batch size."""
+    """All ways on one catalogue, at one batch size."""
 
     num_items: int
     batch: int
-    leaves: int
-    leaves_searched: int
-    reordered: int  # items scored exactly
-    build_seconds: float  # of the partitioned index, compiling included
-    recall: dict[str, float]  # by system
+    ways: tuple[Searched, ...]
     measurement: Measurement
     others: OtherLoad
 
-    @property
-    def wins(self) -> bool:
-        """Whether the partitioned index beats brute force, in at least nine tenths of the rounds."""
-        return self.measurement.ratio(PARTITIONED, EXACT).p10 > 1.0
+    def beats_exact(self, name: str) -> bool:
+        """Whether it was there and faster than exact search in at least nine tenths of the rounds."""
+        return name in self.measurement.rates and self.measurement.ratio(name, self.exact).p10 > 1.0
 
-    def call_ms(self, system: str) -> float | None:
-        """Median time of a batch, NumPy to NumPy; None where the system is not there."""
-        return 1e3 / self.measurement.rates[system].median if system in self.measurement.rates else None
+    def call_ms(self, name: str) -> float | None:
+        """Median time of a batch, NumPy to NumPy; None where it is not there."""
+        return 1e3 / self.measurement.rates[name].median if name in self.measurement.rates else None
+
+    @property
+    def exact(self) -> str:
+        """Exact search, as it is here."""
+        return self.ways[0].name
+
+    @property
+    def quiet(self) -> bool:
+        """Whether to believe it."""
+        return self.measurement.accepted and not self.others.disturbs
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossoverBenchmark:
     """All that was found."""
 
+    backend: str  # of JAX
     device: str
     width: int
     k: int
-    target: float
     points: tuple[CrossoverPoint, ...]  # by batch, then by size
     provenance: dict[str, Any]
 
-    def crossover(self, batch: int) -> int | None:
-        """The smallest measured catalogue from which on the partitioned index always won; None if it lost on the largest."""
+    @property
+    def names(self) -> list[str]:
+        """Of all ways."""
+        return list(dict.fromkeys(way.name for point in self.points for way in point.ways))
+
+    @property
+    def batches(self) -> list[int]:
+        return list(dict.fromkeys(point.batch for point in self.points))
+
+    def crossover(self, name: str, batch: int) -> int | None:
+        """The smallest measured catalogue from which on a way always beat exact search; None if it did not on the largest."""
         found = None
         for point in sorted((one for one in self.points if one.batch == batch), key=lambda one: -one.num_items):
-            if not point.wins:
+            if not point.beats_exact(name):
                 break
             found = point.num_items
         return found
 
+    def crossovers(self, batch: int) -> dict[str, int | None]:
+        """Of every way but exact search itself."""
+        return {name: self.crossover(name, batch) for name in self.names[1:]}
+
+    def times(self) -> IndexTimes:
+        """What ``choose_index`` chooses by."""
+        calls: dict[tuple[int, str], tuple[float, ...]] = {}
+        for point in self.points:
+            for way in point.ways:
+                key = point.num_items, way.name
+                calls[key] = (*calls.get(key, ()), 1e3 / point.measurement.rates[way.name].median)
+        rows = [
+            IndexTime(
+                way=way.way,
+                num_items=point.num_items,
+                recall=way.wanted,
+                call_ms=calls[point.num_items, way.name],
+                leaf_share=way.leaf_share,
+                reordered=way.reordered,
+            )
+            for point in self.points
+            if point.batch == self.batches[0]
+            for way in point.ways
+            if way.way != APPROXIMATE
+        ]
+        return IndexTimes(
+            backend=self.backend,
+            width=self.width,
+            k=self.k,
+            batches=tuple(self.batches),
+            rows=tuple(rows),
+            provenance={**self.provenance, "quiet": all(point.quiet for point in self.points)},
+        )
+
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
-            "benchmark": "retrieval crossover",
             "device": self.device,
             "threads": usable_cores(),
             "width": self.width,
             "k": self.k,
-            "target_recall": self.target,
-            "crossover": {str(batch): self.crossover(batch) for batch in dict.fromkeys(one.batch for one in self.points)},
+            "crossover": {str(batch): self.crossovers(batch) for batch in self.batches},
             "points": [
                 {
                     "num_items": one.num_items,
                     "batch": one.batch,
-                    "leaves": one.leaves,
-                    "leaves_searched": one.leaves_searched,
-                    "reordered": one.reordered,
-                    "build_seconds": one.build_seconds,
-                    "recall": one.recall,
+                    "ways": {way.name: way.json() for way in one.ways},
                     "measurement": measurement_json(one.measurement, one.others),
                 }
                 for one in self.points
@@ -126,169 +193,203 @@ class CrossoverBenchmark:
             "provenance": self.provenance,
         }
 
-    def table(self) -> Table:
-        """A row for each catalogue and batch."""
-        title = f"Top {self.k} of {self.width}-dimensional items on {self.device}, recall@{self.k} of {self.target:g} wanted"
-        table = Table(title=title, box=SIMPLE)
-        systems = (PARTITIONED, SCANN, APPROXIMATE, EXACT)
-        for column in ("items", "batch", "leaves", *(f"{name} ms (recall)" for name in systems), "faster than exact"):
-            table.add_column(column, justify="right")
-        for one in self.points:
-            cells = [
-                "-" if (call_ms := one.call_ms(name)) is None else f"{call_ms:,.2f} ({one.recall[name]:.3f})" for name in systems
-            ]
-            leaves = f"{one.leaves_searched}/{one.leaves}"
-            table.add_row(f"{one.num_items:,}", str(one.batch), leaves, *cells, times(one.measurement.ratio(PARTITIONED, EXACT)))
-        return table
+    def chart(self, path: Path) -> bool:
+        """Time of a call by catalogue size, a panel for each batch."""
+        panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        for point in self.points:
+            lines = panels.setdefault(f"{point.batch:,} queries a call, {self.device}", {})
+            for way in point.ways:
+                x, y = lines.setdefault(way.name, ([], []))
+                x.append(float(point.num_items))
+                y.append(1e3 / point.measurement.rates[way.name].median)
+        exact = [name for name in self.names if "." not in name]
+        return curves(path, panels, "items", ["ms"] * len(panels), exact, log_x=True)
 
     def print(self, console: Console) -> None:
-        """The table, from which size on a partition pays, and how it was measured."""
-        console.print(self.table())
-        for batch in dict.fromkeys(one.batch for one in self.points):
-            size = self.crossover(batch)
-            verdict = f"beats brute force from {size:,} items on" if size else "does not beat brute force at the largest size"
-            console.print(f"batches of {batch:,}: the partitioned index {verdict}", highlight=False)
+        """A row for each catalogue and batch, from which size on a way pays, and how it was measured."""
+        table = Table(title=f"Milliseconds of a call on {self.device}: top {self.k} of {self.width} dimensions", box=SIMPLE)
+        for column in ("items", "batch", *self.names):
+            table.add_column(column, justify="right")
         for one in self.points:
-            lines = method_lines(one.measurement, usable_cores(), one.others)
-            console.print(
-                "\n".join([f"{one.num_items:,} items, batches of {one.batch:,}:", *lines]), highlight=False, soft_wrap=True
-            )
+            cells = ["-" if (call_ms := one.call_ms(name)) is None else f"{call_ms:,.3g}" for name in self.names]
+            table.add_row(f"{one.num_items:,}", f"{one.batch:,}", *cells)
+        console.print(table)
+        lines = [self._verdict(batch) for batch in self.batches]
+        first, nulls = self.points[0], [null for one in self.points for null in one.measurement.nulls.values()]
+        lines.append(
+            f".95 is the recall that was wanted and reached; {first.measurement.rounds} rounds in turns in one process, {usable_cores()} "
+            f"threads; nulls from {min(nulls):.3f} to {max(nulls):.3f}"
+        )
+        if any(APPROXIMATE not in one.measurement.rates for one in self.points):
+            lines.append(f"{APPROXIMATE} is left out where a batch has too many scores for it")
+        lines += [f"NOT QUIET: {one.num_items:,} items, batches of {one.batch:,}" for one in self.points if not one.quiet]
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+    def _verdict(self, batch: int) -> str:
+        told = [
+            f"{name} {f'from {size:,} items on' if size else 'not at the largest'}"
+            for name, size in self.crossovers(batch).items()
+        ]
+        return f"beats exact search, {batch:,} queries a call: {', '.join(told)}"
+
+
+def check_crossover(sizes: Sequence[int], batches: Sequence[int], k: int, recalls: Sequence[float] = RECALLS) -> None:
+    """UserError on what cannot be measured."""
+    if min((*sizes, *batches, k), default=0) < 1 or min(sizes) <= k or max(batches) > NUM_QUERIES:
+        raise UserError(
+            f"got sizes {tuple(sizes)}, batches {tuple(batches)} and k {k}: expected more than k items, and batches of 1 to "
+            f"{NUM_QUERIES} queries"
+        )
+    if not recalls or min(recalls) <= 0.0 or max(recalls) >= 1.0:
+        raise UserError(f"got recalls {tuple(recalls)}: expected numbers between 0 and 1; exact search is always measured")
 
 
 def bench_crossover(
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int],
     *,
     batches: Sequence[int] = BATCHES,
     width: int = 64,
     k: int = 100,
-    target: float = 0.95,
-    config: PartitionedConfig | None = None,
+    recalls: Sequence[float] = RECALLS,
     timing: TimingConfig = TIMING,
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CrossoverBenchmark:
-    """Measure on the present backend, and write ``retrieval-crossover-BACKEND.json`` into ``out``.
+    """Measure on the present backend, and write ``times_BACKEND.json`` and a chart into ``out``.
 
     Args:
-        sizes: items of each catalogue. 1,000,000 takes some GB, and minutes to build; `approx_max_k` holds [batch, items] scores.
+        sizes: items of each catalogue.
         batches: queries of one call.
         width: dimensions, at least 24.
         k: items to find.
-        target: recall@k that the partitioned index must reach.
-        config: of the partitioned index, whose ``leaf_share`` is chosen, and which has a partition at any size.
+        recalls: recall@k that approximate search must reach, one or more.
         timing: how much to measure.
         out: folder of the results.
         progress: hears of the stage, and how much of it is done.
 
     Raises:
-        UserError: bad sizes, batches, width, k, target or folder.
+        UserError: bad sizes, batches, width, k, recalls or folder.
     """
-    if (
-        not sizes
-        or not batches
-        or min(sizes) <= k
-        or k < 1
-        or min(batches) < 1
-        or max(batches) > NUM_QUERIES
-        or not 0 < target <= 1
-    ):
-        raise UserError(
-            f"got sizes {tuple(sizes)}, batches {tuple(batches)}, k {k} and target {target}: expected more than k items, batches of 1 to "
-            f"{NUM_QUERIES} queries, at least 1 item to find, and a recall in (0, 1]"
-        )
-    folder, config = check_folder(out), replace(config or PartitionedConfig(), exact_items=0)
-    points = []
+    check_crossover(sizes, batches, k, recalls)
+    folder, points = check_folder(out), []
     for size in sorted(sizes):
-        points += _points(size, batches, width, k, target, config, timing, progress)
+        progress(f"crossover, {size:,} items: building", 0, 1)
+        queries = hard_queries(NUM_QUERIES, width)
+        ways = _ways(hard_items(size, width), queries, k, recalls, max(batches))
+        points += [_point(size, batch, ways, queries, timing, progress) for batch in sorted(batches)]
     device = jax.devices()[0]
     result = CrossoverBenchmark(
-        device=f"{device.platform} {device.device_kind}",
+        backend=jax.default_backend(),
+        device=f"{device.platform} {device.device_kind}" if device.platform != "cpu" else f"cpu, {usable_cores()} cores",
         width=width,
         k=k,
-        target=target,
         points=tuple(sorted(points, key=lambda one: (one.batch, one.num_items))),
         provenance=provenance(dataset_fingerprint=f"hard items of width {width}, seed 0"),
     )
-    write_json(folder / f"retrieval-crossover-{device.platform}.json", result.json())
+    result.times().save(folder)
+    result.chart(folder / "retrieval-crossover.png")
     return result
 
 
-def _points(
+def _point(
     size: int,
-    batches: Sequence[int],
-    width: int,
-    k: int,
-    target: float,
-    config: PartitionedConfig,
+    batch: int,
+    ways: Sequence[Searched],
+    queries: Float[np.ndarray, "n d"],
     timing: TimingConfig,
     progress: Callable[[str, int, int], None],
-) -> list[CrossoverPoint]:
-    """All systems on one catalogue."""
-    progress(f"{size:,} items: building", 0, 1)
-    vectors, queries = hard_items(size, width), hard_queries(NUM_QUERIES, width)
-    start = time.perf_counter()
-    built = PartitionedIndex.build(vectors, config)
-    build_seconds = time.perf_counter() - start
-    exact = ExactIndex.build(vectors)
-    truth, _ = exact_search(jnp.asarray(vectors), jnp.asarray(queries), k)
-    truth = np.asarray(truth)
-    index = _reaching(built, queries[::2], truth[::2], target)
-    systems: dict[str, Search] = {
-        PARTITIONED: lambda rows: index.search(rows, k)[0],
-        EXACT: lambda rows: exact.search(rows, k)[0],
-        APPROXIMATE: _approximate(vectors, k, target),
-    }
-    if scann_available():
-        scann = _scann_like(index, vectors, k)
-        systems[SCANN] = lambda rows: scann.search(rows, k)[0]
-    recall = {name: mean_recall(search(queries[1::2]), truth[1::2]) for name, search in systems.items()}
-    found = []
-    for batch in batches:
-
-        def heard(done: int, total: int, batch: int = batch) -> None:
-            progress(f"{size:,} items, batches of {batch:,}", done, total)
-
-        contestants = [_contestant(name, search, queries, batch) for name, search in systems.items()]
-        with OtherLoad() as others:
-            measurement = measure(
-                contestants, [(PARTITIONED, other) for other in systems if other != PARTITIONED], timing, progress=heard
-            )
-        found.append(
-            CrossoverPoint(
-                num_items=size,
-                batch=batch,
-                leaves=index.num_leaves,
-                leaves_searched=index.leaves_searched,
-                reordered=index.num_reordered(k),
-                build_seconds=build_seconds,
-                recall=recall,
-                measurement=measurement,
-                others=others,
-            )
+) -> CrossoverPoint:
+    most = MOST_SCORES.get(jax.default_backend(), MOST_SCORES_ELSEWHERE)
+    ways = [way for way in ways if way.way != APPROXIMATE or size * batch <= most]
+    with OtherLoad() as others:
+        measurement = measure(
+            [_contestant(way, queries, batch) for way in ways],
+            [(way.name, ways[0].name) for way in ways[1:]],
+            timing,
+            progress=partial(progress, f"crossover, {size:,} items, batches of {batch:,}"),
         )
-    return found
+    return CrossoverPoint(num_items=size, batch=batch, ways=tuple(ways), measurement=measurement, others=others)
 
 
-def _reaching(
-    built: PartitionedIndex, queries: Float[np.ndarray, "n d"], truth: Int[np.ndarray, "n k"], target: float
-) -> PartitionedIndex:
-    """The fewest leaves of ``SHARES`` that reach the target; all leaves where none does."""
-    indices = (built.with_leaf_share(share) for share in SHARES)
-    reaching = (index for index in indices if mean_recall(index.search(queries, truth.shape[1])[0], truth) >= target)
-    return next(reaching, built.with_leaf_share(SHARES[-1]))
+def _ways(vectors: np.ndarray, queries: np.ndarray, k: int, recalls: Sequence[float], batch: int) -> list[Searched]:
+    """All that can be had here and reach a recall; exact search, as ``ExactIndex`` makes it here, comes first."""
+    compiled = jax.default_backend() == "cpu" and native_problem() is None
+    truth, _ = exact_search(jnp.asarray(vectors), jnp.asarray(queries), k)
+    held_out = HeldOut(queries=queries, exact=np.asarray(truth))
+    found = [_exact("exact", partial(_search, ExactIndex.build(vectors), k), held_out)]
+    if jax.default_backend() == "cpu":
+        by_xla = _exact("exact by XLA", partial(_search, _ExactByXla.build(vectors), k), held_out)
+        found = [*found, by_xla] if compiled else [by_xla]
+    if compiled:
+        found.append(_exact("quantised", partial(_search, QuantisedIndex.build(vectors), k), held_out))
+    if scann_available():
+        found += _scann(vectors, held_out, recalls, batch)
+    found += _partitioned(vectors, held_out, recalls)
+    approximate = _approximate(vectors, k, max(recalls))
+    recall = mean_recall(approximate(queries[:FEW]), held_out.exact[:FEW])
+    return [*found, Searched(way=APPROXIMATE, wanted=max(recalls), recall=recall, build_seconds=0.0, search=approximate)]
 
 
-def _scann_like(index: PartitionedIndex, vectors: Float[np.ndarray, "i d"], k: int) -> ScannIndex:
-    """ScaNN over about as many leaves, of which it searches as many, and scores as many items exactly."""
-    share = min(1.0, index.leaves_searched / math.isqrt(index.num_items))
-    config = ScannConfig(
-        brute_force_items=0, tree_items=0, leaf_share=share, reorder_factor=1.0, min_reorder=index.num_reordered(k)
-    )
-    return ScannIndex.build(vectors, config)
+class _ExactByXla(ExactIndex):
+    """As ``ExactIndex`` is without a compiler."""
+
+    def _find(self, table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
+        return _search_by_xla(table, queries, k, allowed, excluded)
 
 
-def _approximate(vectors: Float[np.ndarray, "i d"], k: int, target: float) -> Search:
-    """``approx_max_k`` of all scores: what JAX offers by itself, partial reductions on a TPU, and a sort elsewhere."""
+@partial(jax.jit, static_argnames=("k",))
+def _search_by_xla(table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
+    return topk_dot(table, queries, k, allowed=allowed, excluded=excluded, implementation="xla")
+
+
+def _exact(way: Way, search: Search, held_out: HeldOut) -> Searched:
+    start = time.perf_counter()
+    recall = mean_recall(search(held_out.queries), held_out.exact)
+    return Searched(way=way, wanted=1.0, recall=recall, build_seconds=time.perf_counter() - start, search=search)
+
+
+def _scann(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float], batch: int) -> Iterator[Searched]:
+    start = time.perf_counter()
+    built = ScannIndex.build(vectors)
+    for wanted in recalls:
+        with contextlib.suppress(RecallNotReached):
+            index = tune_search(built, held_out, recall=wanted, batch=batch)
+            yield Searched(
+                way="scann",
+                wanted=wanted,
+                recall=held_out.recall(index),
+                build_seconds=time.perf_counter() - start,
+                search=partial(_search, index, held_out.k),
+                leaf_share=index.config.leaf_share if index.num_leaves else None,
+                reordered=index.config.min_reorder if index.reorders else None,
+            )
+
+
+def _partitioned(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float]) -> Iterator[Searched]:
+    start = time.perf_counter()
+    built = PartitionedIndex.build(vectors, PartitionedConfig(exact_items=0))
+    enough = built.num_reordered(held_out.k) / built.num_items  # with less, leaves hold too few items, and all are scored
+    shares = (share for share in SHARES if share >= min(enough, 1.0))
+    share = next(shares)
+    for wanted in sorted(recalls):
+        index = built.with_leaf_share(share)
+        while (recall := min(half.recall(index) for half in held_out.halves())) < wanted:
+            share = next(shares, None)
+            if share is None:
+                return
+            index = built.with_leaf_share(share)
+        yield Searched(
+            way="partitioned",
+            wanted=wanted,
+            recall=recall,
+            build_seconds=time.perf_counter() - start,
+            search=partial(_search, index, held_out.k),
+            leaf_share=share,
+        )
+
+
+def _approximate(vectors: np.ndarray, k: int, target: float) -> Search:
+    """``approx_max_k`` of all scores: partial reductions on a TPU, and a sort elsewhere."""
     table = jnp.asarray(vectors)
 
     @jax.jit
@@ -299,11 +400,15 @@ def _approximate(vectors: Float[np.ndarray, "i d"], k: int, target: float) -> Se
     return lambda rows: np.asarray(search(table, jnp.asarray(rows)))
 
 
-def _contestant(name: str, search: Search, queries: Float[np.ndarray, "n d"], batch: int) -> Contestant:
+def _search(index: Index, k: int, queries: Float[np.ndarray, "b d"]) -> Int[np.ndarray, "b k"]:
+    return index.search(queries, k)[0]
+
+
+def _contestant(way: Searched, queries: Float[np.ndarray, "n d"], batch: int) -> Contestant:
     parts = [queries[start : start + batch] for start in range(0, len(queries) - batch + 1, batch)]
 
     def call(number: int) -> float:
-        search(parts[number % len(parts)])
+        way.search(parts[number % len(parts)])
         return 1.0
 
-    return Contestant(name=name, call=call)
+    return Contestant(name=way.name, call=call)

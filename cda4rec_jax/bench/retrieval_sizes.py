@@ -18,15 +18,14 @@ from rich.table import Table
 
 from cda4rec_jax.bench.charts import curves
 from cda4rec_jax.bench.retrieval_data import hard_item_chunks, hard_items, hard_queries
-from cda4rec_jax.bench.retrieval_systems import WIDTH, Search, makers, search_of, version_of
+from cda4rec_jax.bench.retrieval_systems import HNSWLIB, SCANN, WIDTH, IndexSearch, Search, makers, version_of
 from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
-from cda4rec_jax.retrieval import ExactIndex, MappedIndex, ScannIndex
+from cda4rec_jax.retrieval import ExactIndex, MappedIndex, ScannIndex, mean_recall
 from cda4rec_jax.timing import usable_cores
 
 MAPPED = "ours, mapped"
-SCANN = "ours, scann"
 # Systems by the largest catalogue at which building one takes minutes and not hours on two cores.
 MOST_ITEMS = {
     MAPPED: 100_000_000,
@@ -34,10 +33,10 @@ MOST_ITEMS = {
     "ours, quantised": 10_000_000,
     SCANN: 1_000_000,
     "faiss flat": 10_000_000,
-    "hnswlib": 100_000,
+    HNSWLIB: 100_000,
 }
-APPROXIMATE = {SCANN: "", "hnswlib": "M 16, ef 200"}  # and the setting that is measured; "" is our default
-PEERS_OF = {"faiss flat": ("faiss",), "hnswlib": ("hnswlib",)}
+APPROXIMATE = {SCANN: "", HNSWLIB: "M 16, ef 200"}  # and the setting that is measured; "" is our default
+PEERS_OF = {"faiss flat": ("faiss",), HNSWLIB: ("hnswlib",)}
 CALLS, MOST_SECONDS = 300, 10.0
 
 
@@ -73,10 +72,12 @@ class SizesFound:
 
     k: int
     points: tuple[SizePoint, ...]
+    left_out: tuple[str, ...]  # systems at sizes above theirs
 
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"width": WIDTH, "k": self.k, "most_items": MOST_ITEMS, "points": [asdict(point) for point in self.points]}
+        told = {"width": WIDTH, "k": self.k, "most_items": MOST_ITEMS, "left_out": self.left_out}
+        return {**told, "points": [asdict(point) for point in self.points]}
 
     def print(self, console: Console) -> None:
         """A row for each point."""
@@ -105,6 +106,7 @@ class SizesFound:
         console.print(table)
         lines = [
             "MB: resident, beyond that of the process before; own: no page of a file; peak: of the whole process, building included",
+            *([f"left out, since building would take hours: {'; '.join(self.left_out)}"] if self.left_out else []),
             f"versions: {', '.join(dict.fromkeys(point.version for point in self.points))}",
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -129,13 +131,15 @@ def measure_sizes(
 ) -> SizesFound:
     """Every system of ``MOST_ITEMS`` that is here, at every size that it is meant for."""
     here = [*makers(peers), *((MAPPED,) if native_problem() is None else ())]
-    todo = [(name, size) for name, most in MOST_ITEMS.items() if name in here for size in sorted(sizes) if size <= most]
+    all_here = [(name, most, size) for name, most in MOST_ITEMS.items() if name in here for size in sorted(sizes)]
+    todo = [(name, size) for name, most, size in all_here if size <= most]
+    left_out = tuple(f"{name} at {size:,} items" for name, most, size in all_here if size > most)
     points: list[SizePoint] = []
     for done, (name, size) in enumerate(todo):
         progress(done, len(todo))
         points.append(in_its_own_process(measure_size, name, size, k))
     progress(len(todo), len(todo))
-    return SizesFound(k=k, points=tuple(points))
+    return SizesFound(k=k, points=tuple(points), left_out=left_out)
 
 
 def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -178,7 +182,7 @@ def measure_size(system: str, num_items: int, k: int) -> SizePoint:
 
 def _recall(search: Search, queries: np.ndarray, num_items: int, k: int) -> float:
     truth, _ = ExactIndex.build(hard_items(num_items, WIDTH)).search(queries, k)
-    return float(np.mean([np.isin(expected, row).mean() for expected, row in zip(truth, search(queries), strict=True)]))
+    return mean_recall(search(queries), truth)
 
 
 @dataclass(frozen=True)
@@ -191,10 +195,10 @@ class _Timed:
 def _built(system: str, num_items: int, k: int, folder: Path) -> tuple[Search, str | None]:
     chunks = hard_item_chunks(num_items, WIDTH)
     if system == MAPPED:
-        return search_of(MappedIndex.build_streamed(chunks, folder), k), None
+        return IndexSearch(MappedIndex.build_streamed(chunks, folder), k), None
     items = _in_memory(chunks, num_items)
     if system == SCANN:
-        return search_of(ScannIndex.build(items), k), None
+        return IndexSearch(ScannIndex.build(items), k), None
     package, make = makers(tuple(PEERS_OF.get(system, ())))[system]
     return make(items, k, usable_cores())[APPROXIMATE.get(system, "")], package
 

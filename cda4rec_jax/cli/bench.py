@@ -135,12 +135,12 @@ class BenchRank:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRetrieval:
-    """Candidate search: recall against queries a second, exact search, and time and memory by catalogue size; ours beside others."""
+    """Candidate search: recall against queries a second, exact search, time and memory by catalogue size, and the fastest index."""
 
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """A finished joint run, whose item table is searched; a generated set without clusters if not given."""
     items: tuple[int, ...] = (100_000,)
-    """Items of the generated set, one or more sizes; none without numbers."""
+    """Items of the generated set, one or more sizes; none without numbers. A million takes about half an hour on two cores."""
     batches: tuple[int, ...] = (1, 256)
     """Queries of one call."""
     k: int = 100
@@ -149,6 +149,9 @@ class BenchRetrieval:
     """Compare exact search too: 12,101 items in batches of 256, and a million items one query at a time."""
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Catalogue sizes at which time and memory are measured; none without numbers. 10 million takes 4 GB of disk."""
+    crossover: tuple[int, ...] = ()
+    """Catalogue sizes at which our indices are timed against each other at equal recall; off if not given. Writes the table of times by
+    which build_index chooses."""
     peers: tuple[str, ...] | None = None
     """Whom to measure beside ours: faiss, hnswlib, usearch, pynndescent, torch, numpy. All that are installed if not given."""
     rounds: int = 15
@@ -171,6 +174,7 @@ class BenchRetrieval:
                 k=self.k,
                 exact=self.exact,
                 sizes=self.sizes,
+                crossover=self.crossover,
                 peers=self.peers,
                 timing=TimingConfig(rounds=self.rounds),
                 out=self.out,

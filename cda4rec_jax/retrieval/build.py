@@ -1,6 +1,5 @@
 """Choosing, loading and comparing indices."""
 
-import importlib.util
 import logging
 import time
 from dataclasses import dataclass
@@ -10,44 +9,63 @@ from typing import Literal, get_args
 import numpy as np
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.topk_dot.quantised import check_quantised
+from cda4rec_jax.retrieval.choice import RECALL, choose_index
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Index, Queries, mean_recall
 from cda4rec_jax.retrieval.mapped import MappedIndex
-from cda4rec_jax.retrieval.partitioned import PartitionedIndex
+from cda4rec_jax.retrieval.partitioned import PartitionedConfig, PartitionedIndex
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
 from cda4rec_jax.retrieval.rows import Vectors, read_meta
-from cda4rec_jax.retrieval.scann import ScannIndex
+from cda4rec_jax.retrieval.scann import ScannConfig, ScannIndex
 from cda4rec_jax.retrieval.sharded import ShardedIndex
 
 Implementation = Literal["exact", "quantised", "mapped", "scann", "sharded", "partitioned"]
 _logger = logging.getLogger(__name__)
 
 
-def scann_available() -> bool:
-    """Whether ScaNN is installed."""
-    return importlib.util.find_spec("scann") is not None
+def build_index(
+    item_vectors: Vectors, implementation: Implementation | None = None, *, batch: int = 1, recall: float = RECALL
+) -> Index:
+    """Index of ``item_vectors``, where row 0 is padding.
 
-
-def build_index(item_vectors: Vectors, implementation: Implementation | None = None) -> Index:
-    """Index of ``item_vectors``, where row 0 is padding. None chooses ScaNN where it is installed, else exact, and logs that.
+    Args:
+        item_vectors: of all items.
+        implementation: which index; None leaves it to ``choose_index``, and logs what is chosen and why.
+        batch: queries of one call, which None chooses for.
+        recall: share of the exact items to find, which None chooses for.
 
     Raises:
       UserError: The implementation is not installed or unknown, there is no item, or a value is not finite.
     """
-    if implementation is None:
-        implementation = "scann" if scann_available() else "exact"
-        if implementation == "exact":
-            _logger.warning("ScaNN is not installed (it exists for Linux with Python below 3.14): the exact index serves.")
-    return _class_of(implementation).build(item_vectors)
+    if implementation is not None:
+        return _class_of(implementation).build(item_vectors)
+    choice = choose_index(item_vectors.shape[0] - 1, batch=batch, recall=recall)
+    _logger.log(logging.WARNING if choice.missing else logging.INFO, "index: %s", choice.reason)
+    if isinstance(choice.config, ScannConfig):
+        return ScannIndex.build(item_vectors, choice.config)
+    if isinstance(choice.config, PartitionedConfig):
+        return PartitionedIndex.build(item_vectors, choice.config)
+    return _class_of(choice.implementation).build(item_vectors)
 
 
 def load_index(directory: Path, implementation: Implementation | None = None) -> Index:
-    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; All but ``scann`` read any.
+    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; all but ``scann`` read any.
+
+    Where the codes of a ``quantised`` index cannot be searched, None takes ``exact``, which finds the same, and logs that.
 
     Raises:
       UserError: The folder is no index, damaged or of another version, or needs ScaNN and ScaNN is not installed.
     """
-    return _class_of(implementation or read_meta(directory)[0]).load(directory)
+    if implementation is None:
+        implementation = read_meta(directory)[0]
+        if implementation == "quantised":
+            try:
+                check_quantised()
+            except UserError as problem:
+                _logger.warning("%s", problem)
+                implementation = "exact"
+    return _class_of(implementation).load(directory)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,11 @@ from cda4rec_jax.timing import usable_cores
 _FILES = "scann"
 _CONFIG = "config.json"
 _PIECES = 2  # of a batch for each thread, so that a thread which is held up leaves its second one to others
+
+
+def scann_available() -> bool:
+    """Whether ScaNN is installed."""
+    return importlib.util.find_spec("scann") is not None
 
 
 @dataclass(frozen=True, kw_only=True)

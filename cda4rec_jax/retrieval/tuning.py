@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
-from cda4rec_jax.retrieval.index import Queries, Vectors, mean_recall
+from cda4rec_jax.retrieval.index import Index, Queries, Vectors, mean_recall
 from cda4rec_jax.retrieval.scann import Measured, ScannConfig, ScannIndex
 from cda4rec_jax.timing import Contestant, TimingConfig, measure
 
@@ -65,7 +65,7 @@ class HeldOut:
         even, odd = (HeldOut(queries=self.queries[part::2], exact=self.exact[part::2]) for part in (0, 1))
         return even, odd
 
-    def recall(self, index: ScannIndex) -> float:
+    def recall(self, index: Index) -> float:
         """Mean share of the exact k items that the index finds."""
         found, _ = index.search(self.queries, self.k)
         return mean_recall(found, self.exact)
@@ -257,6 +257,11 @@ def _with_measured(index: ScannIndex, held_out: HeldOut, recall: float, batch: i
     return index.searched_with(replace(index.config, measured=measured))
 
 
+def setting_of(index: ScannIndex) -> str:
+    """How it was built and is searched, in words."""
+    return ", ".join(part for part in (_described(index), _searched(index)) if part)
+
+
 def _described(index: ScannIndex) -> str:
     config, leaves = index.config, index.num_leaves
     how = [f"{leaves} leaves" if leaves else "no partition"]
@@ -265,12 +270,17 @@ def _described(index: ScannIndex) -> str:
     return ", ".join(how)
 
 
+def _searched(index: ScannIndex) -> str:
+    leaves = [f"{max(1, round(index.config.leaf_share * index.num_leaves))} leaves searched"] if index.num_leaves else []
+    exact = [f"{index.config.min_reorder} items scored exactly"] if index.reorders else []
+    return ", ".join(leaves + exact)
+
+
 def _outcome(index: ScannIndex) -> str:
-    config, measured = index.config, index.config.measured
+    measured = index.config.measured
     assert measured is not None
-    leaves = f"{round(config.leaf_share * index.num_leaves)} leaves searched, " if index.num_leaves else ""
-    exact = f"{config.min_reorder} items scored exactly, " if index.reorders else ""
-    return (
-        f"{leaves}{exact}recall@{measured.k} {measured.recall:.4f}, {measured.batch_ms:.2f} ms for {measured.batch} queries, "
+    found = (
+        f"recall@{measured.k} {measured.recall:.4f}, {measured.batch_ms:.2f} ms for {measured.batch} queries, "
         f"{measured.single_ms:.3f} ms for one, {measured.threads} threads"
     )
+    return ", ".join(part for part in (_searched(index), found) if part)

@@ -1,0 +1,214 @@
+"""All systems on one catalogue at one batch size: recall and single calls of each setting, and the fastest of each in turns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from cda4rec_jax.bench.charts import curves
+from cda4rec_jax.bench.harness import OtherLoad, measurement_json, method_lines, times
+from cda4rec_jax.bench.retrieval_adapter import AdapterOverhead, adapter_overhead
+from cda4rec_jax.bench.retrieval_systems import HNSWLIB, TUNED, IndexSearch, SearchData, SearchSystem
+from cda4rec_jax.bench.systems import call_times_ms
+from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
+from cda4rec_jax.retrieval import ScannIndex
+from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure, usable_cores
+
+MOST_SECONDS = 3.0  # of single calls of one system at one setting
+CALLS = 1000
+TUNED_BATCH, TUNED_TARGET = 256, 1.5  # times the queries a second of hnswlib that we want of ScaNN, tuned, in such batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A system at a setting, with inputs of one batch size."""
+
+    system: SearchSystem
+    inputs: Sequence[np.ndarray]
+
+    @property
+    def name(self) -> str:
+        return self.system.name
+
+    @property
+    def run(self) -> Callable[[np.ndarray], object]:
+        return self.system.run
+
+    def call(self, number: int) -> float:
+        """For the harness: one batch; gives its queries."""
+        given = self.inputs[number % len(self.inputs)]
+        self.system.run(given)
+        return float(len(given))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFound:
+    """All systems on one catalogue at one batch size; the measurement compares the fastest settings that reach a recall."""
+
+    data: str
+    fingerprint: str
+    num_items: int
+    batch: int
+    k: int
+    least_recall: float
+    target: float | None  # ratio to the fastest of others that we want
+    systems: tuple[SearchSystem, ...]
+    latency: Mapping[str, LatencySummary]  # of single calls, by name
+    measurement: Measurement
+    others: OtherLoad
+    left_out: Mapping[str, str]  # systems that were not measured here, and why
+    adapter: AdapterOverhead | None  # of the tuned ScaNN index
+
+    def queries_per_second(self, name: str) -> float:
+        """By the median call."""
+        return 1e3 * self.batch / self.latency[name].p50_ms
+
+    @property
+    def compared(self) -> list[SearchSystem]:
+        """Those that were measured in turns, the fastest first."""
+        found = [one for one in self.systems if one.name in self.measurement.rates]
+        return sorted(found, key=lambda one: -self.measurement.rates[one.name].median)
+
+    @property
+    def least_ratio(self) -> float | None:
+        """Of the fastest of ours to the fastest of others; None where no other was measured."""
+        fastest = next(one.name for one in self.compared if one.is_ours)
+        ratios = [self.measurement.ratio(fastest, one.name).median for one in self.compared if not one.is_ours]
+        return min(ratios, default=None)
+
+    @property
+    def tuned_over_hnswlib(self) -> Spread | None:
+        """Ratio of queries a second at the recall; None where one of the two does not reach it, or was not measured."""
+        by_system = {one.system: one.name for one in self.compared}
+        if not {TUNED, HNSWLIB} <= by_system.keys():
+            return None
+        return self.measurement.ratio(by_system[TUNED], by_system[HNSWLIB])
+
+    @property
+    def has_aim(self) -> bool:
+        """True where there is an aim, and an other to hold it against."""
+        return self.target is not None and self.least_ratio is not None
+
+    def json(self) -> dict[str, Any]:
+        """Ready for JSON: a row for each system and setting."""
+        rows = [
+            {
+                **{key: value for key, value in vars(one).items() if key != "run"},
+                "threads": usable_cores(),
+                "batch": self.batch,
+                "queries_per_second": self.queries_per_second(one.name),
+                "latency": asdict(self.latency[one.name]),
+            }
+            for one in self.systems
+        ]
+        told = ("data", "fingerprint", "num_items", "batch", "k", "least_recall", "target", "least_ratio", "left_out")
+        over = self.tuned_over_hnswlib
+        return {
+            **{key: getattr(self, key) for key in told},
+            "systems": rows,
+            "tuned_over_hnswlib": None if over is None else {**asdict(over), "target": TUNED_TARGET, "target_batch": TUNED_BATCH},
+            "adapter": None if self.adapter is None else self.adapter.json(),
+            "measurement": measurement_json(self.measurement, self.others),
+        }
+
+    def print(self, console: Console) -> None:
+        """A table of the systems that were compared."""
+        table = Table(title=f"{self.data}: {self.num_items:,} items, {self.batch} queries a call, k = {self.k}", box=SIMPLE)
+        table.add_column("system")
+        for column in ("recall", "queries/s", "p50 us", "p95 us", "p99 us", "build s", "ours faster by"):
+            table.add_column(column, justify="right")
+        fastest = next(one.name for one in self.compared if one.is_ours)
+        for one in self.compared:
+            latency = self.latency[one.name]
+            percentiles = (f"{1e3 * value:,.0f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
+            ratio = "" if one.name == fastest else times(self.measurement.ratio(fastest, one.name))
+            rate = f"{self.measurement.rates[one.name].median:,.0f}"
+            table.add_row(one.name, f"{one.recall:.3f}", rate, *percentiles, f"{one.build_seconds:.1f}", ratio)
+        console.print(table)
+        missed = {one.system: one for one in sorted(self.systems, key=lambda one: one.recall)}
+        missed = [f"{name} (at most {one.recall:.3f})" for name, one in missed.items() if one.recall < self.least_recall]
+        lines = [
+            f"the fastest setting of each that finds {self.least_recall} of the exact items; 'ours faster by' is {fastest!r} against each",
+            *([f"below that recall: {', '.join(missed)}"] if missed else []),
+            *([f"aim: {self.target} times the fastest of others; it is {self.least_ratio:.2f}"] if self.has_aim else []),
+            *self._tuned_lines(),
+            *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
+            f"versions: {', '.join(dict.fromkeys(one.version for one in self.compared))}",
+            *method_lines(self.measurement, usable_cores(), self.others),
+        ]
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+    def _tuned_lines(self) -> list[str]:
+        """ScaNN, tuned, beside hnswlib; and what our index adds to ScaNN's own search."""
+        over, is_aimed = self.tuned_over_hnswlib, self.batch == TUNED_BATCH
+        aim = f" (aim: {TUNED_TARGET})" if is_aimed else ""
+        lines = [] if over is None else [f"queries a second of {TUNED!r} are {times(over)} times those of {HNSWLIB}{aim}"]
+        return lines if self.adapter is None else [*lines, self.adapter.line()]
+
+
+def searched(
+    data: SearchData,
+    systems: Sequence[SearchSystem],
+    batch: int,
+    k: int,
+    least_recall: float,
+    target: float | None,
+    timing: TimingConfig,
+    progress: Callable[[int, int], None],
+    left_out: Mapping[str, str] | None = None,
+) -> SearchFound:
+    """Single calls of all, then turns of the fastest setting of each that reaches the recall; ScaNN's own search, if it was tuned."""
+    inputs = data.batches(batch)
+    timed = {one.name: Timed(system=one, inputs=inputs) for one in systems}
+    with OtherLoad() as others:
+        taken = call_times_ms(list(timed.values()), max(20, CALLS // batch), most_seconds=MOST_SECONDS)
+        latency = {name: summarise_latency(values) for name, values in taken.items()}
+        fastest: dict[str, SearchSystem] = {}
+        for one in sorted(systems, key=lambda one: -latency[one.name].p50_ms):
+            if one.recall >= least_recall:
+                fastest[one.system] = one
+        ours = min((one for one in fastest.values() if one.is_ours), key=lambda one: latency[one.name].p50_ms)
+        others_names = [one.name for one in fastest.values() if one.name != ours.name]
+        contestants = [Contestant(name=one.name, call=timed[one.name].call) for one in fastest.values()]
+        pairs = [(ours.name, name) for name in others_names] or [(ours.name, ours.name)]
+        if {TUNED, HNSWLIB} <= fastest.keys() and ours.system != TUNED:
+            pairs.append((fastest[TUNED].name, fastest[HNSWLIB].name))
+        measurement = measure(contestants, pairs, timing, progress=progress)
+    return SearchFound(
+        data=data.name,
+        fingerprint=data.fingerprint,
+        num_items=data.num_items,
+        batch=batch,
+        k=k,
+        least_recall=least_recall,
+        target=target,
+        systems=tuple(systems),
+        latency=latency,
+        measurement=measurement,
+        others=others,
+        left_out=left_out or {},
+        adapter=_adapter(fastest[TUNED], data, batch, k, timing) if TUNED in fastest else None,
+    )
+
+
+def _adapter(tuned: SearchSystem, data: SearchData, batch: int, k: int, timing: TimingConfig) -> AdapterOverhead:
+    assert isinstance(tuned.run, IndexSearch) and isinstance(tuned.run.index, ScannIndex)
+    (found,) = adapter_overhead(tuned.run.index, np.concatenate(data.batches(batch)), k, batches=(batch,), timing=timing)
+    return found
+
+
+def recall_chart(path: Path, found: Sequence[SearchFound]) -> None:
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for one in found:
+        lines = panels.setdefault(f"{one.data}: {one.num_items:,} items, {one.batch} queries a call", {})
+        for system in one.systems:
+            x, y = lines.setdefault(system.system, ([], []))
+            x.append(system.recall)
+            y.append(one.queries_per_second(system.name))
+    ours = sorted({system.system for one in found for system in one.systems if system.is_ours})
+    curves(path, panels, f"recall@{found[0].k}", ["queries a second"] * len(panels), ours, log_x=False)

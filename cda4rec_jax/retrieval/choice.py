@@ -1,0 +1,207 @@
+"""Choosing an index by catalogue size, batch, recall and backend, from times that were measured.
+
+``times_BACKEND.json`` beside this module holds the times of a call of each index at some catalogue sizes and batches, on vectors without
+clusters, with the settings that reached a recall there; ``cda4rec bench retrieval --crossover`` writes such a file. Between measured
+sizes and batches, the logarithm of the time is linear in their logarithms; beyond them the nearest one counts, and the reason says so.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.retrieval.partitioned import PartitionedConfig
+from cda4rec_jax.retrieval.scann import ScannConfig, scann_available
+
+Way = Literal[
+    "exact", "exact by XLA", "quantised", "scann", "partitioned"
+]  # to search; the second is the first without a compiler
+LEAST_GAIN = 1.1  # how many times as fast approximate search must be to be chosen over exact search
+RECALL = 0.99  # that an index is chosen for where nothing is said
+MEASURE = "cda4rec bench retrieval --crossover 10000 100000 1000000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexTime:
+    """One way to search one catalogue."""
+
+    way: Way
+    num_items: int
+    recall: float  # wanted, and reached; 1 of exact search
+    call_ms: tuple[float, ...]  # for each batch of the table
+    leaf_share: float | None = None  # of the leaves searched; None where there is no partition
+    reordered: int | None = None  # items that ScaNN scores exactly; None where it scores all so
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexTimes:
+    """What was measured on one backend."""
+
+    backend: str
+    width: int
+    k: int
+    batches: tuple[int, ...]
+    rows: tuple[IndexTime, ...]
+    provenance: Mapping[str, Any]
+
+    @property
+    def sizes(self) -> list[int]:
+        return sorted({row.num_items for row in self.rows})
+
+    def save(self, folder: Path) -> Path:
+        """Write ``times_BACKEND.json``, one row a line."""
+        rows = [json.dumps({name: value for name, value in asdict(row).items() if value is not None}) for row in self.rows]
+        told = {name: value for name, value in vars(self).items() if name != "rows"}
+        path = folder / f"times_{self.backend}.json"
+        lines = ",\n  ".join(rows)
+        path.write_text(f'{json.dumps(told, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "IndexTimes":
+        """What ``save`` wrote."""
+        told = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(IndexTime(**{**row, "call_ms": tuple(row["call_ms"])}) for row in told.pop("rows"))
+        return cls(**{**told, "batches": tuple(told["batches"]), "rows": rows})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """An index, and why."""
+
+    implementation: Literal["exact", "quantised", "scann", "partitioned"]
+    config: ScannConfig | PartitionedConfig | None  # of the last two, with the settings that reached the recall when measured
+    reason: str
+    missing: tuple[str, ...] = ()  # what cannot be had here, and was left out
+
+
+@functools.cache
+def measured_times(backend: str) -> IndexTimes | None:
+    """The times on one of JAX's backends; None where there are none."""
+    path = Path(__file__).with_name(f"times_{backend}.json")
+    return IndexTimes.load(path) if path.is_file() else None
+
+
+def choose_index(num_items: int, *, batch: int = 1, recall: float = RECALL, backend: str | None = None) -> Choice:
+    """The fastest index of those that can be had here and reach a recall, exact search unless another is ``LEAST_GAIN`` times as fast.
+
+    On a backend without measurements all items are scored exactly. Indices over several devices and over files are never chosen: they
+    are for catalogues that one device or the memory cannot hold.
+
+    Args:
+        num_items: size of the catalogue.
+        batch: queries of one call.
+        recall: least share of the exact items to find; what approximate search reached on vectors without clusters, its hardest case.
+        backend: ``cpu``, ``gpu`` or ``tpu``; the one at hand by default.
+
+    Raises:
+      UserError: A size or a batch below 1, or a recall that is not above 0 and at most 1.
+    """
+    if num_items < 1 or batch < 1 or not 0.0 < recall <= 1.0:
+        raise UserError(
+            f"got {num_items} items, batch {batch} and recall {recall:g}; expected at least 1 item, at least 1 query, and a recall above "
+            "0 and at most 1."
+        )
+    backend = backend or jax.default_backend()
+    times = measured_times(backend)
+    if times is None:
+        reason = f"exact: nothing has been measured on {backend}, and scoring all items finds them all ({MEASURE!r} measures)"
+        return Choice(implementation="exact", config=None, reason=reason)
+    missing = _missing(backend)
+    offers = [
+        offer
+        for way in dict.fromkeys(row.way for row in times.rows)
+        if way not in missing and (offer := _offer(times, way, num_items, batch, recall)) is not None
+    ]
+    fastest = min(offers, key=lambda offer: offer.call_ms)
+    exact = min((offer for offer in offers if offer.recall == 1.0), key=lambda offer: offer.call_ms)
+    chosen = exact if exact.call_ms < LEAST_GAIN * fastest.call_ms else fastest
+    told = tuple(why for why in missing.values() if why)
+    return Choice(
+        implementation="exact" if chosen.way == "exact by XLA" else chosen.way,
+        config=chosen.config(times.k),
+        reason=_reason(times, chosen, offers, num_items, batch, recall, told),
+        missing=told,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Offer:
+    """One way to search the catalogue at hand."""
+
+    way: Way
+    recall: float
+    call_ms: float
+    leaf_share: float | None
+    reordered: int | None
+
+    def config(self, k: int) -> ScannConfig | PartitionedConfig | None:
+        """Settings of the index, if it has any."""
+        if self.way == "partitioned":
+            return PartitionedConfig(exact_items=0, leaf_share=self.leaf_share or 1.0)
+        if self.way != "scann" or self.reordered is None:
+            return ScannConfig() if self.way == "scann" else None
+        return ScannConfig(leaf_share=self.leaf_share or 1.0, reorder_factor=self.reordered / k, min_reorder=self.reordered)
+
+
+def _missing(backend: str) -> dict[Way, str]:
+    """Ways to search that cannot be had here, and why; an empty reason where nothing is lost."""
+    missing: dict[Way, str] = {}
+    if not scann_available():
+        missing["scann"] = "ScaNN is not installed (it exists for Linux with Python below 3.14)"
+    problem = native_problem() if backend == "cpu" else None
+    if problem is None:
+        missing["exact by XLA"] = ""
+    else:
+        missing["quantised"] = f"search by 8-bit codes cannot be had ({problem})"
+        missing["exact"] = "exact search by compiled code cannot be had either, and runs on XLA"
+    return missing
+
+
+def _offer(times: IndexTimes, way: Way, num_items: int, batch: int, recall: float) -> _Offer | None:
+    """What a way takes, from the measured sizes below and above; None where it did not reach the recall on both."""
+    around = []
+    for size in _around(times.sizes, num_items):
+        rows = [row for row in times.rows if (row.way, row.num_items) == (way, size) and row.recall >= recall]
+        if not rows:
+            return None
+        around.append(min(rows, key=lambda row: row.recall))
+    logs = [np.interp(np.log(batch), np.log(times.batches), np.log(row.call_ms)) for row in around]
+    return _Offer(
+        way=way,
+        recall=min(row.recall for row in around),
+        call_ms=float(np.exp(np.interp(np.log(num_items), [np.log(row.num_items) for row in around], logs))),
+        leaf_share=max((row.leaf_share for row in around if row.leaf_share is not None), default=None),
+        reordered=max((row.reordered for row in around if row.reordered is not None), default=None),
+    )
+
+
+def _around(sizes: Sequence[int], num_items: int) -> list[int]:
+    """The nearest measured sizes, below and above; one where the catalogue has just that size, or lies beyond all."""
+    below, above = [size for size in sizes if size <= num_items], [size for size in sizes if size >= num_items]
+    return sorted({*below[-1:], *above[:1]})
+
+
+def _reason(
+    times: IndexTimes, chosen: _Offer, offers: Sequence[_Offer], num_items: int, batch: int, recall: float, missing: Sequence[str]
+) -> str:
+    others = sorted((offer for offer in offers if offer is not chosen), key=lambda offer: offer.call_ms)
+    sizes = " and ".join(f"{size:,}" for size in _around(times.sizes, num_items))
+    devices = times.provenance["devices"]
+    machine = f"{times.provenance['cores']} cores" if times.backend == "cpu" else f"{len(devices)} {devices[0]}"
+    parts = [
+        f"{chosen.way}: about {chosen.call_ms:.3g} ms for {batch:,} of {num_items:,} items at recall@{times.k} of {recall:g}",
+        *([", ".join(f"{offer.way} {offer.call_ms:.3g} ms" for offer in others)] if others else []),
+        *([f"no approximate search is {LEAST_GAIN} times as fast"] if others and others[0].call_ms < chosen.call_ms else []),
+        f"measured on {times.backend} ({machine}) at {sizes} items of width {times.width}",
+        *([f"the nearest batch measured is {times.batches[-1]:,}"] if batch > times.batches[-1] else []),
+        *missing,
+    ]
+    return "; ".join(parts)
