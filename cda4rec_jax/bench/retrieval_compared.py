@@ -58,6 +58,7 @@ class SearchFound:
     least_recall: float
     target: float | None  # ratio to the fastest of others that we want
     systems: tuple[SearchSystem, ...]
+    ours: str  # the fastest of ours by single calls, which is held against all others
     latency: Mapping[str, LatencySummary]  # of single calls, by name
     measurement: Measurement
     others: OtherLoad
@@ -77,8 +78,7 @@ class SearchFound:
     @property
     def least_ratio(self) -> float | None:
         """Of the fastest of ours to the fastest of others; None where no other was measured."""
-        fastest = next(one.name for one in self.compared if one.is_ours)
-        ratios = [self.measurement.ratio(fastest, one.name).median for one in self.compared if not one.is_ours]
+        ratios = [self.measurement.ratio(self.ours, one.name).median for one in self.compared if not one.is_ours]
         return min(ratios, default=None)
 
     @property
@@ -106,7 +106,7 @@ class SearchFound:
             }
             for one in self.systems
         ]
-        told = ("data", "fingerprint", "num_items", "batch", "k", "least_recall", "target", "least_ratio", "left_out")
+        told = ("data", "fingerprint", "num_items", "batch", "k", "least_recall", "target", "ours", "least_ratio", "left_out")
         over = self.tuned_over_hnswlib
         return {
             **{key: getattr(self, key) for key in told},
@@ -122,18 +122,17 @@ class SearchFound:
         table.add_column("system")
         for column in ("recall", "queries/s", "p50 us", "p95 us", "p99 us", "build s", "ours faster by"):
             table.add_column(column, justify="right")
-        fastest = next(one.name for one in self.compared if one.is_ours)
         for one in self.compared:
             latency = self.latency[one.name]
             percentiles = (f"{1e3 * value:,.0f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
-            ratio = "" if one.name == fastest else times(self.measurement.ratio(fastest, one.name))
+            ratio = "" if one.name == self.ours else times(self.measurement.ratio(self.ours, one.name))
             rate = f"{self.measurement.rates[one.name].median:,.0f}"
             table.add_row(one.name, f"{one.recall:.3f}", rate, *percentiles, f"{one.build_seconds:.1f}", ratio)
         console.print(table)
         missed = {one.system: one for one in sorted(self.systems, key=lambda one: one.recall)}
         missed = [f"{name} (at most {one.recall:.3f})" for name, one in missed.items() if one.recall < self.least_recall]
         lines = [
-            f"the fastest setting of each that finds {self.least_recall} of the exact items; 'ours faster by' is {fastest!r} against each",
+            f"the fastest setting of each that finds {self.least_recall} of the exact items; 'ours' in the last column is {self.ours!r}",
             *([f"below that recall: {', '.join(missed)}"] if missed else []),
             *([f"aim: {self.target} times the fastest of others; it is {self.least_ratio:.2f}"] if self.has_aim else []),
             *self._tuned_lines(),
@@ -188,6 +187,7 @@ def searched(
         least_recall=least_recall,
         target=target,
         systems=tuple(systems),
+        ours=ours.name,
         latency=latency,
         measurement=measurement,
         others=others,

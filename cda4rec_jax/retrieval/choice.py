@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -20,10 +20,9 @@ from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.retrieval.partitioned import PartitionedConfig
 from cda4rec_jax.retrieval.scann import ScannConfig, scann_available
 
-Way = Literal[
-    "exact", "exact by XLA", "quantised", "scann", "partitioned"
-]  # to search; the second is the first without a compiler
-LEAST_GAIN = 1.1  # how many times as fast approximate search must be to be chosen over exact search
+# Ways to search, the simplest first; the second is the first without a compiler.
+Way = Literal["exact", "exact by XLA", "quantised", "scann", "partitioned"]
+LEAST_GAIN = 1.1  # how many times as fast a way must be to be chosen over a simpler one
 RECALL = 0.99  # that an index is chosen for where nothing is said
 MEASURE = "cda4rec bench retrieval --crossover 10000 100000 1000000"
 
@@ -90,7 +89,7 @@ def measured_times(backend: str) -> IndexTimes | None:
 
 
 def choose_index(num_items: int, *, batch: int = 1, recall: float = RECALL, backend: str | None = None) -> Choice:
-    """The fastest index of those that can be had here and reach a recall, exact search unless another is ``LEAST_GAIN`` times as fast.
+    """The fastest index of those that can be had here and reach a recall; of those that are nearly as fast, the simplest.
 
     On a backend without measurements all items are scored exactly. Indices over several devices and over files are never chosen: they
     are for catalogues that one device or the memory cannot hold.
@@ -117,12 +116,11 @@ def choose_index(num_items: int, *, batch: int = 1, recall: float = RECALL, back
     missing = _missing(backend)
     offers = [
         offer
-        for way in dict.fromkeys(row.way for row in times.rows)
+        for way in get_args(Way)
         if way not in missing and (offer := _offer(times, way, num_items, batch, recall)) is not None
     ]
     fastest = min(offers, key=lambda offer: offer.call_ms)
-    exact = min((offer for offer in offers if offer.recall == 1.0), key=lambda offer: offer.call_ms)
-    chosen = exact if exact.call_ms < LEAST_GAIN * fastest.call_ms else fastest
+    chosen = next(offer for offer in offers if offer.call_ms < LEAST_GAIN * fastest.call_ms)
     told = tuple(why for why in missing.values() if why)
     return Choice(
         implementation="exact" if chosen.way == "exact by XLA" else chosen.way,
@@ -137,7 +135,6 @@ class _Offer:
     """One way to search the catalogue at hand."""
 
     way: Way
-    recall: float
     call_ms: float
     leaf_share: float | None
     reordered: int | None
@@ -176,7 +173,6 @@ def _offer(times: IndexTimes, way: Way, num_items: int, batch: int, recall: floa
     logs = [np.interp(np.log(batch), np.log(times.batches), np.log(row.call_ms)) for row in around]
     return _Offer(
         way=way,
-        recall=min(row.recall for row in around),
         call_ms=float(np.exp(np.interp(np.log(num_items), [np.log(row.num_items) for row in around], logs))),
         leaf_share=max((row.leaf_share for row in around if row.leaf_share is not None), default=None),
         reordered=max((row.reordered for row in around if row.reordered is not None), default=None),
@@ -193,15 +189,21 @@ def _reason(
     times: IndexTimes, chosen: _Offer, offers: Sequence[_Offer], num_items: int, batch: int, recall: float, missing: Sequence[str]
 ) -> str:
     others = sorted((offer for offer in offers if offer is not chosen), key=lambda offer: offer.call_ms)
-    sizes = " and ".join(f"{size:,}" for size in _around(times.sizes, num_items))
+    around = _around(times.sizes, num_items)
+    sizes = " and ".join(f"{size:,}" for size in around) + " items"
+    sizes += ", the nearest size" if len(around) == 1 and around[0] != num_items else ""
     devices = times.provenance["devices"]
     machine = f"{times.provenance['cores']} cores" if times.backend == "cpu" else f"{len(devices)} {devices[0]}"
     parts = [
-        f"{chosen.way}: about {chosen.call_ms:.3g} ms for {batch:,} of {num_items:,} items at recall@{times.k} of {recall:g}",
-        *([", ".join(f"{offer.way} {offer.call_ms:.3g} ms" for offer in others)] if others else []),
-        *([f"no approximate search is {LEAST_GAIN} times as fast"] if others and others[0].call_ms < chosen.call_ms else []),
-        f"measured on {times.backend} ({machine}) at {sizes} items of width {times.width}",
+        f"{chosen.way}: about {_number(chosen.call_ms)} ms for {batch:,} of {num_items:,} items at recall@{times.k} of {recall:g}",
+        *([", ".join(f"{offer.way} {_number(offer.call_ms)} ms" for offer in others)] if others else []),
+        *([f"none is {LEAST_GAIN} times as fast"] if others and others[0].call_ms < chosen.call_ms else []),
+        f"measured on {times.backend} ({machine}), width {times.width}, at {sizes}",
         *([f"the nearest batch measured is {times.batches[-1]:,}"] if batch > times.batches[-1] else []),
         *missing,
     ]
     return "; ".join(parts)
+
+
+def _number(milliseconds: float) -> str:
+    return f"{milliseconds:.3g}" if milliseconds < 100.0 else f"{milliseconds:,.0f}"

@@ -21,7 +21,7 @@ from cda4rec_jax.pipeline.calibration import ROUNDS, measure_times
 from cda4rec_jax.pipeline.corpus import Corpus, build_corpus, corpus_with_text
 from cda4rec_jax.pipeline.exposure import measure_exposure
 from cda4rec_jax.pipeline.system import SystemConfig
-from cda4rec_jax.retrieval import build_index
+from cda4rec_jax.retrieval import build_index, choose_index
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import (
     JOINT,
@@ -277,7 +277,7 @@ def _finish(run: RunDirectory, tell: Callable[[str], None]) -> None:
         return
     index = build_index(np.asarray(trained.catalogue.vectors))
     index.save(run.index_folder)
-    tell(f"index: {index.implementation}, {index.num_items:,} items")
+    tell(f"index: {choose_index(index.num_items).reason}")
     times = measure_times(trained.system, trained.catalogue, trained.corpus, trained.config, index)
     fingerprint = trained.corpus.interactions.fingerprint
     save_measured_times(run, times, of="bare functions", rounds=ROUNDS, dataset_fingerprint=fingerprint)

@@ -209,18 +209,13 @@ def test_a_scann_folder_without_scann_says_what_to_do_and_serves_exactly(tmp_pat
     np.testing.assert_array_equal(load_index(tmp_path, "exact").search(queries, 10)[0], brute_force(vectors, queries, 10)[0])
 
 
-def test_without_scann_none_chooses_exact_and_says_so_but_asking_for_scann_raises(monkeypatch, caplog):
+def test_without_scann_none_does_without_and_says_so_but_asking_for_scann_raises(monkeypatch, caplog):
     without_scann(monkeypatch)
     with caplog.at_level(logging.WARNING):
         assert build_index(make_vectors(5)).implementation == "exact"
-    assert "exact index serves" in caplog.text
+    assert "ScaNN is not installed" in caplog.text
     with pytest.raises(UserError, match="ScaNN cannot be imported"):
         build_index(make_vectors(5), "scann")
-
-
-@needs_scann
-def test_none_chooses_scann_where_it_is_installed():
-    assert build_index(make_vectors(5)).implementation == "scann"
 
 
 def test_folders_that_are_no_index_raise(tmp_path):

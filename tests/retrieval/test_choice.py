@@ -1,0 +1,179 @@
+"""Which index is chosen: by interpolated times, among what can be had and reaches the recall; and what is said of it."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.retrieval import (
+    ExactIndex,
+    IndexTime,
+    IndexTimes,
+    PartitionedConfig,
+    ScannConfig,
+    ScannIndex,
+    build_index,
+    choice,
+    choose_index,
+    load_index,
+    mean_recall,
+    measured_times,
+    scann_available,
+)
+
+needs_scann = pytest.mark.skipif(not scann_available(), reason="ScaNN is not installed here")
+PROVENANCE = {"cores": 2, "devices": ["cpu"]}
+
+
+def row(way, num_items, call_ms, recall=1.0, **settings) -> IndexTime:
+    return IndexTime(way=way, num_items=num_items, recall=recall, call_ms=call_ms, **settings)
+
+
+TIMES = IndexTimes(
+    backend="cpu",
+    width=64,
+    k=100,
+    batches=(1, 100),
+    rows=(
+        row("exact", 100, (1.0, 10.0)),
+        row("exact", 10_000, (100.0, 1000.0)),
+        row("exact by XLA", 100, (2.0, 20.0)),
+        row("exact by XLA", 10_000, (200.0, 2000.0)),
+        row("quantised", 100, (0.95, 40.0)),
+        row("quantised", 10_000, (25.0, 4000.0)),
+        row("scann", 100, (0.9, 90.0), 0.9, reordered=150),
+        row("scann", 10_000, (5.0, 500.0), 0.9, leaf_share=0.2, reordered=300),
+        row("scann", 100, (0.95, 95.0), 0.99, reordered=200),
+        row("scann", 10_000, (9.0, 2000.0), 0.99, leaf_share=0.5, reordered=400),
+        row("partitioned", 100, (50.0, 500.0), 0.9, leaf_share=1.0),
+        row("partitioned", 10_000, (50.0, 100.0), 0.9, leaf_share=0.4),
+    ),
+    provenance=PROVENANCE,
+)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table above, on a machine that has everything."""
+    monkeypatch.setattr(choice, "measured_times", {"cpu": TIMES}.get)
+    monkeypatch.setattr(choice, "scann_available", lambda: True)
+    monkeypatch.setattr(choice, "native_problem", lambda: None)
+
+
+@pytest.mark.usefixtures("table")
+def test_times_are_interpolated_in_the_logarithms_of_size_and_batch():
+    chosen = choose_index(1000, recall=1.0)
+    assert chosen.implementation == "quantised" and chosen.config is None
+    assert "quantised: about 4.87 ms for 1 of 1,000 items at recall@100 of 1; exact 10 ms" in chosen.reason
+    assert "measured on cpu (2 cores), width 64, at 100 and 10,000 items" in chosen.reason and not chosen.missing
+    chosen = choose_index(10_000, batch=10, recall=1.0)
+    assert "exact: about 316 ms" in chosen.reason and "; quantised 316 ms; none is 1.1 times as fast" not in chosen.reason
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("num_items", "batch", "recall", "expected"),
+    [
+        (100, 1, 0.9, "quantised"),  # exact search is not
+        (100, 1, 0.99, "exact"),  # quantised and ScaNN are faster by less than a tenth
+        (100, 1, 1.0, "exact"),
+        (10_000, 1, 1.0, "quantised"),
+        (10_000, 1, 0.999, "quantised"),
+        (10_000, 1, 0.95, "scann"),
+        (10_000, 100, 0.99, "exact"),
+        (10_000, 100, 0.9, "partitioned"),
+        (10_000, 100, 0.5, "partitioned"),
+    ],
+)
+def test_the_fastest_that_reaches_the_recall_is_chosen_and_the_simplest_of_equals(num_items, batch, recall, expected):
+    assert choose_index(num_items, batch=batch, recall=recall).implementation == expected
+
+
+@pytest.mark.usefixtures("table")
+def test_settings_are_the_wider_ones_of_the_two_sizes_around():
+    assert choose_index(10_000, recall=0.9).config == ScannConfig(leaf_share=0.2, reorder_factor=3.0, min_reorder=300)
+    assert choose_index(9000, recall=0.95).config == ScannConfig(leaf_share=0.5, reorder_factor=4.0, min_reorder=400)
+    assert choose_index(9000, batch=100, recall=0.9).config == PartitionedConfig(exact_items=0, leaf_share=1.0)
+
+
+@pytest.mark.usefixtures("table")
+def test_beyond_what_was_measured_the_nearest_counts_and_the_reason_says_so():
+    chosen = choose_index(10**6, batch=5000, recall=1.0)
+    assert chosen.implementation == "exact" and "exact: about 1,000 ms for 5,000 of 1,000,000 items" in chosen.reason
+    assert "at 10,000 items, the nearest size" in chosen.reason and "the nearest batch measured is 100" in chosen.reason
+
+
+@pytest.mark.usefixtures("table")
+def test_what_cannot_be_had_is_left_out_and_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(choice, "scann_available", lambda: False)
+    chosen = choose_index(10_000, recall=0.9)
+    assert chosen.implementation == "quantised" and "ScaNN is not installed" in chosen.reason and len(chosen.missing) == 1
+    monkeypatch.setattr(choice, "native_problem", lambda: "no compiler")
+    chosen = choose_index(10_000, recall=0.99)
+    assert chosen.implementation == "exact" and "exact by XLA: about 200 ms" in chosen.reason
+    assert "quantised" not in chosen.reason and "(no compiler)" in chosen.reason and len(chosen.missing) == 3
+
+
+@pytest.mark.usefixtures("table")
+def test_on_a_backend_without_measurements_the_rule_is_told():
+    chosen = choose_index(10**6, backend="tpu")
+    assert (chosen.implementation, chosen.config) == ("exact", None)
+    assert "nothing has been measured on tpu" in chosen.reason and "cda4rec bench retrieval --crossover" in chosen.reason
+
+
+def test_a_table_is_saved_and_loaded(tmp_path):
+    assert IndexTimes.load(TIMES.save(tmp_path)) == TIMES
+    assert (tmp_path / "times_cpu.json").read_text().count("num_items") == len(TIMES.rows)
+
+
+def test_the_committed_table_has_exact_search_and_scann_at_every_size():
+    times = measured_times("cpu")
+    assert times is not None and times.provenance["commit"] and times.provenance["versions"]["scann"]
+    for size in times.sizes:
+        ways = {one.way for one in times.rows if one.num_items == size}
+        assert {"exact", "exact by XLA", "quantised", "scann"} <= ways
+    for one in times.rows:
+        assert len(one.call_ms) == len(times.batches) and min(one.call_ms) > 0
+        has_tree = one.way == "partitioned" or (one.way == "scann" and one.num_items > ScannConfig().tree_items)
+        assert (one.leaf_share is not None) == has_tree
+
+
+@needs_scann
+@pytest.mark.parametrize("num_items", [3000, 30_000])
+def test_what_is_chosen_between_measured_sizes_reaches_its_recall(num_items):
+    """On vectors without clusters, as the table was measured on."""
+    vectors, queries = hard_items(num_items, 64), hard_queries(256, 64)
+    index = build_index(vectors, recall=0.95)
+    assert isinstance(index, ScannIndex) and index.config == choose_index(num_items, recall=0.95).config
+    exact, _ = ExactIndex.build(vectors).search(queries, 100)
+    assert mean_recall(index.search(queries, 100)[0], exact) > 0.94
+
+
+@pytest.mark.usefixtures("table")
+def test_none_builds_what_is_chosen_and_logs_why(caplog):
+    vectors = hard_items(100, 64)
+    with caplog.at_level(logging.INFO):
+        assert build_index(vectors, recall=1.0).implementation == "exact"
+        assert build_index(vectors, batch=100, recall=0.9).implementation == "exact"
+    assert caplog.messages[0].startswith("index: exact: about 1 ms for 1 of 100 items at recall@100 of 1")
+    assert caplog.messages[1].startswith("index: exact: about 10 ms for 100 of 100 items at recall@100 of 0.9")
+
+
+@pytest.mark.parametrize("wrong", [{"num_items": 0}, {"batch": 0}, {"recall": 0.0}, {"recall": 1.5}])
+def test_what_makes_no_sense_raises(wrong):
+    with pytest.raises(UserError, match="expected at least 1 item"):
+        choose_index(**({"num_items": 10} | wrong))
+
+
+def test_a_quantised_folder_serves_exactly_where_codes_cannot_be_searched(tmp_path, monkeypatch, caplog):
+    vectors, queries = hard_items(50, 64), hard_queries(3, 64)
+    ExactIndex.build(vectors).save(tmp_path)
+    (tmp_path / "index.json").write_text((tmp_path / "index.json").read_text().replace('"exact"', '"quantised"'))
+    monkeypatch.setattr("cda4rec_jax.kernels.topk_dot.quantised.native_problem", lambda: "no compiler")
+    index = load_index(tmp_path)
+    assert index.implementation == "exact" and "no compiler" in caplog.text
+    np.testing.assert_array_equal(index.search(queries, 5)[0], ExactIndex.build(vectors).search(queries, 5)[0])
+    with pytest.raises(UserError, match="no compiler"):
+        load_index(tmp_path, "quantised")
