@@ -5,7 +5,9 @@ reaches it on both halves of the queries: ScaNN as ``tune_search`` finds it, the
 This tells from which size on a partition beats brute force, and gives the table of times by which ``retrieval.choose_index`` chooses.
 """
 
+import bisect
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -368,24 +370,27 @@ def _scann(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float], bat
 def _partitioned(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float]) -> Iterator[Searched]:
     start = time.perf_counter()
     built = PartitionedIndex.build(vectors, PartitionedConfig(exact_items=0))
-    enough = built.num_reordered(held_out.k) / built.num_items  # with less, leaves hold too few items, and all are scored
-    shares = (share for share in SHARES if share >= min(enough, 1.0))
-    share = next(shares)
-    for wanted in sorted(recalls):
+    enough = min(
+        1.0, built.num_reordered(held_out.k) / built.num_items
+    )  # with less, leaves hold too few items, and all are scored
+    shares = [share for share in SHARES if share >= enough]
+
+    @functools.cache
+    def recall(share: float) -> float:
         index = built.with_leaf_share(share)
-        while (recall := min(half.recall(index) for half in held_out.halves())) < wanted:
-            share = next(shares, None)
-            if share is None:
-                return
-            index = built.with_leaf_share(share)
-        yield Searched(
-            way="partitioned",
-            wanted=wanted,
-            recall=recall,
-            build_seconds=time.perf_counter() - start,
-            search=partial(_search, index, held_out.k),
-            leaf_share=share,
-        )
+        return min(half.recall(index) for half in held_out.halves())
+
+    for wanted in recalls:
+        share = shares[min(bisect.bisect_left(shares, wanted, key=recall), len(shares) - 1)]
+        if recall(share) >= wanted:
+            yield Searched(
+                way="partitioned",
+                wanted=wanted,
+                recall=recall(share),
+                build_seconds=time.perf_counter() - start,
+                search=partial(_search, built.with_leaf_share(share), held_out.k),
+                leaf_share=share,
+            )
 
 
 def _approximate(vectors: np.ndarray, k: int, target: float) -> Search:

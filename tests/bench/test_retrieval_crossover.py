@@ -1,78 +1,84 @@
-"""From which size on the partitioned index pays: every system is measured at equal leaves, and the verdict follows from the ratios."""
+"""Indices against each other by size: every way is measured at the recall that was wanted, and verdict and table follow."""
 
 import io
-import json
 
 import pytest
 from rich.console import Console
 
 from cda4rec_jax.bench.harness import OtherLoad
-from cda4rec_jax.bench.retrieval_crossover import (
-    APPROXIMATE,
-    EXACT,
-    PARTITIONED,
-    SCANN,
-    CrossoverBenchmark,
-    CrossoverPoint,
-    bench_crossover,
-)
+from cda4rec_jax.bench.retrieval_crossover import APPROXIMATE, CrossoverBenchmark, CrossoverPoint, Searched, bench_crossover
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.retrieval import PartitionedConfig, scann_available
+from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.retrieval import IndexTimes, scann_available
 from cda4rec_jax.timing import Comparison, Measurement, Spread, TimingConfig
 
 QUICK = TimingConfig(rounds=3, block_seconds=0.001, warm_up_turns=2, attempts=1)
+PARTITIONED = "partitioned .90"
+
+
+def way(name: str, wanted: float, **settings) -> Searched:
+    return Searched(way=name, wanted=wanted, recall=wanted, build_seconds=1.0, search=lambda rows: rows, **settings)
 
 
 def point(num_items: int, p10: float, batch: int = 1) -> CrossoverPoint:
-    ratio = Comparison(name=PARTITIONED, other=EXACT, ratio=Spread(median=p10 + 0.1, p10=p10, p90=p10 + 0.2))
-    rate = Spread(median=500.0, p10=400.0, p90=600.0)
+    ratio = Comparison(name=PARTITIONED, other="exact", ratio=Spread(median=p10 + 0.1, p10=p10, p90=p10 + 0.2))
+    rates = {"exact": Spread(median=500.0, p10=400.0, p90=600.0), PARTITIONED: Spread(median=250.0, p10=200.0, p90=300.0)}
     measurement = Measurement(
         rounds=3,
         attempts=1,
-        rates={PARTITIONED: rate, EXACT: rate},
-        warm={PARTITIONED: True, EXACT: True},
+        rates=rates,
+        warm=dict.fromkeys(rates, True),
         comparisons=(ratio,),
         nulls={PARTITIONED: 1.0},
         null_bounds=(0.95, 1.05),
     )
-    return CrossoverPoint(
-        num_items=num_items,
-        batch=batch,
-        leaves=10,
-        leaves_searched=3,
-        reordered=60,
-        build_seconds=1.0,
-        recall={PARTITIONED: 0.96, EXACT: 1.0},
-        measurement=measurement,
-        others=OtherLoad(),
-    )
+    ways = (way("exact", 1.0), way("partitioned", 0.9, leaf_share=0.25))
+    return CrossoverPoint(num_items=num_items, batch=batch, ways=ways, measurement=measurement, others=OtherLoad())
 
 
 def test_the_crossover_is_the_size_from_which_on_no_measurement_was_lost():
     points = (point(10, 1.2), point(20, 0.9), point(40, 1.1), point(80, 1.5), point(10, 1.5, 4), point(20, 0.99, 4))
-    found = CrossoverBenchmark(device="cpu", width=24, k=5, target=0.95, points=points, provenance={})
-    assert (found.crossover(1), found.crossover(4)) == (40, None)
-    assert found.points[0].call_ms(PARTITIONED) == 2.0
-    assert found.points[0].call_ms(SCANN) is None
+    found = CrossoverBenchmark(backend="cpu", device="cpu", width=24, k=5, points=points, provenance={})
+    assert found.names == ["exact", PARTITIONED]
+    assert found.crossovers(1) == {PARTITIONED: 40} and found.crossovers(4) == {PARTITIONED: None}
+    assert found.points[0].call_ms(PARTITIONED) == 4.0 and found.points[0].call_ms("scann .90") is None
+    assert found._verdict(1) == f"beats exact search, 1 queries a call: {PARTITIONED} from 40 items on"
 
 
-def test_every_system_is_measured_and_written(tmp_path):
-    config = PartitionedConfig(iterations=2, reorder_factor=3, min_reorder=30)
-    result = bench_crossover((600,), batches=(1, 8), width=24, k=10, target=0.5, config=config, timing=QUICK, out=tmp_path)
-    written = json.loads((tmp_path / "retrieval-crossover-cpu.json").read_text())
-    assert written["points"][0]["leaves_searched"] < written["points"][0]["leaves"]
-    assert [one["batch"] for one in written["points"]] == [1, 8]
-    systems = {PARTITIONED, EXACT, APPROXIMATE} | ({SCANN} if scann_available() else set())
+def test_the_table_has_a_row_for_each_way_and_size_with_the_times_of_all_batches():
+    points = (point(10, 1.2), point(20, 1.2), point(10, 1.2, 4), point(20, 1.2, 4))
+    times = CrossoverBenchmark(backend="cpu", device="cpu", width=24, k=5, points=points, provenance={"cores": 1}).times()
+    assert (times.batches, times.sizes, times.k) == ((1, 4), [10, 20], 5)
+    assert [(row.way, row.num_items, row.recall, row.call_ms, row.leaf_share) for row in times.rows[:2]] == [
+        ("exact", 10, 1.0, (2.0, 2.0), None),
+        ("partitioned", 10, 0.9, (4.0, 4.0), 0.25),
+    ]
+    assert len(times.rows) == 4 and times.provenance == {"cores": 1, "quiet": True}
+
+
+def test_every_way_is_measured_at_its_recall_and_written(tmp_path):
+    result = bench_crossover((1500,), batches=(1, 8), width=24, k=10, recalls=(0.6,), timing=QUICK, out=tmp_path)
+    times = IndexTimes.load(tmp_path / "times_cpu.json")
+    assert times == result.times()
+    ways = {"exact by XLA", "partitioned"}
+    ways |= {"scann"} if scann_available() else set()
+    ways |= {"exact", "quantised"} if native_problem() is None else set()
+    assert {row.way for row in times.rows} == ways
     for one in result.points:
-        assert set(one.recall) == set(one.measurement.rates) == systems
-        assert one.recall[EXACT] == 1.0 and one.recall[PARTITIONED] > 0.45
-        assert one.reordered == 30
+        assert {each.way for each in one.ways} == ways | {APPROXIMATE}
+        for each in one.ways:
+            assert each.recall >= (0.55 if each.way == APPROXIMATE else each.wanted) and each.name in one.measurement.rates
+    (partitioned,) = [row for row in times.rows if row.way == "partitioned"]
+    assert partitioned.leaf_share is not None and partitioned.leaf_share >= 256 / 1500, "fewer leaves hold too few items"
     console = Console(width=200, file=io.StringIO(), record=True)
     result.print(console)
-    assert "recall@10 of 0.5 wanted" in console.export_text()
+    told = console.export_text()
+    assert "top 10 of 24 dimensions" in told and "beats exact search, 8 queries a call: " in told and "3 rounds" in told
 
 
-@pytest.mark.parametrize("wrong", [{"sizes": ()}, {"sizes": (100,)}, {"batches": (0,)}, {"batches": (10_000,)}, {"target": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"sizes": ()}, {"sizes": (100,)}, {"batches": (0,)}, {"batches": (10_000,)}, {"recalls": (1.0,)}]
+)
 def test_what_cannot_be_measured_raises(wrong, tmp_path):
-    with pytest.raises(UserError, match="expected more than k items"):
+    with pytest.raises(UserError, match=r"expected more than k items|expected numbers between 0 and 1"):
         bench_crossover(**({"sizes": (1000,)} | wrong), timing=QUICK, out=tmp_path)
