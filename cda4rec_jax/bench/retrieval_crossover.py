@@ -1,25 +1,19 @@
 """Our indices against each other by catalogue size and batch, at equal recall, on the present backend.
 
 Items are the generated hard set. An approximate index is built once for each size, and for each recall searched in the cheapest way that
-reaches it on both halves of the queries: ScaNN as ``tune_search`` finds it, the partitioned index over the fewest leaves of ``SHARES``.
+reaches it on both halves of the queries: ScaNN as ``tune_search`` finds it, the partitioned index over the fewest leaves.
 This tells from which size on a partition beats brute force, and gives the table of times by which ``retrieval.choose_index`` chooses.
 """
 
-import bisect
-import contextlib
-import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -27,60 +21,16 @@ from rich.table import Table
 from cda4rec_jax.bench.charts import curves
 from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
+from cda4rec_jax.bench.retrieval_ways import APPROXIMATE, Searched, built_ways
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.kernels.topk_dot import topk_dot
-from cda4rec_jax.kernels.topk_dot.native import native_problem
-from cda4rec_jax.retrieval import (
-    ExactIndex,
-    HeldOut,
-    Index,
-    IndexTime,
-    IndexTimes,
-    PartitionedConfig,
-    PartitionedIndex,
-    QuantisedIndex,
-    RecallNotReached,
-    ScannIndex,
-    exact_search,
-    mean_recall,
-    scann_available,
-    tune_search,
-)
-from cda4rec_jax.retrieval.choice import Way
+from cda4rec_jax.retrieval import IndexTime, IndexTimes
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 
-APPROXIMATE: Literal["approx_max_k"] = "approx_max_k"  # no index: what JAX offers by itself
 RECALLS, BATCHES = (0.95, 0.99), (1, 256)
-SHARES = (1 / 64, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of the leaves
-NUM_QUERIES, FEW = 512, 32  # the few tell the recall of approx_max_k, which is slow
-MOST_SCORES = {
-    "cpu": 2**25
-}  # of a batch, up to which approx_max_k is timed: it sorts them on a CPU; elsewhere it only has to hold them
-MOST_SCORES_ELSEWHERE = 2**28
+NUM_QUERIES = 512
+MOST_SORTED = 2**25  # scores of a batch: approx_max_k sorts them on a CPU, and is left out where there are more
 TIMING = TimingConfig()
-Search = Callable[[Float[np.ndarray, "b d"]], Int[np.ndarray, "b k"]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Searched:
-    """One way to search one catalogue, built."""
-
-    way: Way | Literal["approx_max_k"]
-    wanted: float  # recall; 1 of exact search
-    recall: float  # found, on queries of which half chose the settings
-    build_seconds: float  # compiling and finding the settings included
-    search: Search
-    leaf_share: float | None = None
-    reordered: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.way if self.wanted == 1.0 else f"{self.way} .{round(100 * self.wanted)}"
-
-    def json(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "search"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +173,7 @@ class CrossoverBenchmark:
             f"threads; nulls from {min(nulls):.3f} to {max(nulls):.3f}"
         )
         if any(APPROXIMATE not in one.measurement.rates for one in self.points):
-            lines.append(f"{APPROXIMATE} is left out where a batch has too many scores for it")
+            lines.append(f"{APPROXIMATE} is left out where it would sort more than {MOST_SORTED:,} scores")
         lines += [f"NOT QUIET: {one.num_items:,} items, batches of {one.batch:,}" for one in self.points if not one.quiet]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
@@ -277,7 +227,7 @@ def bench_crossover(
     for size in sorted(sizes):
         progress(f"crossover, {size:,} items: building", 0, 1)
         queries = hard_queries(NUM_QUERIES, width)
-        ways = _ways(hard_items(size, width), queries, k, recalls, max(batches))
+        ways = built_ways(hard_items(size, width), queries, k, recalls, max(batches))
         points += [_point(size, batch, ways, queries, timing, progress) for batch in sorted(batches)]
     device = jax.devices()[0]
     result = CrossoverBenchmark(
@@ -301,8 +251,8 @@ def _point(
     timing: TimingConfig,
     progress: Callable[[str, int, int], None],
 ) -> CrossoverPoint:
-    most = MOST_SCORES.get(jax.default_backend(), MOST_SCORES_ELSEWHERE)
-    ways = [way for way in ways if way.way != APPROXIMATE or size * batch <= most]
+    too_many = jax.default_backend() == "cpu" and size * batch > MOST_SORTED
+    ways = [way for way in ways if not (way.way == APPROXIMATE and too_many)]
     with OtherLoad() as others:
         measurement = measure(
             [_contestant(way, queries, batch) for way in ways],
@@ -311,102 +261,6 @@ def _point(
             progress=partial(progress, f"crossover, {size:,} items, batches of {batch:,}"),
         )
     return CrossoverPoint(num_items=size, batch=batch, ways=tuple(ways), measurement=measurement, others=others)
-
-
-def _ways(vectors: np.ndarray, queries: np.ndarray, k: int, recalls: Sequence[float], batch: int) -> list[Searched]:
-    """All that can be had here and reach a recall; exact search, as ``ExactIndex`` makes it here, comes first."""
-    compiled = jax.default_backend() == "cpu" and native_problem() is None
-    truth, _ = exact_search(jnp.asarray(vectors), jnp.asarray(queries), k)
-    held_out = HeldOut(queries=queries, exact=np.asarray(truth))
-    found = [_exact("exact", partial(_search, ExactIndex.build(vectors), k), held_out)]
-    if jax.default_backend() == "cpu":
-        by_xla = _exact("exact by XLA", partial(_search, _ExactByXla.build(vectors), k), held_out)
-        found = [*found, by_xla] if compiled else [by_xla]
-    if compiled:
-        found.append(_exact("quantised", partial(_search, QuantisedIndex.build(vectors), k), held_out))
-    if scann_available():
-        found += _scann(vectors, held_out, recalls, batch)
-    found += _partitioned(vectors, held_out, recalls)
-    approximate = _approximate(vectors, k, max(recalls))
-    recall = mean_recall(approximate(queries[:FEW]), held_out.exact[:FEW])
-    return [*found, Searched(way=APPROXIMATE, wanted=max(recalls), recall=recall, build_seconds=0.0, search=approximate)]
-
-
-class _ExactByXla(ExactIndex):
-    """As ``ExactIndex`` is without a compiler."""
-
-    def _find(self, table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
-        return _search_by_xla(table, queries, k, allowed, excluded)
-
-
-@partial(jax.jit, static_argnames=("k",))
-def _search_by_xla(table: Any, queries: Any, k: int, allowed: Any, excluded: Any) -> Any:
-    return topk_dot(table, queries, k, allowed=allowed, excluded=excluded, implementation="xla")
-
-
-def _exact(way: Way, search: Search, held_out: HeldOut) -> Searched:
-    start = time.perf_counter()
-    recall = mean_recall(search(held_out.queries), held_out.exact)
-    return Searched(way=way, wanted=1.0, recall=recall, build_seconds=time.perf_counter() - start, search=search)
-
-
-def _scann(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float], batch: int) -> Iterator[Searched]:
-    start = time.perf_counter()
-    built = ScannIndex.build(vectors)
-    for wanted in recalls:
-        with contextlib.suppress(RecallNotReached):
-            index = tune_search(built, held_out, recall=wanted, batch=batch)
-            yield Searched(
-                way="scann",
-                wanted=wanted,
-                recall=held_out.recall(index),
-                build_seconds=time.perf_counter() - start,
-                search=partial(_search, index, held_out.k),
-                leaf_share=index.config.leaf_share if index.num_leaves else None,
-                reordered=index.config.min_reorder if index.reorders else None,
-            )
-
-
-def _partitioned(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float]) -> Iterator[Searched]:
-    start = time.perf_counter()
-    built = PartitionedIndex.build(vectors, PartitionedConfig(exact_items=0))
-    enough = min(
-        1.0, built.num_reordered(held_out.k) / built.num_items
-    )  # with less, leaves hold too few items, and all are scored
-    shares = [share for share in SHARES if share >= enough]
-
-    @functools.cache
-    def recall(share: float) -> float:
-        index = built.with_leaf_share(share)
-        return min(half.recall(index) for half in held_out.halves())
-
-    for wanted in recalls:
-        share = shares[min(bisect.bisect_left(shares, wanted, key=recall), len(shares) - 1)]
-        if recall(share) >= wanted:
-            yield Searched(
-                way="partitioned",
-                wanted=wanted,
-                recall=recall(share),
-                build_seconds=time.perf_counter() - start,
-                search=partial(_search, built.with_leaf_share(share), held_out.k),
-                leaf_share=share,
-            )
-
-
-def _approximate(vectors: np.ndarray, k: int, target: float) -> Search:
-    """``approx_max_k`` of all scores: partial reductions on a TPU, and a sort elsewhere."""
-    table = jnp.asarray(vectors)
-
-    @jax.jit
-    def search(table: Float[Array, "i d"], queries: Float[Array, "b d"]) -> Int[Array, "b k"]:
-        scores = jnp.where(jnp.arange(table.shape[0])[None] > 0, queries @ table.T, -jnp.inf)
-        return jax.lax.approx_max_k(scores, k, recall_target=target)[1]
-
-    return lambda rows: np.asarray(search(table, jnp.asarray(rows)))
-
-
-def _search(index: Index, k: int, queries: Float[np.ndarray, "b d"]) -> Int[np.ndarray, "b k"]:
-    return index.search(queries, k)[0]
 
 
 def _contestant(way: Searched, queries: Float[np.ndarray, "n d"], batch: int) -> Contestant:

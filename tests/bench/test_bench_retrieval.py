@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cda4rec_jax.bench import peers, retrieval, retrieval_sizes, retrieval_systems, scale
+from cda4rec_jax.bench import peers, retrieval, retrieval_compared, retrieval_sizes, retrieval_systems, scale
+from cda4rec_jax.bench.retrieval_compared import searched
 from cda4rec_jax.bench.retrieval_sizes import MAPPED, in_its_own_process, measure_size
-from cda4rec_jax.bench.retrieval_systems import hard_data, makers, recall, systems_of, trained_data
+from cda4rec_jax.bench.retrieval_systems import (
+    HNSWLIB,
+    TUNED,
+    IndexSearch,
+    SearchSystem,
+    built_systems,
+    hard_data,
+    makers,
+    recall,
+    systems_of,
+    trained_data,
+)
 from cda4rec_jax.bench.scale import Check, Host, ScaleModel, deployment
 from cda4rec_jax.cli import main
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.retrieval import ExactIndex, RecallNotReached, ScannIndex, scann_available, tuning
 from cda4rec_jax.timing import TimingConfig
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
@@ -29,8 +44,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few queries and calls, small tables, and no processes."""
     monkeypatch.setattr(retrieval_systems, "NUM_QUERIES", 64)
     monkeypatch.setattr(retrieval_systems, "SCANN_SETTINGS", ((0.5, 10.0),))
+    monkeypatch.setattr(retrieval_systems, "PARTITIONED_SHARES", (1.0,))
+    for name in ("tune_scann", "tune_search"):
+        monkeypatch.setattr(retrieval_systems, name, partial(getattr(tuning, name), timing=FEW_ROUNDS))
     monkeypatch.setattr(retrieval, "EXACT_SHAPES", ((300, 16, 4.0),))
-    monkeypatch.setattr(retrieval, "CALLS", 20)
+    monkeypatch.setattr(retrieval_compared, "CALLS", 20)
     monkeypatch.setattr(retrieval_sizes, "CALLS", 20)
     monkeypatch.setattr(retrieval_sizes, "in_its_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(scale, "IN_CACHE", (512, 1024))
@@ -61,7 +79,12 @@ def test_the_command_measures_and_writes_json_and_charts(
             assert row["recall"] > 0.99 and row["threads"] > 0 and row["version"] and row["latency"]["p99_ms"] > 0
             assert row["queries_per_second"] == pytest.approx(1e3 * one["batch"] / row["latency"]["p50_ms"])
         others = [x["ratio"]["median"] for x in one["measurement"]["comparisons"] if not x["other"].startswith("ours")]
-        assert one["least_ratio"] == min(others)
+        assert one["least_ratio"] == min(others) and one["tuned_over_hnswlib"] is None, "hnswlib is not there"
+        assert ("ours, partitioned" in rows) == (one["target"] is None)
+        if scann_available() and one["target"] is None:
+            assert "for 0.955 in batches of 16" in rows[TUNED]["setting"] and one["adapter"]["batch"] == one["batch"]
+            assert "of ScaNN's own search" in told
+    assert found["crossover"] is None
     points = found["sizes"]["points"]
     assert {(point["system"], point["num_items"]) for point in points if point["system"] == MAPPED} == {
         (MAPPED, 200),
@@ -81,6 +104,48 @@ def test_the_item_table_of_a_run_is_searched_with_its_users() -> None:
     assert len(np.unique(data.queries, axis=0)) > 32, "users differ"
     best = 1 + np.argmax(data.queries @ data.items[1:].T, axis=1)
     np.testing.assert_array_equal(data.truth[:, 0], best)
+
+
+def test_tuning_queries_are_none_of_the_measured_ones() -> None:
+    for data in (hard_data(200, 5), trained_data(CHECKPOINT, 5)):
+        assert len(data.tuning) == len(data.queries) // 2 >= 32
+        assert not (data.tuning[:, None] == data.queries[None]).all(axis=2).any(), data.name
+
+
+def test_what_is_not_measured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval_systems, "MOST_ITEMS", {"numpy": 150, retrieval_systems.PARTITIONED: 150})
+
+    def not_reached(*arguments: Any, **options: Any) -> None:
+        raise RecallNotReached(10, 0.955, 0.9)
+
+    monkeypatch.setattr(retrieval_systems, "tune_scann", not_reached)
+    systems, left_out = built_systems(hard_data(200, 10), 10, ("numpy",), 16, lambda done, total: None)
+    assert left_out["numpy"].startswith("only up to 150 items") and retrieval_systems.PARTITIONED in left_out
+    assert "ours, exact" in {one.system for one in systems} and "numpy" not in {one.system for one in systems}
+    assert not scann_available() or "recall@10 of 0.955 was not reached" in left_out[TUNED]
+
+
+def test_scann_tuned_is_held_against_hnswlib_even_where_another_of_ours_is_the_fastest() -> None:
+    data = hard_data(200, 10)
+    index = ScannIndex.build(data.items) if scann_available() else ExactIndex.build(data.items)
+
+    def slow(queries: np.ndarray) -> np.ndarray:
+        time.sleep(2e-3)
+        return data.truth[: len(queries)]
+
+    parts = {"is_ours": False, "setting": "", "version": "1", "recall": 1.0, "build_seconds": 1.0, "run": slow}
+    systems = [
+        SearchSystem(**parts | {"system": "ours, exact", "is_ours": True, "run": lambda queries: data.truth[: len(queries)]}),
+        SearchSystem(**parts | {"system": HNSWLIB}),
+    ]
+    if scann_available():
+        systems.append(SearchSystem(**parts | {"system": TUNED, "is_ours": True, "run": IndexSearch(index, 10)}))
+    found = searched(data, systems, 16, 10, 0.95, None, FEW_ROUNDS, lambda done, total: None, {"usearch": "too slow"})
+    assert found.ours == "ours, exact" and found.least_ratio == found.measurement.ratio("ours, exact", HNSWLIB).median > 1.0
+    assert found.json()["left_out"] == {"usearch": "too slow"}
+    if scann_available():
+        assert found.tuned_over_hnswlib == found.measurement.ratio(TUNED, HNSWLIB) and found.adapter is not None
+        assert found.json()["tuned_over_hnswlib"]["target"] == 1.5
 
 
 def test_batches_hold_every_query_and_a_short_list_repeats() -> None:
@@ -204,6 +269,7 @@ def test_bad_input_gets_one_message(tmp_path: Path, capsys: pytest.CaptureFixtur
         (("--peers", "annoy"), "choose from faiss, hnswlib, usearch, pynndescent, torch, numpy"),
         (("--batches", "0"), "expected positive numbers"),
         (("--items", "50"), "asked for 100 of 50 items"),
+        (("--crossover", "50"), "expected more than k items"),
         (("--run", tmp_path / "none"), "none"),
     ):
         assert main(["bench", "retrieval", "--out", str(tmp_path / "out"), *map(str, arguments)]) == 2
