@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNEL_FILES = {
     f"cda4rec_jax/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.*") if path.suffix in (".py", ".cc", ".h")
 }
-MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "cda4rec_jax").rglob("*.py")} | KERNEL_FILES
+MODULES = {str(path.relative_to(ROOT)) for pattern in ("*.py", "times_*.json") for path in (ROOT / "cda4rec_jax").rglob(pattern)}
+MODULES |= KERNEL_FILES
 BUILD = """
 import sys
 from setuptools import build_meta

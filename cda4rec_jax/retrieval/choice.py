@@ -1,7 +1,7 @@
 """Choosing an index by catalogue size, batch, recall and backend, from times that were measured.
 
 ``times_BACKEND.json`` beside this module holds the times of a call of each index at some catalogue sizes and batches, on vectors without
-clusters, with the settings that reached a recall there; ``cda4rec bench retrieval --crossover`` writes such a file. Between measured
+clusters, with the settings that reached a recall there; the command ``MEASURE`` writes such a file, to be copied here. Between measured
 sizes and batches, the logarithm of the time is linear in their logarithms; beyond them the nearest one counts, and the reason says so.
 """
 
@@ -24,7 +24,8 @@ from cda4rec_jax.retrieval.scann import ScannConfig, scann_available
 Way = Literal["exact", "exact by XLA", "quantised", "scann", "partitioned"]
 LEAST_GAIN = 1.1  # how many times as fast a way must be to be chosen over a simpler one
 RECALL = 0.99  # that an index is chosen for where nothing is said
-MEASURE = "cda4rec bench retrieval --crossover 10000 100000 1000000"
+# Around 16,384 items ScaNN begins to use a partition, so both sides are measured.
+MEASURE = "cda4rec bench retrieval --items --no-exact --sizes --crossover 1000 16000 17000 65000 300000"
 
 
 @dataclass(frozen=True, kw_only=True)
