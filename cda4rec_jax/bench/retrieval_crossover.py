@@ -149,7 +149,7 @@ class CrossoverBenchmark:
         """Time of a call by catalogue size, a panel for each batch."""
         panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
         for point in self.points:
-            lines = panels.setdefault(f"{point.batch:,} queries a call, {self.device}", {})
+            lines = panels.setdefault(f"batches of {point.batch:,}, {self.device}", {})
             for way in point.ways:
                 x, y = lines.setdefault(way.name, ([], []))
                 x.append(float(point.num_items))
@@ -182,12 +182,12 @@ class CrossoverBenchmark:
             f"{name} {f'from {size:,} items on' if size else 'not at the largest'}"
             for name, size in self.crossovers(batch).items()
         ]
-        return f"beats exact search, {batch:,} queries a call: {', '.join(told)}"
+        return f"beats exact search in batches of {batch:,}: {', '.join(told)}"
 
 
 def check_crossover(sizes: Sequence[int], batches: Sequence[int], k: int, recalls: Sequence[float] = RECALLS) -> None:
     """UserError on what cannot be measured."""
-    if min((*sizes, *batches, k), default=0) < 1 or min(sizes) <= k or max(batches) > NUM_QUERIES:
+    if not sizes or not batches or min((*batches, k)) < 1 or min(sizes) <= k or max(batches) > NUM_QUERIES:
         raise UserError(
             f"got sizes {tuple(sizes)}, batches {tuple(batches)} and k {k}: expected more than k items, and batches of 1 to "
             f"{NUM_QUERIES} queries"

@@ -250,7 +250,7 @@ def _of_tuned(queries: np.ndarray, batch: int, items: np.ndarray, k: int, thread
     """The tuner's choice for ``TUNED_RECALL`` on these queries, and its build searched for the other recalls that it reaches."""
     best = tune_scann(items, queries, k, recall=TUNED_RECALL, batch=batch).index
     held_out, found = HeldOut.of(items, queries, k), {TUNED_RECALL: best}
-    for recall in OTHER_RECALLS:
+    for recall in OTHER_RECALLS if best.reorders else ():
         with contextlib.suppress(RecallNotReached):
             found[recall] = tune_search(best, held_out, recall=recall, batch=batch)
     return {

@@ -46,7 +46,7 @@ def test_the_crossover_is_the_size_from_which_on_no_measurement_was_lost():
     assert found.names == ["exact", PARTITIONED]
     assert found.crossovers(1) == {PARTITIONED: 40} and found.crossovers(4) == {PARTITIONED: None}
     assert found.points[0].call_ms(PARTITIONED) == 4.0 and found.points[0].call_ms("scann .90") is None
-    assert found._verdict(1) == f"beats exact search, 1 queries a call: {PARTITIONED} from 40 items on"
+    assert found._verdict(1) == f"beats exact search in batches of 1: {PARTITIONED} from 40 items on"
 
 
 def test_the_table_has_a_row_for_each_way_and_size_with_the_times_of_all_batches():
@@ -63,9 +63,9 @@ def test_the_table_has_a_row_for_each_way_and_size_with_the_times_of_all_batches
 def test_every_way_is_measured_at_its_recall_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval_ways, "tune_search", partial(tune_search, timing=QUICK))
     sections = {"items": (), "exact": False, "sizes": (), "peers": ()}
-    result = bench_retrieval(**sections, crossover=(1500,), batches=(1, 8), k=10, timing=QUICK, out=tmp_path).crossover
+    result = bench_retrieval(**sections, crossover=(600,), batches=(1, 8), k=10, timing=QUICK, out=tmp_path).crossover
     written = json.loads((tmp_path / "retrieval-hard.json").read_text())["crossover"]
-    assert [(one["num_items"], one["batch"]) for one in written["points"]] == [(1500, 1), (1500, 8)]
+    assert [(one["num_items"], one["batch"]) for one in written["points"]] == [(600, 1), (600, 8)]
     assert set(written["points"][0]["ways"]) == set(result.names)
     times = IndexTimes.load(tmp_path / "times_cpu.json")
     assert times == result.times()
@@ -79,11 +79,11 @@ def test_every_way_is_measured_at_its_recall_and_written(tmp_path, monkeypatch):
             assert each.recall >= each.wanted and each.name in one.measurement.rates
     for row in times.rows:
         if row.way == "partitioned":
-            assert row.leaf_share >= 256 / 1500, "fewer leaves hold too few items, and all would be scored"
+            assert row.leaf_share >= 256 / 600, "fewer leaves hold too few items, and all would be scored"
     console = Console(width=200, file=io.StringIO(), record=True)
     result.print(console)
     told = console.export_text()
-    assert "top 10 of 64 dimensions" in told and "beats exact search, 8 queries a call: " in told and "3 rounds" in told
+    assert "top 10 of 64 dimensions" in told and "beats exact search in batches of 8: " in told and "3 rounds" in told
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_times_are_interpolated_in_the_logarithms_of_size_and_batch():
     assert "quantised: about 4.87 ms for 1 of 1,000 items at recall@100 of 1; exact 10 ms" in chosen.reason
     assert "measured on cpu (2 cores), width 64, at 100 and 10,000 items" in chosen.reason and not chosen.missing
     chosen = choose_index(10_000, batch=10, recall=1.0)
-    assert "exact: about 316 ms" in chosen.reason and "; quantised 316 ms; none is 1.1 times as fast" not in chosen.reason
+    assert "exact: about 316 ms" in chosen.reason and "; quantised 316 ms" in chosen.reason
 
 
 @pytest.mark.usefixtures("table")
@@ -120,7 +120,7 @@ def test_what_cannot_be_had_is_left_out_and_the_reason_says_so(monkeypatch):
 def test_on_a_backend_without_measurements_the_rule_is_told():
     chosen = choose_index(10**6, backend="tpu")
     assert (chosen.implementation, chosen.config) == ("exact", None)
-    assert "nothing has been measured on tpu" in chosen.reason and "cda4rec bench retrieval --crossover" in chosen.reason
+    assert "nothing has been measured on tpu" in chosen.reason and "cda4rec bench retrieval --items" in chosen.reason
 
 
 def test_a_table_is_saved_and_loaded(tmp_path):
