@@ -33,7 +33,8 @@ def curves(
         axis.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log", xscale="log" if log_x else "linear")
         axis.grid(alpha=0.3, which="both")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=8)
+    drawn = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend([drawn[name] for name in names], names, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True

@@ -133,7 +133,7 @@ def test_scann_tuned_is_held_against_hnswlib_even_where_another_of_ours_is_the_f
         time.sleep(2e-3)
         return data.truth[: len(queries)]
 
-    parts = {"is_ours": False, "setting": "", "version": "1", "recall": 1.0, "build_seconds": 1.0, "run": slow}
+    parts: dict[str, Any] = {"is_ours": False, "setting": "", "version": "1", "recall": 1.0, "build_seconds": 1.0, "run": slow}
     systems = [
         SearchSystem(**parts | {"system": "ours, exact", "is_ours": True, "run": lambda queries: data.truth[: len(queries)]}),
         SearchSystem(**parts | {"system": HNSWLIB}),

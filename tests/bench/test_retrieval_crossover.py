@@ -3,6 +3,7 @@
 import io
 import json
 from functools import partial
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,7 +21,7 @@ QUICK = TimingConfig(rounds=3, block_seconds=0.001, warm_up_turns=2, attempts=1)
 PARTITIONED = "partitioned .90"
 
 
-def way(name: str, wanted: float, **settings) -> Searched:
+def way(name: Any, wanted: float, **settings) -> Searched:
     return Searched(way=name, wanted=wanted, recall=wanted, build_seconds=1.0, search=lambda rows: rows, **settings)
 
 
@@ -62,8 +63,9 @@ def test_the_table_has_a_row_for_each_way_and_size_with_the_times_of_all_batches
 
 def test_every_way_is_measured_at_its_recall_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval_ways, "tune_search", partial(tune_search, timing=QUICK))
-    sections = {"items": (), "exact": False, "sizes": (), "peers": ()}
+    sections: dict[str, Any] = {"items": (), "exact": False, "sizes": (), "peers": ()}
     result = bench_retrieval(**sections, crossover=(600,), batches=(1, 8), k=10, timing=QUICK, out=tmp_path).crossover
+    assert result is not None
     written = json.loads((tmp_path / "retrieval-hard.json").read_text())["crossover"]
     assert [(one["num_items"], one["batch"]) for one in written["points"]] == [(600, 1), (600, 8)]
     assert set(written["points"][0]["ways"]) == set(result.names)
@@ -79,7 +81,7 @@ def test_every_way_is_measured_at_its_recall_and_written(tmp_path, monkeypatch):
             assert each.recall >= each.wanted and each.name in one.measurement.rates
     for row in times.rows:
         if row.way == "partitioned":
-            assert row.leaf_share >= 256 / 600, "fewer leaves hold too few items, and all would be scored"
+            assert (row.leaf_share or 0.0) >= 256 / 600, "fewer leaves hold too few items, and all would be scored"
     console = Console(width=200, file=io.StringIO(), record=True)
     result.print(console)
     told = console.export_text()
