@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,13 +134,13 @@ def test_scann_tuned_is_held_against_hnswlib_even_where_another_of_ours_is_the_f
         time.sleep(2e-3)
         return data.truth[: len(queries)]
 
-    parts: dict[str, Any] = {"is_ours": False, "setting": "", "version": "1", "recall": 1.0, "build_seconds": 1.0, "run": slow}
-    systems = [
-        SearchSystem(**parts | {"system": "ours, exact", "is_ours": True, "run": lambda queries: data.truth[: len(queries)]}),
-        SearchSystem(**parts | {"system": HNSWLIB}),
-    ]
+    def system(name: str, run: Callable[[np.ndarray], np.ndarray]) -> SearchSystem:
+        is_ours = name.startswith("ours")
+        return SearchSystem(system=name, setting="", version="1", is_ours=is_ours, recall=1.0, build_seconds=1.0, run=run)
+
+    systems = [system("ours, exact", lambda queries: data.truth[: len(queries)]), system(HNSWLIB, slow)]
     if scann_available():
-        systems.append(SearchSystem(**parts | {"system": TUNED, "is_ours": True, "run": IndexSearch(index, 10)}))
+        systems.append(system(TUNED, IndexSearch(index, 10)))
     found = searched(data, systems, 16, 10, 0.95, None, FEW_ROUNDS, lambda done, total: None, {"usearch": "too slow"})
     assert found.ours == "ours, exact" and found.least_ratio == found.measurement.ratio("ours, exact", HNSWLIB).median > 1.0
     assert found.json()["left_out"] == {"usearch": "too slow"}
