@@ -25,7 +25,7 @@ Way = Literal["exact", "exact by XLA", "quantised", "scann", "partitioned"]
 LEAST_GAIN = 1.1  # how many times as fast a way must be to be chosen over a simpler one
 RECALL = 0.99  # that an index is chosen for where nothing is said
 # Around 16,384 items ScaNN begins to use a partition, so both sides are measured.
-MEASURE = "cda4rec bench retrieval --items --no-exact --sizes --crossover 1000 16000 17000 65000 300000"
+MEASURE = "cda4rec bench retrieval --items --no-exact --sizes --crossover 1000 16000 17000 65000 300000 --rounds 5"
 
 
 @dataclass(frozen=True, kw_only=True)
