@@ -57,15 +57,14 @@ def load_index(directory: Path, implementation: Implementation | None = None) ->
     Raises:
       UserError: The folder is no index, damaged or of another version, or needs ScaNN and ScaNN is not installed.
     """
-    if implementation is None:
-        implementation = read_meta(directory)[0]
-        if implementation == "quantised":
-            try:
-                check_quantised()
-            except UserError as problem:
-                _logger.warning("%s", problem)
-                implementation = "exact"
-    return _class_of(implementation).load(directory)
+    name = implementation or read_meta(directory)[0]
+    if implementation is None and name == "quantised":
+        try:
+            check_quantised()
+        except UserError as problem:
+            _logger.warning("%s", problem)
+            name = "exact"
+    return _class_of(name).load(directory)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ def _reason(
     others = sorted((offer for offer in offers if offer is not chosen), key=lambda offer: offer.call_ms)
     around = _around(times.sizes, num_items)
     sizes = " and ".join(f"{size:,}" for size in around) + " items"
-    sizes += ", the nearest size" if len(around) == 1 and around[0] != num_items else ""
+    sizes += ", the nearest size, whose times these are" if len(around) == 1 and around[0] != num_items else ""
     devices = times.provenance["devices"]
     machine = f"{times.provenance['cores']} cores" if times.backend == "cpu" else f"{len(devices)} {devices[0]}"
     parts = [
