@@ -106,7 +106,7 @@ class SizesFound:
         console.print(table)
         lines = [
             "MB: resident, beyond that of the process before; own: no page of a file; peak: of the whole process, building included",
-            *([f"left out, since building would take hours: {'; '.join(self.left_out)}"] if self.left_out else []),
+            *([f"left out, since building would take too long: {'; '.join(self.left_out)}"] if self.left_out else []),
             f"versions: {', '.join(dict.fromkeys(point.version for point in self.points))}",
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
