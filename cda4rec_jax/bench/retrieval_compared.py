@@ -20,7 +20,7 @@ from cda4rec_jax.retrieval import ScannIndex
 from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure, usable_cores
 
 MOST_SECONDS = 3.0  # of single calls of one system at one setting
-CALLS = 1000
+CALLS, LEAST_CALLS = 1000, 100  # the least are two turns, so that one that was disturbed does not choose the setting
 TUNED_BATCH, TUNED_TARGET = 256, 1.5  # times the queries a second of hnswlib that we want of ScaNN, tuned, in such batches
 
 
@@ -165,7 +165,7 @@ def searched(
     inputs = data.batches(batch)
     timed = {one.name: Timed(system=one, inputs=inputs) for one in systems}
     with OtherLoad() as others:
-        taken = call_times_ms(list(timed.values()), max(20, CALLS // batch), most_seconds=MOST_SECONDS)
+        taken = call_times_ms(list(timed.values()), max(LEAST_CALLS, CALLS // batch), most_seconds=MOST_SECONDS)
         latency = {name: summarise_latency(values) for name, values in taken.items()}
         fastest: dict[str, SearchSystem] = {}
         for one in sorted(systems, key=lambda one: -latency[one.name].p50_ms):

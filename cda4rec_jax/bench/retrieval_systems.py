@@ -46,7 +46,7 @@ SCANN, TUNED, PARTITIONED, HNSWLIB = "ours, scann", "ours, scann tuned", "ours, 
 TUNED_RECALL = 0.955  # which the tuner is asked for, so that .95 is reached on other queries too
 OTHER_RECALLS = (0.8, 0.9, 0.99)  # of the same build, for the curve
 PARTITIONED_SHARES = (0.05, 0.1, 0.25, 0.4, 0.6)  # of the leaves
-# Systems that build for many minutes above so many items on two cores, or whose batches need GB: they are left out there.
+# Above so many items a system is left out: its graph or its partition would take long to build, or a batch of scores GB of memory.
 MOST_ITEMS = {
     HNSWLIB: 1_000_000,
     PARTITIONED: 1_000_000,

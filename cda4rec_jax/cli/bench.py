@@ -140,7 +140,7 @@ class BenchRetrieval:
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """A finished joint run, whose item table is searched; a generated set without clusters if not given."""
     items: tuple[int, ...] = (100_000,)
-    """Items of the generated set, one or more sizes; none without numbers. A million takes about half an hour on two cores."""
+    """Items of the generated set, one or more sizes; none without numbers."""
     batches: tuple[int, ...] = (1, 256)
     """Queries of one call."""
     k: int = 100
