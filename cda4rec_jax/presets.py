@@ -56,7 +56,7 @@ def joint(
 def ml_1m() -> RunConfig:
     """MovieLens-1M: long histories, few items."""
     train = TrainConfig(
-        epochs=16, rows_per_batch=20, learning_rate=3e-3, ema_decay=0.998, withheld_share=0.5, patience=4, final_steps=1000
+        epochs=24, rows_per_batch=20, learning_rate=5e-3, ema_decay=0.998, withheld_share=0.5, patience=4, final_steps=1000
     )
     sizes = {"width": 128, "history_length": 200, "row_tokens": 201}
     return joint(**sizes, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train)
