@@ -52,7 +52,6 @@ class RetrievalBenchmark:
             "searches": [one.json() for one in self.searches],
             "sizes": None if self.sizes is None else self.sizes.json(),
             "scale": None if self.scale is None else self.scale.json(),
-            "crossover": None if self.crossover is None else self.crossover.json(),
             "not_installed": list(self.not_installed),
             "provenance": self.provenance,
         }
@@ -136,7 +135,8 @@ def bench_retrieval(
         not_installed=not_installed,
         provenance=provenance(dataset_fingerprint="; ".join(dict.fromkeys(one.fingerprint for one in found))),
     )
-    write_json(folder / f"retrieval-{name}.json", result.json())
+    if found or measured is not None:
+        write_json(folder / f"retrieval-{name}.json", result.json())
     return result
 
 

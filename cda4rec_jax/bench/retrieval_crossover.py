@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cda4rec_jax.bench.charts import curves
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, write_json
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_ways import APPROXIMATE, Searched, built_ways
 from cda4rec_jax.errors import UserError
@@ -47,9 +47,10 @@ class CrossoverPoint:
         """Whether it was there and faster than exact search in at least nine tenths of the rounds."""
         return name in self.measurement.rates and self.measurement.ratio(name, self.exact).p10 > 1.0
 
-    def call_ms(self, name: str) -> float | None:
-        """Median time of a batch, NumPy to NumPy; None where it is not there."""
-        return 1e3 / self.measurement.rates[name].median if name in self.measurement.rates else None
+    @property
+    def calls_ms(self) -> dict[str, float]:
+        """Median time of a batch, NumPy to NumPy, by way."""
+        return {name: 1e3 / rate.median for name, rate in self.measurement.rates.items()}
 
     @property
     def exact(self) -> str:
@@ -101,7 +102,7 @@ class CrossoverBenchmark:
         for point in self.points:
             for way in point.ways:
                 key = point.num_items, way.name
-                calls[key] = (*calls.get(key, ()), 1e3 / point.measurement.rates[way.name].median)
+                calls[key] = (*calls.get(key, ()), point.calls_ms[way.name])
         rows = [
             IndexTime(
                 way=way.way,
@@ -128,6 +129,7 @@ class CrossoverBenchmark:
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
+            "benchmark": "retrieval crossover",
             "device": self.device,
             "threads": usable_cores(),
             "width": self.width,
@@ -153,8 +155,8 @@ class CrossoverBenchmark:
             for way in point.ways:
                 x, y = lines.setdefault(way.name, ([], []))
                 x.append(float(point.num_items))
-                y.append(1e3 / point.measurement.rates[way.name].median)
-        exact = [name for name in self.names if "." not in name]
+                y.append(point.calls_ms[way.name])
+        exact = [way.name for point in self.points for way in point.ways if way.wanted == 1.0]
         return curves(path, panels, "items", ["ms"] * len(panels), exact, log_x=True)
 
     def print(self, console: Console) -> None:
@@ -163,7 +165,7 @@ class CrossoverBenchmark:
         for column in ("items", "batch", *self.names):
             table.add_column(column, justify="right")
         for one in self.points:
-            cells = ["-" if (call_ms := one.call_ms(name)) is None else f"{call_ms:,.3g}" for name in self.names]
+            cells = [f"{one.calls_ms[name]:,.3g}" if name in one.calls_ms else "-" for name in self.names]
             table.add_row(f"{one.num_items:,}", f"{one.batch:,}", *cells)
         console.print(table)
         lines = [self._verdict(batch) for batch in self.batches]
@@ -207,7 +209,7 @@ def bench_crossover(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CrossoverBenchmark:
-    """Measure on the present backend, and write ``times_BACKEND.json`` and a chart into ``out``.
+    """Measure on the present backend, and write JSON, a chart and ``times_BACKEND.json`` into ``out``.
 
     Args:
         sizes: items of each catalogue.
@@ -238,6 +240,7 @@ def bench_crossover(
         points=tuple(sorted(points, key=lambda one: (one.batch, one.num_items))),
         provenance=provenance(dataset_fingerprint=f"hard items of width {width}, seed 0"),
     )
+    write_json(folder / "retrieval-crossover.json", result.json())
     result.times().save(folder)
     result.chart(folder / "retrieval-crossover.png")
     return result

@@ -10,7 +10,7 @@ import numpy as np
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.quantised import check_quantised
-from cda4rec_jax.retrieval.choice import RECALL, choose_index
+from cda4rec_jax.retrieval.choice import RECALL, Choice, choose_index
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Index, Queries, mean_recall
 from cda4rec_jax.retrieval.mapped import MappedIndex
@@ -25,23 +25,25 @@ _logger = logging.getLogger(__name__)
 
 
 def build_index(
-    item_vectors: Vectors, implementation: Implementation | None = None, *, batch: int = 1, recall: float = RECALL
+    item_vectors: Vectors, implementation: Implementation | Choice | None = None, *, batch: int = 1, recall: float = RECALL
 ) -> Index:
     """Index of ``item_vectors``, where row 0 is padding.
 
     Args:
         item_vectors: of all items.
-        implementation: which index; None leaves it to ``choose_index``, and logs what is chosen and why.
+        implementation: which index, or what ``choose_index`` chose; None asks it, and logs what is chosen and why.
         batch: queries of one call, which None chooses for.
         recall: share of the exact items to find, which None chooses for.
 
     Raises:
       UserError: The implementation is not installed or unknown, there is no item, or a value is not finite.
     """
-    if implementation is not None:
+    if isinstance(implementation, str):
         return _class_of(implementation).build(item_vectors)
-    choice = choose_index(item_vectors.shape[0] - 1, batch=batch, recall=recall)
-    _logger.log(logging.WARNING if choice.missing else logging.INFO, "index: %s", choice.reason)
+    choice = implementation
+    if choice is None:
+        choice = choose_index(item_vectors.shape[0] - 1, batch=batch, recall=recall)
+        _logger.log(logging.WARNING if choice.missing else logging.INFO, "index: %s", choice.reason)
     if isinstance(choice.config, ScannConfig):
         return ScannIndex.build(item_vectors, choice.config)
     if isinstance(choice.config, PartitionedConfig):

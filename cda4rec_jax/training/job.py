@@ -275,9 +275,10 @@ def _finish(run: RunDirectory, tell: Callable[[str], None]) -> None:
     trained = load_trained(run.path)  # by all processes together, as all that Orbax does
     if not is_first():
         return
-    index = build_index(np.asarray(trained.catalogue.vectors))
+    choice = choose_index(trained.corpus.interactions.num_items)
+    tell(f"index: {choice.reason}")
+    index = build_index(np.asarray(trained.catalogue.vectors), choice)
     index.save(run.index_folder)
-    tell(f"index: {choose_index(index.num_items).reason}")
     times = measure_times(trained.system, trained.catalogue, trained.corpus, trained.config, index)
     fingerprint = trained.corpus.interactions.fingerprint
     save_measured_times(run, times, of="bare functions", rounds=ROUNDS, dataset_fingerprint=fingerprint)

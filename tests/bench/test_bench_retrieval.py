@@ -85,7 +85,6 @@ def test_the_command_measures_and_writes_json_and_charts(
         if scann_available() and one["target"] is None:
             assert "for 0.955 in batches of 16" in rows[TUNED]["setting"] and one["adapter"]["batch"] == one["batch"]
             assert "of ScaNN's own search" in told
-    assert found["crossover"] is None
     points = found["sizes"]["points"]
     assert {(point["system"], point["num_items"]) for point in points if point["system"] == MAPPED} == {
         (MAPPED, 200),

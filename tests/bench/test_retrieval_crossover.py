@@ -46,7 +46,7 @@ def test_the_crossover_is_the_size_from_which_on_no_measurement_was_lost():
     found = CrossoverBenchmark(backend="cpu", device="cpu", width=24, k=5, points=points, provenance={})
     assert found.names == ["exact", PARTITIONED]
     assert found.crossovers(1) == {PARTITIONED: 40} and found.crossovers(4) == {PARTITIONED: None}
-    assert found.points[0].call_ms(PARTITIONED) == 4.0 and found.points[0].call_ms("scann .90") is None
+    assert found.points[0].calls_ms == {"exact": 2.0, PARTITIONED: 4.0}
     assert found._verdict(1) == f"beats exact search in batches of 1: {PARTITIONED} from 40 items on"
 
 
@@ -66,7 +66,8 @@ def test_every_way_is_measured_at_its_recall_and_written(tmp_path, monkeypatch):
     sections: dict[str, Any] = {"items": (), "exact": False, "sizes": (), "peers": ()}
     result = bench_retrieval(**sections, crossover=(600,), batches=(1, 8), k=10, timing=QUICK, out=tmp_path).crossover
     assert result is not None
-    written = json.loads((tmp_path / "retrieval-hard.json").read_text())["crossover"]
+    written = json.loads((tmp_path / "retrieval-crossover.json").read_text())
+    assert not (tmp_path / "retrieval-hard.json").exists()
     assert [(one["num_items"], one["batch"]) for one in written["points"]] == [(600, 1), (600, 8)]
     assert set(written["points"][0]["ways"]) == set(result.names)
     times = IndexTimes.load(tmp_path / "times_cpu.json")
