@@ -22,9 +22,18 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import OtherLoad, bar_chart, check_folder, measurement_json, method_lines, write_json
+from cda4rec_jax.bench.charts import bar_chart
+from cda4rec_jax.bench.harness import (
+    OtherLoad,
+    check_folder,
+    measurement_json,
+    method_lines,
+    not_installed_lines,
+    say,
+    write_json,
+)
 from cda4rec_jax.bench.peers import DISPATCH_PEERS, chosen_peers
-from cda4rec_jax.bench.systems import System, call_times_ms, percentile_cells, systems_json
+from cda4rec_jax.bench.systems import System, call_times_ms, first_calls, percentile_cells, systems_json
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.rank_candidates import score_candidates
 from cda4rec_jax.kernels.rank_candidates.cases import CONTRACT_CASES, random_inputs, random_weights
@@ -64,9 +73,7 @@ class DispatchBenchmark:
             "benchmark": "dispatch",
             "backend": jax.default_backend(),
             "async_dispatch": self.async_dispatch,
-            "systems": {
-                name: {**row, "threads": usable_cores()} for name, row in systems_json(self.systems, self.latency).items()
-            },
+            "systems": systems_json(self.systems, self.latency, usable_cores()),
             "measurement": measurement_json(self.measurement, self.others),
             "not_installed": list(self.not_installed),
             "provenance": self.provenance,
@@ -88,12 +95,11 @@ class DispatchBenchmark:
             "part of the program, as ServedPlanner and ServedRanker have them",
             f"jax_cpu_enable_async_dispatch is {'on' if self.async_dispatch else 'off'} but where a row says otherwise, which is timed "
             "in a process of its own",
-            "first calls, compiling included: " + ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in self.systems),
+            first_calls(self.systems),
             *method_lines(self.measurement, usable_cores(), self.others),
+            *not_installed_lines(self.not_installed),
         ]
-        if self.not_installed:
-            lines.append(f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')")
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
 
 def bench_dispatch(

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.timing import Measurement, Spread, usable_cores
@@ -99,10 +100,25 @@ def method_lines(measurement: Measurement, threads: int, others: OtherLoad) -> l
     return lines
 
 
+def is_quiet(measurement: Measurement, others: OtherLoad) -> bool:
+    """Whether to believe a measurement: every null within its bounds, and no other process in the way."""
+    return measurement.accepted and not others.disturbs
+
+
 def measurement_json(measurement: Measurement, others: OtherLoad) -> dict[str, Any]:
     """Everything of a measurement, ready for JSON."""
-    quiet = measurement.accepted and not others.disturbs
+    quiet = is_quiet(measurement, others)
     return {**asdict(measurement), "accepted": measurement.accepted, "other_cores": others.cores, "quiet": quiet}
+
+
+def not_installed_lines(peers: Sequence[str]) -> list[str]:
+    """Who was left out, and what brings them; no line where nobody was."""
+    return [f"not installed: {', '.join(peers)} (pip install 'cda4rec_jax[bench]')"] if peers else []
+
+
+def say(console: Console, lines: Sequence[str]) -> None:
+    """Print lines as they are."""
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def check_folder(out: Path) -> Path:
@@ -122,33 +138,3 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     staged.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     staged.replace(path)
-
-
-def bar_chart(path: Path, title: str, unit: str, rates: Mapping[str, Spread], ours: Sequence[str], *, log: bool = False) -> bool:
-    """One bar for each system, the 10th to 90th percentile on it; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(rates)
-    medians = [rates[name].median for name in names]
-    errors = [
-        [max(0.0, rates[name].median - rates[name].p10) for name in names],
-        [max(0.0, rates[name].p90 - rates[name].median) for name in names],
-    ]
-    figure, axes = pyplot.subplots(figsize=(9.0, 1.2 + 0.42 * len(names)), layout="constrained")
-    colours = ["tab:blue" if name in ours else "tab:grey" for name in names]
-    bars = axes.barh(names, medians, xerr=errors, color=colours, ecolor="black", capsize=3)
-    axes.bar_label(bars, labels=[f"{median:,.0f}" if median >= 100.0 else f"{median:.3g}" for median in medians], padding=6)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set_xscale("log" if log else "linear")
-    axes.set_xlabel(unit)
-    axes.set_title(title)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return True

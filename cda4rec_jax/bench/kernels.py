@@ -14,14 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import (
-    OtherLoad,
-    check_folder,
-    measurement_json,
-    megabytes,
-    times,
-    write_json,
-)
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, is_quiet, measurement_json, megabytes, say, times, write_json
 from cda4rec_jax.bench.retrieval_systems import version_of
 from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.errors import UserError
@@ -115,7 +108,7 @@ class KernelsBenchmark:
     def print(self, console: Console) -> None:
         """A table for each workload, and the ceilings."""
         for found in self.workloads:
-            quiet = "" if found.measurement.accepted and not found.others.disturbs else "; NOT QUIET: read the ratios loosely"
+            quiet = "" if is_quiet(found.measurement, found.others) else "; NOT QUIET: read the ratios loosely"
             table = Table(title=f"{found.kernel}, {found.name}: {found.shapes}{quiet}", box=SIMPLE, padding=(0, 1, 0, 0))
             table.add_column("implementation")
             for column in ("ms", f"x {found.baseline}", "copy rate", "matmul rate", "temp MB", "compile s"):
@@ -135,7 +128,7 @@ class KernelsBenchmark:
             "result needs are computed; what an implementation does twice does not count",
             f"ratios are medians of the rounds' ratios with their 10th to 90th percentile; versions: {', '.join(versions)}",
         ]
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
 
 def bench_kernels(

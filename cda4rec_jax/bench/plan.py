@@ -9,12 +9,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from cda4rec_jax.bench.charts import bar_chart
 from cda4rec_jax.bench.harness import (
     OtherLoad,
-    bar_chart,
     check_folder,
     measurement_json,
     method_lines,
+    not_installed_lines,
+    say,
     times,
     write_json,
 )
@@ -44,7 +46,7 @@ class BatchFound:
         """Ready for JSON."""
         return {
             "batch": self.batch,
-            "systems": systems_json(self.systems, self.latency),
+            "systems": systems_json(self.systems, self.latency, usable_cores()),
             "measurement": measurement_json(self.measurement, self.others),
         }
 
@@ -74,22 +76,15 @@ class PlanBenchmark:
         """A table for each batch size, and how it was measured."""
         for found in self.batches:
             console.print(_table(self.policy, found))
-            console.print(
-                "\n".join([*method_lines(found.measurement, usable_cores(), found.others), *origin_lines(found.systems)]),
-                highlight=False,
-                soft_wrap=True,
-            )
-        missing = (
-            f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')" if self.not_installed else ""
-        )
+            say(console, [*method_lines(found.measurement, usable_cores(), found.others), *origin_lines(found.systems)])
         lines = [
             "whole decision: context features, mask, predicted costs, network, choice; network alone: from given features to qualities, "
             "for others with the plan tower multiplied into the last layer. NumPy to NumPy; one request runs in one thread",
             f"aims: one decision under {TARGET_US:.0f} us and not above onnxruntime's network; {TARGET_PER_SECOND:,.0f} contexts a second "
             "in batches on 2 cores",
-            missing,
+            *not_installed_lines(self.not_installed),
         ]
-        console.print("\n".join(filter(None, lines)), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
 
 def bench_plan(

@@ -9,7 +9,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import OtherLoad, bar_chart, check_folder, measurement_json, method_lines, times, write_json
+from cda4rec_jax.bench.charts import bar_chart
+from cda4rec_jax.bench.harness import (
+    OtherLoad,
+    check_folder,
+    measurement_json,
+    method_lines,
+    not_installed_lines,
+    say,
+    times,
+    write_json,
+)
 from cda4rec_jax.bench.peers import RANK_PEERS, chosen_peers
 from cda4rec_jax.bench.rank_systems import RankSetting, case_setting, rank_systems, run_setting
 from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, origin_lines, percentile_cells, systems_json
@@ -43,7 +53,7 @@ class RankFound:
             "width": weights.width,
             "tokens": len(request.tokens),
             "candidates": len(request.features),
-            "systems": systems_json(self.systems, self.latency),
+            "systems": systems_json(self.systems, self.latency, THREADS),
             "measurement": measurement_json(self.measurement, self.others),
         }
 
@@ -71,23 +81,15 @@ class RankBenchmark:
         """A table for each size, and how it was measured."""
         for found in self.sizes:
             console.print(_table(found))
-            console.print(
-                "\n".join([*method_lines(found.measurement, THREADS, found.others), *origin_lines(found.systems)]), **_PLAIN
-            )
-        missing = (
-            f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')" if self.not_installed else ""
-        )
+            say(console, [*method_lines(found.measurement, THREADS, found.others), *origin_lines(found.systems)])
         lines = [
             "full pass: from tokens of a whole history and features of candidates to their scores; one new event: the same from the "
             "cache of the tokens before; NumPy to NumPy, one thread (XLA may take more). All but plain jax leave out what the last layer "
             "computes for tokens before the last one; onnxruntime's graph has its fused attention, rotation and norms",
             f"aims: the full pass {TARGET_WHOLE} times and one new event {TARGET_STEP:.0f} times as fast as onnxruntime's best full pass",
-            missing,
+            *not_installed_lines(self.not_installed),
         ]
-        console.print("\n".join(filter(None, lines)), **_PLAIN)
-
-
-_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+        say(console, lines)
 
 
 def bench_rank(

@@ -1,6 +1,6 @@
 """``cda4rec bench request``: how long one warm request takes, where its time goes, and what lies around the device's kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, times, write_json
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, say, times, write_json
 from cda4rec_jax.bench.request_chart import waterfall_chart
 from cda4rec_jax.bench.request_device import EMPTY, KERNELS, PATH, DevicePath, device_path
 from cda4rec_jax.bench.request_systems import (
@@ -26,7 +26,7 @@ from cda4rec_jax.bench.request_systems import (
     request_systems,
     waterfall_of,
 )
-from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, percentile_cells, systems_json
+from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, first_calls, percentile_cells, systems_json
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.runs import provenance
@@ -38,7 +38,6 @@ PAPER_MS = 100.0  # "under 100 ms per request" (arXiv 2509.01551; its own models
 TARGET_P50_MS, TARGET_P99_MS, TARGET_SPEEDUP, TARGET_PATH = 10.0, 25.0, 1.7, 1.3
 PATH_PLANS = ("fresh-full-100-device", "fresh-full-500-device")
 BRANCH_DEVICES = 4
-_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class PathFound:
         return {
             "candidates": self.path.candidates,
             "tokens": self.path.tokens,
-            "systems": _rows(self.path.systems, self.latency),
+            "systems": systems_json(self.path.systems, self.latency, usable_cores()),
             "path_over_kernels": asdict(self.measurement.ratio(KERNELS, PATH)),
             "path_over_kernels_without_dispatch": self.ratio_without_dispatch,
             "measurement": measurement_json(self.measurement, self.others),
@@ -69,17 +68,15 @@ class PathFound:
 
     def print(self, console: Console) -> None:
         """Print as a table."""
-        console.print(
-            f"\nThe device's part of one request: {self.path.tokens} tokens, {self.path.candidates} candidates", **_PLAIN
-        )
+        say(console, [f"\nThe device's part of one request: {self.path.tokens} tokens, {self.path.candidates} candidates"])
         console.print(_path_table(self))
         lines = [
             f"path over kernels: {times(self.measurement.ratio(KERNELS, PATH))} (aim: at most {TARGET_PATH}); where {EMPTY!r} is taken "
             f"off each kernel: {self.ratio_without_dispatch:.2f}",
-            _first_calls(self.path.systems),
+            first_calls(self.path.systems),
             *method_lines(self.measurement, usable_cores(), self.others),
         ]
-        console.print("\n".join(lines), **_PLAIN)
+        say(console, lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +112,7 @@ class RequestBenchmark:
                 "path_over_kernels": TARGET_PATH,
             },
             "paper_ms": PAPER_MS,
-            "requests": _rows(self.systems, self.latency),
+            "requests": systems_json(self.systems, self.latency, usable_cores()),
             "branches": {"each_ms": BRANCH_MS, "measurement": measurement_json(self.branches, self.others)},
             "device_path": [one.json() for one in self.paths],
             "waterfalls": [_waterfall_json(one) for one in self.waterfalls],
@@ -124,37 +121,35 @@ class RequestBenchmark:
 
     def print(self, console: Console) -> None:
         """Tables of requests, of where the time of one goes, and of the device's part."""
-        console.print(
-            f"One warm request on {self.dataset}: {self.num_items:,} items, {self.index} index, {self.users} users in turn",
-            **_PLAIN,
-        )
+        title = f"One warm request on {self.dataset}: {self.num_items:,} items, {self.index} index, {self.users} users in turn"
+        say(console, [title])
         console.print(_request_table(self))
         branches = {name: 1e3 / self.branches.rates[name].median for name in (SEQUENTIAL, CONCURRENT)}
         lines = [
             "planning, release through the gate, wire codec, cloud, ranking on the device; cloud and device in one process, no link delay; "
             "the device's history, kept embedding and candidates are at hand",
-            _first_calls(self.systems),
+            first_calls(self.systems),
             f"both branches made {BRANCH_MS:.0f} ms: {SEQUENTIAL} {branches[SEQUENTIAL]:.1f} ms, {CONCURRENT} "
             f"{branches[CONCURRENT]:.1f} ms, {times(self.branches.ratio(CONCURRENT, SEQUENTIAL))} times as fast (aim {TARGET_SPEEDUP})",
             *method_lines(self.branches, usable_cores(), self.others),
         ]
-        console.print("\n".join(lines), **_PLAIN)
+        say(console, lines)
         for waterfall in self.waterfalls:
-            console.print(f"\n{waterfall.title}: {waterfall.plan}, slate after {waterfall.latency_ms:.2f} ms", **_PLAIN)
+            say(console, [f"\n{waterfall.title}: {waterfall.plan}, slate after {waterfall.latency_ms:.2f} ms"])
             console.print(_waterfall_table(waterfall))
-        console.print(
+        meaning = (
             "times since the request began, of the request with the median latency; link times are the model's, as estimated; what lies "
-            "between the parts is wire codec, threads and Python",
-            **_PLAIN,
+            "between the parts is wire codec, threads and Python"
         )
+        say(console, [meaning])
         for found in self.paths:
             found.print(console)
-        console.print(
+        meaning = (
             "device path: structured modelling, features, head and top-k as the runtime runs them, from history and candidates as they "
             "came over the wire to the slate, NumPy to NumPy; its kernels: each program by itself, over arrays that are in place, "
-            f"one after the other. Aim: the path takes at most {TARGET_PATH} times as long as its kernels",
-            **_PLAIN,
+            f"one after the other. Aim: the path takes at most {TARGET_PATH} times as long as its kernels"
         )
+        say(console, [meaning])
 
 
 def bench_request(
@@ -227,7 +222,7 @@ _WATERFALLS = (
 )
 
 
-def _latency(systems: list[System] | tuple[System, ...], calls: int) -> dict[str, LatencySummary]:
+def _latency(systems: Sequence[System], calls: int) -> dict[str, LatencySummary]:
     return {name: summarise_latency(taken) for name, taken in call_times_ms(systems, calls).items()}
 
 
@@ -238,10 +233,6 @@ def _path_found(path: DevicePath, calls: int, timing: TimingConfig, progress: Ca
         latency = _latency(path.systems, calls)
         measurement = measure(contestants, [(KERNELS, PATH)], timing, progress=lambda *done: progress(stage, *done))
     return PathFound(path=path, latency=latency, measurement=measurement, others=others)
-
-
-def _rows(systems: tuple[System, ...], latency: dict[str, LatencySummary]) -> dict[str, Any]:
-    return {name: {**row, "threads": usable_cores()} for name, row in systems_json(systems, latency).items()}
 
 
 def _waterfall_json(waterfall: Waterfall) -> dict[str, Any]:
@@ -290,8 +281,3 @@ def _path_table(found: PathFound) -> Table:
         share = f"{taken.p50_ms / whole_ms:.0%}"
         table.add_row(one.name, *percentile_cells(taken), share, str(usable_cores()), one.version)
     return table
-
-
-def _first_calls(systems: tuple[System, ...]) -> str:
-    """What was still to be compiled, or to be read from the cache of compiled programs, is in the first call."""
-    return "first calls, compiling included: " + ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in systems)

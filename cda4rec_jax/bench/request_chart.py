@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cda4rec_jax.bench.charts import pyplot_if_installed
 from cda4rec_jax.bench.request_systems import Waterfall
 
 COLOURS = {"device": "tab:blue", "device_cache": "tab:cyan", "cloud": "tab:orange", "link": "tab:grey"}
@@ -12,13 +13,9 @@ WORDS = {"device_cache": "device's cache"}
 
 def waterfall_chart(path: Path, title: str, waterfalls: Sequence[Waterfall]) -> bool:
     """A panel for each request, a bar for each part from its start to its end; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     heights = [len(one.parts) + 1.5 for one in waterfalls]
     size = (9.5, 0.9 + 0.34 * sum(heights))
     figure, axes = pyplot.subplots(len(waterfalls), 1, figsize=size, layout="constrained", squeeze=False, height_ratios=heights)

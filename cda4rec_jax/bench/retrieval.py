@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cda4rec_jax.bench.harness import check_folder, write_json
+from cda4rec_jax.bench.harness import check_folder, not_installed_lines, say, write_json
 from cda4rec_jax.bench.peers import RETRIEVAL_PEERS, chosen_peers
 from cda4rec_jax.bench.retrieval_compared import SearchFound, recall_chart, searched
 from cda4rec_jax.bench.retrieval_crossover import CrossoverBenchmark, bench_crossover, check_crossover
@@ -62,8 +62,7 @@ class RetrievalBenchmark:
             if one is not None:
                 one.print(console)
         if self.not_installed:
-            line = f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(console, not_installed_lines(self.not_installed))
 
 
 def bench_retrieval(

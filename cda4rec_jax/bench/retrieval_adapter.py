@@ -1,6 +1,5 @@
 """What ``ScannIndex.search`` adds to ScaNN's own search: its checks, its conversions, and its padding."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from cda4rec_jax.retrieval import ScannIndex
 from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
 
 ADAPTER, RAW = "ScannIndex.search", "searcher.search"
-TIMING = TimingConfig()
 TARGET_SINGLE_US, TARGET_SHARE, TARGET_BATCH = 10.0, 0.05, 256  # for one query, and of a batch of so many
 
 
@@ -56,39 +54,30 @@ class AdapterOverhead:
 
 
 def adapter_overhead(
-    index: ScannIndex,
-    queries: Float[np.ndarray, "n d"],
-    k: int,
-    *,
-    batches: Sequence[int] = (1, 256),
-    timing: TimingConfig = TIMING,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[AdapterOverhead, ...]:
-    """Time of ``index.search`` beside ScaNN's own search, one for each batch size.
+    index: ScannIndex, queries: Float[np.ndarray, "n d"], k: int, batch: int, *, timing: TimingConfig
+) -> AdapterOverhead:
+    """Time of ``index.search`` beside ScaNN's own search, on batches of the queries.
 
     Raises:
-      UserError: There are fewer queries than in the largest batch, or ``k`` does not fit.
+      UserError: There are fewer queries than in a batch, or ``k`` does not fit.
     """
     rows = np.ascontiguousarray(queries, np.float32)
-    if not batches or min(batches) < 1 or len(rows) < max(batches):
-        raise UserError(f"got {len(rows)} queries for batches of {tuple(batches)}; expected at least as many as in each batch.")
+    if batch < 1 or len(rows) < batch:
+        raise UserError(f"got {len(rows)} queries for batches of {batch}; expected at least as many as in a batch.")
     index.search(rows[:1], k)
-    found = []
-    for batch in batches:
-        parts = [rows[start : start + batch] for start in range(0, len(rows) - batch + 1, batch)]
-        call = index.scann_call(batch, k)
-        inputs = [part[0] for part in parts] if batch == 1 else parts
+    parts = [rows[start : start + batch] for start in range(0, len(rows) - batch + 1, batch)]
+    call = index.scann_call(batch, k)
+    inputs = [part[0] for part in parts] if batch == 1 else parts
 
-        def raw(number: int, call=call, inputs=inputs) -> float:
-            call(inputs[number % len(inputs)])
-            return 1.0
+    def raw(number: int) -> float:
+        call(inputs[number % len(inputs)])
+        return 1.0
 
-        def adapter(number: int, parts=parts) -> float:
-            index.search(parts[number % len(parts)], k)
-            return 1.0
+    def adapter(number: int) -> float:
+        index.search(parts[number % len(parts)], k)
+        return 1.0
 
-        contestants = (Contestant(name=ADAPTER, call=adapter), Contestant(name=RAW, call=raw))
-        with OtherLoad() as others:
-            measurement = measure(contestants, [(ADAPTER, RAW)], timing, progress=progress)
-        found.append(AdapterOverhead(batch=batch, k=k, measurement=measurement, others=others))
-    return tuple(found)
+    contestants = (Contestant(name=ADAPTER, call=adapter), Contestant(name=RAW, call=raw))
+    with OtherLoad() as others:
+        measurement = measure(contestants, [(ADAPTER, RAW)], timing)
+    return AdapterOverhead(batch=batch, k=k, measurement=measurement, others=others)

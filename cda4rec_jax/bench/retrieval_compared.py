@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cda4rec_jax.bench.charts import curves
-from cda4rec_jax.bench.harness import OtherLoad, measurement_json, method_lines, times
+from cda4rec_jax.bench.harness import OtherLoad, measurement_json, method_lines, say, times
 from cda4rec_jax.bench.retrieval_adapter import AdapterOverhead, adapter_overhead
 from cda4rec_jax.bench.retrieval_systems import HNSWLIB, TUNED, IndexSearch, SearchData, SearchSystem
-from cda4rec_jax.bench.systems import call_times_ms
+from cda4rec_jax.bench.systems import System, call_times_ms, calls_of
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.retrieval import ScannIndex
 from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure, usable_cores
@@ -22,28 +22,6 @@ from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, me
 MOST_SECONDS = 3.0  # of single calls of one system at one setting
 CALLS, LEAST_CALLS = 1000, 100  # the least are two turns, so that one that was disturbed does not choose the setting
 TUNED_BATCH, TUNED_TARGET = 256, 1.5  # times the queries a second of hnswlib that we want of ScaNN, tuned, in such batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timed:
-    """A system at a setting, with inputs of one batch size."""
-
-    system: SearchSystem
-    inputs: Sequence[np.ndarray]
-
-    @property
-    def name(self) -> str:
-        return self.system.name
-
-    @property
-    def run(self) -> Callable[[np.ndarray], object]:
-        return self.system.run
-
-    def call(self, number: int) -> float:
-        """For the harness: one batch; gives its queries."""
-        given = self.inputs[number % len(self.inputs)]
-        self.system.run(given)
-        return float(len(given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +118,7 @@ class SearchFound:
             f"versions: {', '.join(dict.fromkeys(one.version for one in self.compared))}",
             *method_lines(self.measurement, usable_cores(), self.others),
         ]
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
     def _tuned_lines(self) -> list[str]:
         """ScaNN, tuned, beside hnswlib; and what our index adds to ScaNN's own search."""
@@ -163,7 +141,7 @@ def searched(
 ) -> SearchFound:
     """Single calls of all, then turns of the fastest setting of each that reaches the recall; ScaNN's own search, if it was tuned."""
     inputs = data.batches(batch)
-    timed = {one.name: Timed(system=one, inputs=inputs) for one in systems}
+    timed = {one.name: System(name=one.name, version=one.version, against=(), run=one.run, inputs=inputs) for one in systems}
     with OtherLoad() as others:
         taken = call_times_ms(list(timed.values()), max(LEAST_CALLS, CALLS // batch), most_seconds=MOST_SECONDS)
         latency = {name: summarise_latency(values) for name, values in taken.items()}
@@ -173,7 +151,7 @@ def searched(
                 fastest[one.system] = one
         ours = min((one for one in fastest.values() if one.is_ours), key=lambda one: latency[one.name].p50_ms)
         others_names = [one.name for one in fastest.values() if one.name != ours.name]
-        contestants = [Contestant(name=one.name, call=timed[one.name].call) for one in fastest.values()]
+        contestants = [Contestant(name=one.name, call=calls_of(timed[one.name], batch)) for one in fastest.values()]
         pairs = [(ours.name, name) for name in others_names] or [(ours.name, ours.name)]
         if {TUNED, HNSWLIB} <= fastest.keys() and ours.system != TUNED:
             pairs.append((fastest[TUNED].name, fastest[HNSWLIB].name))
@@ -198,8 +176,7 @@ def searched(
 
 def _adapter(tuned: SearchSystem, data: SearchData, batch: int, k: int, timing: TimingConfig) -> AdapterOverhead:
     assert isinstance(tuned.run, IndexSearch) and isinstance(tuned.run.index, ScannIndex)
-    (found,) = adapter_overhead(tuned.run.index, np.concatenate(data.batches(batch)), k, batches=(batch,), timing=timing)
-    return found
+    return adapter_overhead(tuned.run.index, np.concatenate(data.batches(batch)), k, batch, timing=timing)
 
 
 def recall_chart(path: Path, found: Sequence[SearchFound]) -> None:

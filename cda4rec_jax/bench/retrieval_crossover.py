@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cda4rec_jax.bench.charts import curves
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, write_json
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, is_quiet, measurement_json, say, write_json
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_ways import APPROXIMATE, Searched, built_ways
 from cda4rec_jax.errors import UserError
@@ -30,7 +30,6 @@ from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, u
 RECALLS, BATCHES = (0.95, 0.99), (1, 256)
 NUM_QUERIES = 512
 MOST_SORTED = 2**25  # scores of a batch: approx_max_k sorts them on a CPU, and is left out where there are more
-TIMING = TimingConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class CrossoverPoint:
     @property
     def quiet(self) -> bool:
         """Whether to believe it."""
-        return self.measurement.accepted and not self.others.disturbs
+        return is_quiet(self.measurement, self.others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +176,7 @@ class CrossoverBenchmark:
         if any(APPROXIMATE not in one.measurement.rates for one in self.points):
             lines.append(f"{APPROXIMATE} is left out where it would sort more than {MOST_SORTED:,} scores")
         lines += [f"NOT QUIET: {one.num_items:,} items, batches of {one.batch:,}" for one in self.points if not one.quiet]
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
     def _verdict(self, batch: int) -> str:
         told = [
@@ -205,7 +204,7 @@ def bench_crossover(
     width: int = 64,
     k: int = 100,
     recalls: Sequence[float] = RECALLS,
-    timing: TimingConfig = TIMING,
+    timing: TimingConfig,
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CrossoverBenchmark:

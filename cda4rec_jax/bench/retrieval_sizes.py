@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cda4rec_jax.bench.charts import curves
+from cda4rec_jax.bench.harness import say
 from cda4rec_jax.bench.retrieval_data import hard_item_chunks, hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_systems import HNSWLIB, SCANN, WIDTH, IndexSearch, Search, makers, version_of
-from cda4rec_jax.bench.systems import call_times_ms
+from cda4rec_jax.bench.systems import System, call_times_ms
 from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.retrieval import ExactIndex, MappedIndex, ScannIndex, mean_recall
@@ -109,7 +110,7 @@ class SizesFound:
             *([f"left out, since building would take too long: {'; '.join(self.left_out)}"] if self.left_out else []),
             f"versions: {', '.join(dict.fromkeys(point.version for point in self.points))}",
         ]
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
     def chart(self, path: Path) -> bool:
         """Time and memory, both axes logarithmic."""
@@ -160,13 +161,14 @@ def measure_size(system: str, num_items: int, k: int) -> SizePoint:
         start = time.perf_counter()
         search(queries[:1])
         first_call_seconds = time.perf_counter() - start
-        timed = _Timed(system, search, [row[None] for row in queries])
+        version, rows = version_of(package), [row[None] for row in queries]
+        timed = System(name=system, version=version, against=(), run=search, inputs=rows)
         (taken,) = call_times_ms([timed], CALLS, most_seconds=MOST_SECONDS).values()
         resident, own, peak = _memory("VmRSS"), _memory("RssAnon"), _peak()
         return SizePoint(
             system=system,
             setting=APPROXIMATE.get(system, ""),
-            version=version_of(package),
+            version=version,
             threads=usable_cores(),
             num_items=num_items,
             recall=_recall(search, queries[:64], num_items, k) if system in APPROXIMATE else 1.0,
@@ -183,13 +185,6 @@ def measure_size(system: str, num_items: int, k: int) -> SizePoint:
 def _recall(search: Search, queries: np.ndarray, num_items: int, k: int) -> float:
     truth, _ = ExactIndex.build(hard_items(num_items, WIDTH)).search(queries, k)
     return mean_recall(search(queries), truth)
-
-
-@dataclass(frozen=True)
-class _Timed:
-    name: str
-    run: Search
-    inputs: Sequence[np.ndarray]
 
 
 def _built(system: str, num_items: int, k: int, folder: Path) -> tuple[Search, str | None]:

@@ -4,7 +4,7 @@ import bisect
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,12 +15,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from cda4rec_jax.bench.retrieval_systems import IndexSearch, Search
 from cda4rec_jax.kernels.topk_dot import topk_dot
 from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.retrieval import (
     ExactIndex,
     HeldOut,
-    Index,
     PartitionedConfig,
     PartitionedIndex,
     QuantisedIndex,
@@ -36,7 +36,6 @@ from cda4rec_jax.retrieval.choice import Way
 APPROXIMATE: Literal["approx_max_k"] = "approx_max_k"  # no index: what JAX offers by itself
 SHARES = (1 / 64, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of the leaves
 FEW = 32  # queries that tell the recall of approx_max_k, which is slow
-Search = Callable[[Float[np.ndarray, "b d"]], Int[np.ndarray, "b k"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +64,12 @@ def built_ways(vectors: np.ndarray, queries: np.ndarray, k: int, recalls: Sequen
     compiled = jax.default_backend() == "cpu" and native_problem() is None
     truth, _ = exact_search(jnp.asarray(vectors), jnp.asarray(queries), k)
     held_out = HeldOut(queries=queries, exact=np.asarray(truth))
-    found = [_exact("exact", partial(_search, ExactIndex.build(vectors), k), held_out)]
+    found = [_exact("exact", IndexSearch(ExactIndex.build(vectors), k), held_out)]
     if jax.default_backend() == "cpu":
-        by_xla = _exact("exact by XLA", partial(_search, _ExactByXla.build(vectors), k), held_out)
+        by_xla = _exact("exact by XLA", IndexSearch(_ExactByXla.build(vectors), k), held_out)
         found = [*found, by_xla] if compiled else [by_xla]
     if compiled:
-        found.append(_exact("quantised", partial(_search, QuantisedIndex.build(vectors), k), held_out))
+        found.append(_exact("quantised", IndexSearch(QuantisedIndex.build(vectors), k), held_out))
     if scann_available():
         found += _scann(vectors, held_out, recalls, batch)
     found += _partitioned(vectors, held_out, recalls)
@@ -108,7 +107,7 @@ def _scann(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float], bat
                 wanted=wanted,
                 recall=held_out.recall(index),
                 build_seconds=time.perf_counter() - start,
-                search=partial(_search, index, held_out.k),
+                search=IndexSearch(index, held_out.k),
                 leaf_share=index.config.leaf_share if index.num_leaves else None,
                 reordered=index.config.min_reorder if index.reorders else None,
             )
@@ -135,7 +134,7 @@ def _partitioned(vectors: np.ndarray, held_out: HeldOut, recalls: Sequence[float
                 wanted=wanted,
                 recall=recall(share),
                 build_seconds=time.perf_counter() - start,
-                search=partial(_search, built.with_leaf_share(share), held_out.k),
+                search=IndexSearch(built.with_leaf_share(share), held_out.k),
                 leaf_share=share,
             )
 
@@ -150,7 +149,3 @@ def _approximate(vectors: np.ndarray, k: int, target: float) -> Search:
         return jax.lax.approx_max_k(scores, k, recall_target=target)[1]
 
     return lambda rows: np.asarray(search(table, jnp.asarray(rows)))
-
-
-def _search(index: Index, k: int, queries: Float[np.ndarray, "b d"]) -> Int[np.ndarray, "b k"]:
-    return index.search(queries, k)[0]

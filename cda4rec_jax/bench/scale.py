@@ -27,6 +27,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from cda4rec_jax.bench.harness import say
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_sizes import MAPPED, SizesFound
 from cda4rec_jax.bench.retrieval_systems import WIDTH
@@ -166,7 +167,7 @@ class ScaleFound:
             "memory and disk are those of one host",
             f"assumed: round trip {ROUND_TRIP_MS} ms, link {LINK_BYTES_PER_SECOND / 1e9} GB/s; queries come one at a time",
         ]
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
 
 def measure_scale(sizes: SizesFound, k: int) -> ScaleFound | None:

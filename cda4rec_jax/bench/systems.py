@@ -80,10 +80,11 @@ def calls_of(one: System, batch: int) -> Callable[[int], float]:
     return call
 
 
-def systems_json(systems: Sequence[System], latency: Mapping[str, LatencySummary]) -> dict[str, Any]:
-    """Version, first call, difference and latency of each, ready for JSON."""
+def systems_json(systems: Sequence[System], latency: Mapping[str, LatencySummary], threads: int) -> dict[str, Any]:
+    """Version, threads, first call, difference and latency of each, ready for JSON."""
     return {
         one.name: {
+            "threads": threads,
             "version": one.version,
             "first_call_seconds": one.first_call_seconds,
             "difference": one.difference,
@@ -98,9 +99,13 @@ def percentile_cells(latency: LatencySummary) -> list[str]:
     return [f"{1e3 * value:,.1f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms)]
 
 
+def first_calls(systems: Sequence[System]) -> str:
+    """What was still to be compiled, or to be read from the cache of compiled programs, is in the first call."""
+    return "first calls, compiling included: " + ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in systems)
+
+
 def origin_lines(systems: Sequence[System]) -> list[str]:
     """Versions, what first calls took, and how far outputs are from those they were checked against."""
     versions = ", ".join(dict.fromkeys(one.version for one in systems))
-    first = ", ".join(f"{one.name} {one.first_call_seconds:.2f} s" for one in systems)
     off = ", ".join(f"{one.name} {one.difference:.0e}" for one in systems if one.difference)
-    return [f"{versions}; first call, compiling included: {first}", f"outputs off by, relative to the largest: {off}"]
+    return [versions, first_calls(systems), f"outputs off by, relative to the largest: {off}"]

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cda4rec_jax.allocator import keep_freed_memory, return_freed_memory
+from cda4rec_jax.bench.charts import bar_chart
 from cda4rec_jax.bench.harness import (
     OtherLoad,
-    bar_chart,
     check_folder,
     measurement_json,
     megabytes,
     method_lines,
+    not_installed_lines,
+    say,
     times,
     write_json,
 )
@@ -110,15 +112,11 @@ class TrainBenchmark:
             f"{megabytes(self.softmax_bytes)} MB, {share:.1f} times as much",
             "step MB: temporary memory of a training step, by XLA's plan for JAX and by torch's profiler for torch; compile s: less "
             "where the program was in the cache of compiled programs; for torch the first step",
-            *(
-                [f"not installed: {', '.join(self.not_installed)} (pip install 'cda4rec_jax[bench]')"]
-                if self.not_installed
-                else []
-            ),
+            *not_installed_lines(self.not_installed),
             *method_lines(self.measurement, usable_cores(), self.others),
             *self.remarks,
         ]
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
 
 def _as_published(config: RunConfig) -> RunConfig:

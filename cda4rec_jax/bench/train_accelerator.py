@@ -17,7 +17,7 @@ from flax import nnx
 from rich.console import Console
 
 from cda4rec_jax.agents.cloud import CloudConfig
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, write_json
+from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, say, write_json
 from cda4rec_jax.bench.layouts import Segment, num_real_tokens, packed_rows
 from cda4rec_jax.bench.train_systems import (
     Model,
@@ -170,7 +170,7 @@ class AcceleratorBenchmark:
             f"compiled in {self.compile_seconds:.1f} s; temporary memory {self.temporary_bytes / 2**30:.2f} GB",
             *method_lines(self.measurement, usable_cores(), self.others),
         ]
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say(console, lines)
 
 
 def bench_accelerator(
@@ -266,15 +266,13 @@ class Lowering:
     program_bytes: int  # of the StableHLO text
 
     def print(self, console: Console) -> None:
-        """One line."""
-        console.print(
-            f"{self.preset_name}: lowered for {self.platform}, {self.program_bytes / 2**10:,.0f} KB of StableHLO\n"
-            f"{self.num_parameters / 1e6:,.1f} M parameters; "
-            f"a step: {self.tokens_per_step:,} tokens, {self.flops_per_step / 1e12:.2f} TFLOP",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        """Two lines."""
+        lines = [
+            f"{self.preset_name}: lowered for {self.platform}, {self.program_bytes / 2**10:,.0f} KB of StableHLO",
+            f"{self.num_parameters / 1e6:,.1f} M parameters; a step: {self.tokens_per_step:,} tokens, "
+            f"{self.flops_per_step / 1e12:.2f} TFLOP",
+        ]
+        say(console, lines)
 
 
 def lower_step(preset_name: str, preset: AcceleratorPreset, platform: str = "cuda") -> Lowering:
