@@ -167,6 +167,5 @@ def test_the_overhead_is_the_time_of_the_search_minus_that_of_scann(items, queri
         assert set(each.measurement.rates) == {ADAPTER, RAW}
         assert each.share == pytest.approx(1.0 / each.measurement.ratio(ADAPTER, RAW).median - 1.0)
         assert each.added_us == pytest.approx(each.share * each.raw_us)
-        assert each.share < 20.0
     with pytest.raises(UserError, match="got 200 queries for batches of"):
         adapter_overhead(index, queries, K, 256, timing=QUICK)
