@@ -23,7 +23,7 @@ def provide(source: Path, targets: Mapping[str, str]) -> str | None:
     """Make the custom calls of one source available on the CPU. Compiles for some seconds once for each machine and version.
 
     Args:
-        source: a C++ file; it may include the headers beside it.
+        source: a C++ file; it may include the headers beside it and those of ``kernels``.
         targets: names for ``jax.ffi.ffi_call``, and the handler's symbol in the source for each.
 
     Returns:
@@ -49,7 +49,8 @@ def provide(source: Path, targets: Mapping[str, str]) -> str | None:
 def _library(source: Path, compiler: str) -> Path:
     """Where the compiled library is or belongs: its name tells source, compiler, JAX and processor apart."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS).stdout
-    texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
+    headers = [header for folder in (source.parent, Path(__file__).parent) for header in sorted(folder.glob("*.h"))]
+    texts = [file.read_text(encoding="utf-8") for file in (source, *headers)]
     facts = (*texts, compiler, version, metadata.version("jaxlib"), *_FLAGS, _processor())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
     base = os.environ.get("XDG_CACHE_HOME", "")

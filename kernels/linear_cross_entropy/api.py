@@ -1,6 +1,6 @@
 """Public entry of the operation: checks, the choice of implementation, and what every implementation shares."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,19 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.linear_cross_entropy.native import linear_cross_entropy_native, native_problem
 from cda4rec_jax.kernels.linear_cross_entropy.pallas import linear_cross_entropy_pallas
 from cda4rec_jax.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from cda4rec_jax.kernels.linear_cross_entropy.sharded import DATA_AXIS, ITEM_AXIS, linear_cross_entropy_sharded
 from cda4rec_jax.kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
 from cda4rec_jax.kernels.pallas_backend import check_backend
 
+Implementation = Literal["reference", "xla", "native", "sharded", "triton"]
+NATIVE_CHUNK = 128  # as fast as 256 and faster than 64 wherever it was measured
+
 
 def default_chunk_size(num_items: int) -> int:
-    """Tokens of a chunk where the caller leaves it to us."""
+    """Tokens of a chunk of ``xla`` and ``sharded`` where the caller leaves it to us."""
     if jax.default_backend() != "cpu":
         return 1024
     return max(64, min(256, 1_000_000 // num_items // 8 * 8))
@@ -32,7 +36,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     num_items: int | None = None,
     mesh: Mesh | None = None,
-    implementation: Literal["reference", "xla", "sharded", "triton"] | None = None,
+    implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, ""]:
     """Weighted sum of next-item cross-entropies, ``sum_t w_t * (log sum_{i'=1}^{i-1} exp(h_t . e_i') - h_t . e_target)``.
@@ -49,47 +53,67 @@ def linear_cross_entropy(
       items: Item vectors; row 0 is padding.
       targets: Item index of the next item, 0 to i - 1; larger values are not detected.
       weights: Weight of each token.
-      chunk_size: Tokens whose logits exist at the same time (on one device), for ``xla`` and ``sharded``. None takes 64 to 256 on a
-        CPU, as many as have about a million logits, which suits its caches; and 1,024 elsewhere.
+      chunk_size: Tokens whose logits exist at the same time (on one device), for ``xla``, ``native`` and ``sharded``. None takes 128 for
+        ``native``; for the others 64 to 256 on a CPU, as many as have about a million logits, which suits its caches, and 1,024 elsewhere.
       num_items: Rows 1 to ``num_items`` are the items, and rows after them are padding as row 0 is. None: all rows but row 0.
       mesh: Devices of ``sharded``, with the axes "data", over which tokens are split, and "items". Inside of ``jax.jit``.
       implementation: ``reference`` materialises all logits. ``xla`` scans over chunks and makes the gradient in the forward scan,
-        so that the backward pass only scales it (as Liger does, arXiv 2410.10989). ``sharded`` does so on every device of a mesh,
-        each for its tokens and its items. ``triton`` is a Pallas kernel for GPUs, whose logits never reach memory; it makes them
-        again for each gradient. None chooses ``sharded`` where there is a mesh, ``xla`` elsewhere: also on a GPU, where the kernel has
-        been lowered but not timed.
+        so that the backward pass only scales it (as Liger does, arXiv 2410.10989). ``native`` does the same in C++, for float32 on a
+        CPU; it needs a compiler on its first use, and passes over tokens without a target. ``sharded`` is ``xla`` on every device of a
+        mesh, each for its tokens and its items. ``triton`` is a Pallas kernel for GPUs, whose logits never reach memory; it makes them
+        again for each gradient. None chooses ``sharded`` where there is a mesh, else ``native`` where it can be had, else ``xla``: also
+        on a GPU, where the kernel has been lowered but not timed.
       interpret: Interpret the Pallas kernel, on any backend.
 
     Raises:
-      UserError: No item besides padding, more items than rows, a chunk size below 1, an unknown implementation or one for another
-        backend, or a mesh for another implementation, without these two axes, or missing.
+      UserError: No item besides padding, more items than rows, a chunk size below 1, an unknown implementation, one for another
+        backend or dtype or that cannot be compiled, or a mesh for another implementation, without these two axes, or missing.
     """
     if items.shape[0] < 2:
         raise UserError(f"items has {items.shape[0]} rows; expected row 0 (padding) and at least one item.")
     num_items = items.shape[0] - 1 if num_items is None else num_items
     if not 1 <= num_items < items.shape[0]:
         raise UserError(f"num_items is {num_items}; expected 1 to {items.shape[0] - 1}, as items has {items.shape[0]} rows.")
-    chunk_size = default_chunk_size(items.shape[0]) if chunk_size is None else chunk_size
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}; expected at least 1.")
-    implementation = implementation or ("xla" if mesh is None else "sharded")
-    if (mesh is not None) != (implementation == "sharded"):
-        raise UserError(f"implementation is {implementation!r} and mesh {mesh}; expected a mesh for 'sharded' and for it alone.")
     wide = jnp.promote_types(jnp.result_type(hidden, items, weights), jnp.float32)
     narrow = hidden.dtype if hidden.dtype.itemsize == 2 else wide
+    implementation = implementation or _chosen(narrow, wide, mesh)
+    if (mesh is not None) != (implementation == "sharded"):
+        raise UserError(f"implementation is {implementation!r} and mesh {mesh}; expected a mesh for 'sharded' and for it alone.")
     items, weights = items.astype(wide), weights.astype(wide)
     weights = jnp.where(targets > 0, weights, jnp.zeros_like(weights))
     if implementation == "reference":
         return linear_cross_entropy_reference(hidden.astype(wide), items[: num_items + 1], targets, weights)
     hidden = hidden.astype(narrow)
+    if implementation == "native":
+        _check_native(narrow, wide)
+        return linear_cross_entropy_native(chunk_size or NATIVE_CHUNK, hidden, items[: num_items + 1], targets, weights)
+    chunk_size = chunk_size or default_chunk_size(items.shape[0])
     if implementation == "xla":
         return linear_cross_entropy_xla(chunk_size, hidden, items[: num_items + 1], targets, weights)
     if implementation == "triton":
         check_backend(implementation, interpret)
         return linear_cross_entropy_pallas(interpret, hidden, items[: num_items + 1], targets, weights)
     if mesh is None:
-        raise UserError(f"implementation is {implementation!r}; expected 'reference', 'xla', 'sharded', 'triton' or None.")
+        raise UserError(f"implementation is {implementation!r}; expected one of {', '.join(get_args(Implementation))}, or None.")
     return _sharded(mesh, chunk_size, num_items, hidden, items, targets, weights)
+
+
+def _chosen(narrow: Any, wide: Any, mesh: Mesh | None) -> Implementation:
+    if mesh is not None:
+        return "sharded"
+    fits = jax.default_backend() == "cpu" and narrow == wide == jnp.float32
+    return "native" if fits and native_problem() is None else "xla"
+
+
+def _check_native(narrow: Any, wide: Any) -> None:
+    if jax.default_backend() != "cpu":
+        raise UserError(f"implementation 'native' runs on a CPU, and JAX is on {jax.default_backend()}: choose another, or None.")
+    if not narrow == wide == jnp.float32:
+        raise UserError(f"implementation 'native' computes in float32, and the inputs want {narrow} and {wide}: choose 'xla'.")
+    if (problem := native_problem()) is not None:
+        raise UserError(f"implementation 'native' cannot be had: {problem}. Choose 'xla', which computes the same.")
 
 
 def _sharded(

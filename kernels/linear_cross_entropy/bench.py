@@ -39,7 +39,7 @@ def workload(case: Case, backend: str) -> Workload:
     rng = np.random.default_rng(0)
     items = jnp.asarray(rng.normal(size=(case.num_items, case.width)) * case.width**-0.5, jnp.float32)
     batches = [_batch(case, rng) for _ in range(NUM_BATCHES)]
-    names = (None, "xla", "triton") if backend == "gpu" else (None,)
+    names = {"gpu": (None, "xla", "triton"), "cpu": (None, "xla")}.get(backend, (None,))
     losses: dict[str, Callable[..., Array]] = {
         name or OURS: _operands_in_order(partial(linear_cross_entropy, implementation=name)) for name in names
     }

@@ -3,49 +3,20 @@
 // One request has no batch to fill threads or caches with: what counts is that the weights (a few hundred kilobytes) stream once from the
 // second-level cache through the registers, that only real tokens are computed, and that the last layer computes its last token alone.
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "../native.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileColumns = 4;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kTileColumns = 2;
-#else
-constexpr int kLanes = 4, kTileColumns = 2;
-#endif
-constexpr int kTileRows = 6;
 constexpr int64_t kPadding = 16;  // as in native.py: columns come in multiples of it, whatever the processor
 constexpr float kLargest = 8.0f;  // standard deviations
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-inline Vector largest(Vector a, Vector b) { return a > b ? a : b; }
-// NaN stays NaN.
-inline Vector cut(Vector x, float low, float high) {
-  x = x < Vector{} + low ? Vector{} + low : x;
-  return x > Vector{} + high ? Vector{} + high : x;
-}
 inline int64_t padded(int64_t size) { return (size + kPadding - 1) / kPadding * kPadding; }
 
 #if defined(__AVX512F__)
@@ -65,18 +36,6 @@ inline float most(Vector x) {
   return reduced(x, [](float a, float b) { return std::max(a, b); });
 }
 #endif
-
-// e^x to 2 units in the last place, x cut to [-87, 88]: 2^n e^r with |r| <= ln(2) / 2, e^r by its series to r^7.
-inline Vector exponential(Vector x) {
-  constexpr float kRound = 12582912.0f;  // adding it leaves the nearest whole number in the low bits
-  x = cut(x, -87.0f, 88.0f);
-  Vector shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector y = r * (1.0f / 5040) + 1.0f / 720;
-  y = y * r + 1.0f / 120, y = y * r + 1.0f / 24, y = y * r + 1.0f / 6, y = y * r + 0.5f, y = y * r + 1.0f, y = y * r + 1.0f;
-  Whole power = ((Whole)shifted << 23) + (127 << 23);
-  return y * (Vector)power;
-}
 
 inline Vector silu(Vector x) { return x / (1.0f + exponential(-x)); }
 

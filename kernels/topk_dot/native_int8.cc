@@ -9,7 +9,7 @@ namespace {
 // Items in blocks of 16: codes [block, width, 16], and for each item its scale s, |e - s c| and |e|, rounded up.
 constexpr int kBlock = 16;
 typedef int8_t Codes __attribute__((vector_size(kBlock), aligned(1), may_alias));
-typedef int32_t Whole __attribute__((vector_size(4 * kBlock)));
+typedef int32_t Integers __attribute__((vector_size(4 * kBlock)));
 typedef float Scores __attribute__((vector_size(4 * kBlock), aligned(4), may_alias));
 
 // Codes as the instructions want them, in steps of one or more channels: `pack` makes a step of 16 items, `advance` adds the products
@@ -55,7 +55,7 @@ inline Packed pack(const int8_t* codes) {
   std::memcpy(&packed, halves, sizeof(packed));
   return packed;
 #else
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Whole), Scores);
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Integers), Scores);
 #endif
 }
 inline Sums start_of(int32_t) { return Sums{}; }

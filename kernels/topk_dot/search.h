@@ -1,40 +1,18 @@
-// What both custom calls share: threads, thresholds, and the best k of one query.
+// What both custom calls share: shares of the work, thresholds, and the best k of one query.
 
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <vector>
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "../native.h"
 
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
 // Bit j is set where a[j] > b[j].
 inline uint32_t above(Vector a, Vector b) {
@@ -63,43 +41,6 @@ inline float score_of(int32_t key) {
   std::memcpy(&score, &key, 4);
   return score;
 }
-
-// Runs work(0), ..., work(count - 1) on the pool and on the calling thread, which takes every piece that no other thread has begun:
-// waiting for a piece that nobody runs would hang where all threads of the pool wait in calls like this one.
-template <typename Work>
-void run_pieces(ffi::ThreadPool& pool, int64_t count, Work work) {
-  struct State {
-    std::atomic<int64_t> next{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-    int64_t done = 0;
-  };
-  auto state = std::make_shared<State>();
-  auto take = [state, count](auto& piece_work) {
-    for (int64_t piece; (piece = state->next.fetch_add(1)) < count;) {
-      piece_work(piece);
-      std::lock_guard<std::mutex> lock(state->mutex);
-      if (++state->done == count) state->all_done.notify_all();
-    }
-  };
-  // A helper that starts late finds no piece left, and must not touch what `work` refers to: it only calls it for a piece.
-  for (int64_t helper = 1; helper < std::min(count, pool.num_threads()); ++helper) pool.Schedule([take, work]() mutable { take(work); });
-  take(work);
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == count; });
-}
-
-struct alignas(64) Line {
-  char bytes[64];
-};
-
-// Values that begin with a cache line: a vector that crosses into the next one is read twice.
-template <typename Value>
-struct Lines {
-  explicit Lines(int64_t count) : lines((count * sizeof(Value) + sizeof(Line) - 1) / sizeof(Line)) {}
-  Value* data() { return reinterpret_cast<Value*>(lines.data()); }
-  std::vector<Line> lines;
-};
 
 struct Problem {
   Problem(ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> items, ffi::Buffer<ffi::PRED> allowed, ffi::Buffer<ffi::S32> excluded,

@@ -1,0 +1,54 @@
+"""The C++ custom call, of float32 on a CPU: one forward pass makes loss and gradients, as in the chunked XLA version."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from cda4rec_jax.kernels.linear_cross_entropy.xla import backward
+from cda4rec_jax.kernels.native_build import provide
+
+SOURCE = Path(__file__).with_name("native.cc")
+_TARGET = "cda4rec_jax_linear_cross_entropy"
+_LANES = 16  # widths come in multiples of it, whatever the processor
+_TOKENS = 64  # so do chunks
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_cross_entropy_native(
+    chunk_size: int,
+    hidden: Float[Array, "t d"],
+    items: Float[Array, "i d"],
+    targets: Int[Array, "t"],
+    weights: Float[Array, "t"],
+) -> Float[Array, ""]:
+    """As ``linear_cross_entropy_xla``, of float32 on a CPU. ``native_problem`` must have returned None.
+
+    Tokens without a target cost nothing. Beside its results it takes the logits of a chunk (of at least 64 tokens) and, for each thread,
+    four times the chunk's hidden states.
+    """
+    return _forward(chunk_size, hidden, items, targets, weights)[0]
+
+
+def _forward(chunk_size: int, hidden: Array, items: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, ...]]:
+    tokens, width = hidden.shape
+    columns = ((0, 0), (0, -width % _LANES))
+    hidden, items = jnp.pad(hidden, columns), jnp.pad(items, columns)
+    chunk = -(-min(chunk_size, max(tokens, 1)) // _TOKENS) * _TOKENS
+    shapes = ((tokens,), hidden.shape, items.shape, (items.shape[0] - 1, chunk))
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    call = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")
+    losses, d_hidden, d_items, _ = call(hidden, items, targets.astype(jnp.int32), weights)
+    return jnp.sum(weights * losses), (d_hidden[:, :width], d_items[:, :width], losses)
+
+
+linear_cross_entropy_native.defvjp(_forward, lambda chunk_size, residuals, cotangent: backward(residuals, cotangent))
+
+
+@functools.cache
+def native_problem() -> str | None:
+    """Makes the custom call available; None, or what stands in the way. See ``native_build.provide``."""
+    return provide(SOURCE, {_TARGET: "LinearCrossEntropy"})
