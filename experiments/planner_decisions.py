@@ -309,7 +309,7 @@ def _quality_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
-    figure, grid = pyplot.subplots(2, 3, figsize=(17, 12), width_ratios=(1.0, 1.2, 0.8))
+    figure, grid = pyplot.subplots(2, 3, figsize=(18, 12), width_ratios=(1.0, 1.2, 1.0))
     for row, (profile, found) in enumerate(result["profiles"].items()):
         _draw_overall(grid[row, 0], found, f"{result['dataset']}, {profile} profile")
         _draw_groups(grid[row, 1], found)
@@ -358,10 +358,11 @@ def _draw_equal(axes: Any, profiles: dict[str, Any]) -> None:
         axes.barh(np.arange(len(names)) + 0.36 * shift - 0.18, means, 0.34, xerr=bars, capsize=2, label=profile)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, 1.8)  # room for the legend beside the bars
+    axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_xlabel("share of requests, 95%")
     axes.set_title("decisions that equal the oracle's")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
 
 
 def _draw_quality(axes: Any, quality: dict[str, Any]) -> None:
