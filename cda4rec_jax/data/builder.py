@@ -27,6 +27,12 @@ def _features() -> tfds.features.FeaturesDict:
     )
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    """Metadata that nobody looks for elsewhere: TFDS would leave an empty temporary folder behind each time it is asked to."""
+
+    def initialize_from_bucket(self) -> None: ...
+
+
 class PreparedInteractions(tfds.core.GeneratorBasedBuilder):
     """Writes each user's items and timestamps, in the order of the users."""
 
@@ -38,7 +44,7 @@ class PreparedInteractions(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=_features(), disable_shuffling=True)
+        return _LocalInfo(builder=self, features=_features(), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # there is nothing to download
