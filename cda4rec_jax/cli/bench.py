@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
-from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.console import StagesView, standard_output
 from cda4rec_jax.cli.process import set_up_process
 from cda4rec_jax.errors import UserError
 
@@ -37,7 +36,7 @@ class BenchTrain:
         from cda4rec_jax.bench import ACCELERATOR_PRESETS, bench_accelerator, bench_train, lower_step
         from cda4rec_jax.timing import TimingConfig
 
-        timing, console = TimingConfig(rounds=self.rounds), Console()
+        timing, console = TimingConfig(rounds=self.rounds), standard_output()
         if self.preset not in ACCELERATOR_PRESETS:
             if self.lower_only:
                 raise UserError(f"--lower-only is for the presets {', '.join(ACCELERATOR_PRESETS)}; got --preset {self.preset}")
@@ -86,7 +85,7 @@ class BenchPlan:
         from cda4rec_jax.bench import bench_plan
         from cda4rec_jax.timing import TimingConfig
 
-        console = Console()
+        console = standard_output()
         with StagesView(console) as view:
             found = bench_plan(
                 self.run_folder,
@@ -120,7 +119,7 @@ class BenchRank:
         from cda4rec_jax.bench import bench_rank
         from cda4rec_jax.timing import TimingConfig
 
-        console = Console()
+        console = standard_output()
         with StagesView(console) as view:
             found = bench_rank(
                 self.run_folder,
@@ -165,7 +164,7 @@ class BenchRetrieval:
         from cda4rec_jax.bench import bench_retrieval
         from cda4rec_jax.timing import TimingConfig
 
-        console = Console()
+        console = standard_output()
         with StagesView(console) as view:
             found = bench_retrieval(
                 self.run_folder,
@@ -202,7 +201,7 @@ class BenchKernels:
         from cda4rec_jax.bench import bench_kernels
         from cda4rec_jax.timing import TimingConfig
 
-        console, timing = Console(), TimingConfig(rounds=self.rounds, block_seconds=self.turn_ms / 1e3)
+        console, timing = standard_output(), TimingConfig(rounds=self.rounds, block_seconds=self.turn_ms / 1e3)
         with StagesView(console) as view:
             found = bench_kernels(only=self.only, timing=timing, out=self.out, progress=view.progress)
         found.print(console)
@@ -229,7 +228,7 @@ class BenchRequest:
         from cda4rec_jax.bench import bench_request
         from cda4rec_jax.timing import TimingConfig
 
-        console, timing = Console(), TimingConfig(rounds=self.rounds)
+        console, timing = standard_output(), TimingConfig(rounds=self.rounds)
         with StagesView(console) as view:
             found = bench_request(
                 self.run_folder,
@@ -261,7 +260,7 @@ class BenchDispatch:
         from cda4rec_jax.bench import bench_dispatch
         from cda4rec_jax.timing import TimingConfig
 
-        console, timing = Console(), TimingConfig(rounds=self.rounds, block_seconds=self.turn_ms / 1e3)
+        console, timing = standard_output(), TimingConfig(rounds=self.rounds, block_seconds=self.turn_ms / 1e3)
         with StagesView(console) as view:
             found = bench_dispatch(peers=self.peers, timing=timing, out=self.out, progress=view.progress)
         found.print(console)

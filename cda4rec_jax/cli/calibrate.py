@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.console import StagesView, standard_output
 from cda4rec_jax.cli.process import set_up_process
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Calibrate:
         from cda4rec_jax.runtime.calibration import calibrate
         from cda4rec_jax.runtime.recommend import Recommender
 
-        console, trained = Console(), load_trained(self.run_directory)
+        console, trained = standard_output(), load_trained(self.run_directory)
         with StagesView(console) as view, Recommender(trained) as recommender:
             found = calibrate(trained, recommender, self.rounds, view.progress)
         for part in (_subtasks(found), _agreement(found), exposure_table(trained.run.read_json("exposure"))):

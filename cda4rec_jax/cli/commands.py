@@ -14,7 +14,7 @@ from rich.console import Console
 from cda4rec_jax.cli.arguments import Device, Level, Link, require_positive
 from cda4rec_jax.cli.bench import Bench
 from cda4rec_jax.cli.calibrate import Calibrate
-from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView
+from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView, standard_output
 from cda4rec_jax.cli.plan import PlanCommand
 from cda4rec_jax.cli.process import join_processes, set_up_process
 from cda4rec_jax.cli.train_planner import TrainPlanner
@@ -49,7 +49,7 @@ class Quickstart:
         from cda4rec_jax.cli.quickstart import quickstart
 
         set_up_process()
-        quickstart(self.data, self.out, Console())
+        quickstart(self.data, self.out, standard_output())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Encode:
 
         require_positive(self.dimensions, "--dimensions")
         require_positive(self.tfidf, "--tfidf")
-        out, console = self.out.expanduser(), Console()
+        out, console = self.out.expanduser(), standard_output()
         check_destination(out)
         set_up_process()
         with StagesView(console) as view:
@@ -180,7 +180,7 @@ class Train:
         mesh = None if self.mesh is None else make_mesh(self.mesh)
         out = self.out or Path("runs") / f"{source_name(self.data)}-{self.preset}"
         config = self._resumed(out) if self.resume else self._configured(changes)
-        console = Console(quiet=not is_first())
+        console = standard_output(quiet=not is_first())
         train(self.data, config, out, console, resume=self.resume, overwrite=self.overwrite, mesh=mesh)
 
     def _several_processes(self) -> bool:
@@ -268,7 +268,7 @@ class Evaluate:
         from cda4rec_jax.planner.budgets import Budget
 
         budgets = [Budget.parse(text, self.requests_per_day) for text in self.budget]
-        console = Console()
+        console = standard_output()
         with StagesView(console) as view:
             report = evaluate_run(
                 self.run_directory,
@@ -324,7 +324,7 @@ class Recommend:
         if self.json:
             print(found.to_json())
         else:
-            found.print(Console())
+            found.print(standard_output())
 
 
 COMMANDS: Mapping[str, Callable[..., Command]] = {

@@ -1,5 +1,7 @@
-"""What a person sees while training runs: a bar with loss and time left on a terminal, plain lines elsewhere."""
+"""What a person sees: standard output, and while training runs a bar with loss and time left on a terminal, plain lines elsewhere."""
 
+import os
+import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from cda4rec_jax.training import Progress as Report
 
 PLAIN_LINE_SECONDS = 10.0
+_PIPED_COLUMNS = 120  # of a file or a pipe, which rich takes for a terminal of 80
 _PHASES = {
     "joint": "training",
     "observing": "preparing fusion and planner",
@@ -27,6 +30,12 @@ _PHASES = {
     "planner": "training fusion and planner",
     "refit": "training again on all events",
 }
+
+
+def standard_output(*, quiet: bool = False) -> Console:
+    """Standard output: as wide as the terminal, or wide enough for every table where it is none."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=_PIPED_COLUMNS if piped else None, quiet=quiet)
 
 
 class Stopped(Exception):
@@ -77,7 +86,7 @@ class TrainingView:
             self.tell(f"step {progress.step:,} of {progress.num_steps:,}: validation {values}")
         elif not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
-            self.tell(f"{name}: step {progress.step:,} of {progress.num_steps:,}, {', '.join(figures)}")
+            self.tell(", ".join([f"{name}: step {progress.step:,} of {progress.num_steps:,}", *figures]))
 
     def _seconds_left(self, step: int, num_steps: int, now: float) -> float | None:
         """From the pace since the first report of this phase, which leaves compiling out; at most what the time limit leaves."""

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from cda4rec_jax.cli.arguments import Device, Level, Link, require_positive
-from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.console import StagesView, standard_output
 from cda4rec_jax.cli.process import set_up_process
 from cda4rec_jax.errors import UserError
 
@@ -75,7 +74,7 @@ class PlanExplain:
         if self.json:
             print(found.to_json())
         else:
-            print_explanation(found, Console())
+            print_explanation(found, standard_output())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ class PlanRecord:
         from cda4rec_jax.runtime.recommend.record import record_traces
         from cda4rec_jax.runtime.traces import TraceLog, run_identity
 
-        console, trained = Console(), load_trained(self.run_directory)
+        console, trained = standard_output(), load_trained(self.run_directory)
         log = TraceLog(self.traces, run_identity(trained))
         with Recommender(trained, traces=log) as recommender, StagesView(console) as view:
             record_traces(recommender, self.requests, self.seed, lambda done, total: view.progress("serving", done, total))
@@ -135,7 +134,7 @@ class PlanReplay:
 
         traces = read_traces(self.traces)
         found = replay_traces(load_trained(self.run_directory), traces)
-        print_replay(found, Console())
+        print_replay(found, standard_output())
         _write(self.json, found.to_json())
 
 
@@ -162,7 +161,7 @@ class PlanDiff:
         from cda4rec_jax.evaluation.plan_diff import diff_plans
         from cda4rec_jax.runs.artifacts import load_trained
 
-        console = Console()
+        console = standard_output()
         run_a, run_b = load_trained(self.run_directory), load_trained(self.other)
         with StagesView(console) as view:
             found = diff_plans(run_a, run_b, num_requests=self.requests, seed=self.seed, progress=view.progress)

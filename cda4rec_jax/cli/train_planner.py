@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
-from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.console import StagesView, standard_output
 from cda4rec_jax.cli.process import set_up_process
 
 
@@ -44,7 +43,7 @@ class TrainPlanner:
             config = replace(config, steps=self.steps)
         given = self.run_directory.expanduser()
         out = self.out or given.with_name(f"{given.name}-planner-{self.objective}")
-        console = Console()
+        console = standard_output()
         with StagesView(console) as view:
             run, trained = train_planner_run(
                 given, out, config, planner=self.planner, profile=self.profile, overwrite=self.overwrite, progress=view.progress

@@ -31,10 +31,10 @@ def interval_text(interval: Interval | None) -> str:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table."""
+    """Print a table; on a terminal that is too narrow for it, cells go on in a second line."""
     shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for place, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if place else "left", no_wrap=True)
+        shown.add_column(column, justify="right" if place else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     console.print(table.title, style="bold", highlight=False, markup=False)
