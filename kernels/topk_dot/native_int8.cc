@@ -7,10 +7,30 @@
 namespace {
 
 // Items in blocks of 16: codes [block, width, 16], and for each item its scale s, |e - s c| and |e|, rounded up.
-constexpr int kBlock = 16;
-typedef int8_t Codes __attribute__((vector_size(kBlock), aligned(1), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * kBlock)));
-typedef float Scores __attribute__((vector_size(4 * kBlock), aligned(4), may_alias));
+constexpr int kBlock = 16, kParts = kBlock / kLanes;
+
+// A number for each item of a block, in as many vectors as that takes: the compiler keeps longer ones in memory.
+struct Scores {
+  Vector part[kParts];
+};
+
+template <typename Part>
+inline Scores by_part(Part part) {
+  Scores all;
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) all.part[p] = part(p);
+  return all;
+}
+inline Scores operator+(const Scores& a, const Scores& b) { return by_part([&](int p) { return a.part[p] + b.part[p]; }); }
+inline Scores operator*(const Scores& a, const Scores& b) { return by_part([&](int p) { return a.part[p] * b.part[p]; }); }
+inline Scores operator*(const Scores& a, float b) { return by_part([&](int p) { return a.part[p] * b; }); }
+
+inline uint32_t above(const Scores& scores, float bound) {
+  uint32_t bits = 0;
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) bits |= above(scores.part[p], bound - Vector{}) << p * kLanes;
+  return bits;
+}
 
 // Codes as the instructions want them, in steps of one or more channels: `pack` makes a step of 16 items, `advance` adds the products
 // with a query's codes for the step, whose sum starts at `start_of`. Sums are whole numbers below 2^24, hence exact in float32 as well.
@@ -37,7 +57,33 @@ inline Sums advance(Sums sums, Packed items, const QueryCode* query) {
   return _mm512_dpbusd_epi32(sums, items, _mm512_set1_epi32(step));
 }
 inline Sums both(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
-inline Scores scores_of(Sums sums) { return (Scores)_mm512_cvtepi32_ps(sums); }
+inline Scores scores_of(Sums sums) { return {(Vector)_mm512_cvtepi32_ps(sums)}; }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kChannels = 2;  // of 8 items side by side, in 16 bits each: one instruction makes and adds the products of both
+typedef int16_t QueryCode;
+struct Packed {
+  __m256i part[kParts];
+};
+typedef Packed Sums;
+
+inline Packed pack(const int8_t* codes) {
+  __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  __m128i other = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + kBlock));
+  return {_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(one, other)), _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(one, other))};
+}
+inline Sums start_of(int32_t) { return {}; }
+inline Sums both(const Sums& a, const Sums& b) {
+  return {_mm256_add_epi32(a.part[0], b.part[0]), _mm256_add_epi32(a.part[1], b.part[1])};
+}
+inline Sums advance(const Sums& sums, const Packed& items, const QueryCode* query) {
+  int32_t step;
+  std::memcpy(&step, query, sizeof(step));
+  __m256i asked = _mm256_set1_epi32(step);
+  return both(sums, {_mm256_madd_epi16(items.part[0], asked), _mm256_madd_epi16(items.part[1], asked)});
+}
+inline Scores scores_of(const Sums& sums) {
+  return {(Vector)_mm256_cvtepi32_ps(sums.part[0]), (Vector)_mm256_cvtepi32_ps(sums.part[1])};
+}
 #else
 constexpr int kChannels = 1;
 typedef float QueryCode;
@@ -45,23 +91,17 @@ typedef Scores Packed;
 typedef Scores Sums;
 
 inline Packed pack(const int8_t* codes) {
-#if defined(__AVX512F__)  // GCC takes __builtin_convertvector of bytes apart, number by number
-  return (Packed)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
-#elif defined(__AVX2__)
-  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-                      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-  Packed packed;
-  std::memcpy(&packed, halves, sizeof(packed));
-  return packed;
+#if defined(__AVX512F__)  // which GCC would take apart, number by number
+  return {(Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))))};
 #else
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Integers), Scores);
+  typedef int8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  return by_part([&](int p) { return __builtin_convertvector(*reinterpret_cast<const Codes*>(codes + p * kLanes), Vector); });
 #endif
 }
-inline Sums start_of(int32_t) { return Sums{}; }
-inline Sums advance(Sums sums, Packed items, const QueryCode* query) { return sums + items * *query; }
-inline Sums both(Sums a, Sums b) { return a + b; }
-inline Scores scores_of(Sums sums) { return sums; }
+inline Sums start_of(int32_t) { return {}; }
+inline Sums both(const Sums& a, const Sums& b) { return a + b; }
+inline Sums advance(const Sums& sums, const Packed& items, const QueryCode* query) { return sums + items * *query; }
+inline Scores scores_of(const Sums& sums) { return sums; }
 #endif
 #if defined(__AVX512F__)
 constexpr int kTileQueries = 8, kTileBlocks = 3;
@@ -71,13 +111,6 @@ constexpr int kTileQueries = 4, kTileBlocks = 1;
 constexpr int64_t kStep = kChannels * kBlock;  // bytes
 constexpr int64_t kAhead = 4096;  // bytes to fetch ahead; half and twice as much were slower
 constexpr int64_t kPackedBytes = 1 << 15;  // of items, which stay in the first-level cache while the queries pass over them
-
-inline uint32_t above(const Scores& scores, float bound) {
-  uint32_t bits = 0;
-  for (int part = 0; part < kBlock / kLanes; ++part)
-    bits |= above(load(reinterpret_cast<const float*>(&scores) + part * kLanes), bound - Vector{}) << part * kLanes;
-  return bits;
-}
 
 struct Quantised {
   const int8_t* codes;
@@ -297,7 +330,8 @@ class CodeScan {
       int place = __builtin_ctzll(passed);
       int64_t item = block * kBlock + place;
       if (item >= p_.num_rows || !p_.is_allowed(first_query_ + query, item)) continue;
-      float score = scores_of(sums[place / kBlock])[place % kBlock] * (table_.scales[item] * asked.scale);
+      Scores scores = scores_of(sums[place / kBlock]);
+      float score = scores.part[place % kBlock / kLanes][place % kLanes] * (table_.scales[item] * asked.scale);
       float error = table_.residuals[item] * asked.per_residual + table_.norms[item] * asked.per_norm;
       mine.found.push_back({score - error, score + error, int32_t(item)});
     }
@@ -306,7 +340,9 @@ class CodeScan {
     mine.most = 2 * mine.found.size();
   }
 
-  Scores of(const float* values, int64_t block) const { return *reinterpret_cast<const Scores*>(values + block * kBlock); }
+  Scores of(const float* values, int64_t block) const {
+    return by_part([=](int p) { return load(values + block * kBlock + p * kLanes); });
+  }
 
   const Problem& p_;
   const Quantised& table_;
