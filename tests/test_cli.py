@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -253,6 +254,17 @@ def test_the_installed_command_prints_its_version_without_loading_jax() -> None:
     program = "import sys; from cda4rec_jax.cli import main; code = main(['--version']); sys.exit(code or 'jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"cda4rec {cda4rec_jax.__version__}\n", "")
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_output_that_nobody_reads_ends_the_command_silently(flag: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = "from cda4rec_jax.cli import main; raise SystemExit(main())"
+    done = subprocess.run([sys.executable, "-c", program, flag], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 1
 
 
 def test_prepare_reports_what_it_dropped(

@@ -1,5 +1,6 @@
 """From the command line to a command, and from an error to one message and an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from cda4rec_jax.cli.commands import COMMANDS, Command
 from cda4rec_jax.cli.console import Stopped
 from cda4rec_jax.errors import UserError
 
-OK, BAD_INPUT, STOPPED = 0, 2, 130
+OK, OUTPUT_CLOSED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
 DESCRIPTION = """Recommend with two agents, a cloud model and a model on the user's device, and a planner that divides the work.
 
@@ -25,9 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the name of the program; None takes those of the process.
 
     Returns:
-        0; 2 for anything that the user can mend, after one message on stderr; 130 after Ctrl-C.
+        0; 2 for anything that the user can mend, after one message on stderr; 130 after Ctrl-C; 1, silently, where nobody reads the
+        output any more (``cda4rec ... | head``).
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return OUTPUT_CLOSED
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"cda4rec {__version__}")
         return OK
