@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from cda4rec_jax.processor import cpu_features, cpu_model
+
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _COMPILE_SECONDS = 120
 _logger = logging.getLogger(__name__)
@@ -47,23 +49,15 @@ def provide(source: Path, targets: Mapping[str, str]) -> str | None:
 
 
 def _library(source: Path, compiler: str) -> Path:
-    """Where the compiled library is or belongs: its name tells source, compiler, JAX and processor apart."""
+    """Where the compiled library is or belongs: its name tells source, compiler, JAX and processor apart, as a home may be shared."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS).stdout
     headers = [header for folder in (source.parent, Path(__file__).parent) for header in sorted(folder.glob("*.h"))]
     texts = [file.read_text(encoding="utf-8") for file in (source, *headers)]
-    facts = (*texts, compiler, version, metadata.version("jaxlib"), *_FLAGS, _processor())
+    facts = (*texts, compiler, version, metadata.version("jaxlib"), *_FLAGS, platform.machine(), cpu_model(), cpu_features())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
     return folder / "cda4rec_jax" / "native" / f"cda4rec_jax_{source.parent.name}_{source.stem}-{name}.so"
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on; a home folder may be shared by machines."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="ascii", errors="replace").splitlines() if file.is_file() else []
-    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
-    return "\n".join([platform.machine(), platform.processor(), *sorted(set(features))])
 
 
 def _compile(source: Path, compiler: str, library: Path) -> None:

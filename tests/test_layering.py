@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
-    ("errors", "array_typing", "allocator"),
+    ("errors", "array_typing", "allocator", "processor"),
     ("timing",),
     ("messages",),
     ("kernels",),

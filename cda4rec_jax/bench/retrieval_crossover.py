@@ -23,6 +23,7 @@ from cda4rec_jax.bench.harness import OtherLoad, check_folder, is_quiet, measure
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.bench.retrieval_ways import APPROXIMATE, Searched, built_ways
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.processor import vector_instructions
 from cda4rec_jax.retrieval import IndexTime, IndexTimes
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
@@ -118,6 +119,7 @@ class CrossoverBenchmark:
         ]
         return IndexTimes(
             backend=self.backend,
+            instructions=vector_instructions() if self.backend == "cpu" else None,
             width=self.width,
             k=self.k,
             batches=tuple(self.batches),
@@ -208,7 +210,7 @@ def bench_crossover(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CrossoverBenchmark:
-    """Measure on the present backend, and write JSON, a chart and ``times_BACKEND.json`` into ``out``.
+    """Measure on the present backend, and write JSON, a chart and the table of times for ``choose_index`` into ``out``.
 
     Args:
         sizes: items of each catalogue.

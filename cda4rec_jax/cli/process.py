@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cda4rec_jax.allocator import keep_freed_memory
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.processor import cpu_features
 
 
 def set_up_process() -> None:
@@ -53,10 +54,5 @@ def _cache_folder() -> Path:
     """One folder per kind of processor: compiled programs use its instructions, and a home may be shared by machines."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "cda4rec_jax" / f"{platform.machine()}-{hashlib.sha256(_processor().encode()).hexdigest()[:8]}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    features = cpu_features() or platform.processor()
+    return root / "cda4rec_jax" / f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"

@@ -1,8 +1,9 @@
 """Choosing an index by catalogue size, batch, recall and backend, from times that were measured.
 
-``times_BACKEND.json`` beside this module holds the times of a call of each index at some catalogue sizes and batches, on vectors without
-clusters, with the settings that reached a recall there; the command ``MEASURE`` writes such a file, to be copied here. Between measured
-sizes and batches, the logarithm of the time is linear in their logarithms; beyond them the nearest one counts, and the reason says so.
+``times_BACKEND.json`` beside this module (of a CPU one for each kind of vector instructions, on which the order of the ways depends)
+holds the times of a call of each index at some catalogue sizes and batches, on vectors without clusters, with the settings that reached a
+recall there; the command ``MEASURE`` writes such a file, to be copied here. Between measured sizes and batches, the logarithm of the time
+is linear in their logarithms; beyond them the nearest one counts, and the reason says so.
 """
 
 import functools
@@ -17,12 +18,14 @@ import numpy as np
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.processor import vector_instructions
 from cda4rec_jax.retrieval.partitioned import PartitionedConfig
 from cda4rec_jax.retrieval.scann import ScannConfig, scann_available
 
 # Ways to search, the simplest first; the second is the first without a compiler.
 Way = Literal["exact", "exact by XLA", "quantised", "scann", "partitioned"]
 LEAST_GAIN = 1.1  # how many times as fast a way must be to be chosen over a simpler one
+PLAIN = "AVX2"  # stands for instructions under which nothing has been measured
 RECALL = 0.99  # that an index is chosen for where nothing is said
 # Around 16,384 items ScaNN begins to use a partition, so both sides are measured.
 MEASURE = "cda4rec bench retrieval --items --no-exact --sizes --crossover 1000 16000 17000 65000 300000 --rounds 5"
@@ -45,6 +48,7 @@ class IndexTimes:
     """What was measured on one backend."""
 
     backend: str
+    instructions: str | None  # vector instructions of a CPU
     width: int
     k: int
     batches: tuple[int, ...]
@@ -56,10 +60,10 @@ class IndexTimes:
         return sorted({row.num_items for row in self.rows})
 
     def save(self, folder: Path) -> Path:
-        """Write ``times_BACKEND.json``, one row a line."""
+        """Write ``times_BACKEND.json`` or ``times_cpu_INSTRUCTIONS.json``, one row a line."""
         rows = [json.dumps({name: value for name, value in asdict(row).items() if value is not None}) for row in self.rows]
         told = {name: value for name, value in vars(self).items() if name != "rows"}
-        path = folder / f"times_{self.backend}.json"
+        path = folder / _file_name(self.backend, self.instructions)
         lines = ",\n  ".join(rows)
         path.write_text(f'{json.dumps(told, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
         return path
@@ -84,9 +88,14 @@ class Choice:
 
 @functools.cache
 def measured_times(backend: str) -> IndexTimes | None:
-    """The times on one of JAX's backends; None where there are none."""
-    path = Path(__file__).with_name(f"times_{backend}.json")
-    return IndexTimes.load(path) if path.is_file() else None
+    """The times on one of JAX's backends, on a CPU those of its vector instructions or else of plain ones; None where there are none."""
+    kinds = (vector_instructions(), PLAIN) if backend == "cpu" else (None,)
+    paths = (Path(__file__).with_name(_file_name(backend, kind)) for kind in kinds)
+    return next((IndexTimes.load(path) for path in paths if path.is_file()), None)
+
+
+def _file_name(backend: str, instructions: str | None) -> str:
+    return f"times_{backend}{f'_{instructions.lower()}' if instructions else ''}.json"
 
 
 def choose_index(num_items: int, *, batch: int = 1, recall: float = RECALL, backend: str | None = None) -> Choice:
@@ -194,7 +203,11 @@ def _reason(
     sizes = " and ".join(f"{size:,}" for size in around) + " items"
     sizes += ", the nearest size, whose times these are" if len(around) == 1 and around[0] != num_items else ""
     devices = times.provenance["devices"]
-    machine = f"{times.provenance['cores']} cores" if times.backend == "cpu" else f"{len(devices)} {devices[0]}"
+    machine = f"{len(devices)} {devices[0]}"
+    if times.backend == "cpu":
+        here = vector_instructions()
+        machine = f"{times.provenance['cores']} cores with {times.instructions}"
+        machine += f", while this machine has {here}" if here != times.instructions else ""
     parts = [
         f"{chosen.way}: about {_number(chosen.call_ms)} ms for {batch:,} of {num_items:,} items at recall@{times.k} of {recall:g}",
         *([", ".join(f"{offer.way} {_number(offer.call_ms)} ms" for offer in others)] if others else []),

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from cda4rec_jax.processor import cpu_model, vector_instructions
 from cda4rec_jax.timing import usable_cores
 
 PACKAGES = ("cda4rec_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "scann", "numpy", "scikit-learn")
@@ -26,7 +27,8 @@ def provenance(*, dataset_fingerprint: str) -> dict[str, Any]:
         "versions": package_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_model": _cpu_model(),
+        "cpu_model": cpu_model(),
+        "vector_instructions": vector_instructions(),
         "cores": usable_cores(),
         "devices": [device.device_kind for device in jax.devices()],
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -57,12 +59,3 @@ def _git_state(file: Path) -> dict[str, Any]:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -14,6 +14,7 @@ from cda4rec_jax.bench.retrieval_crossover import CrossoverBenchmark, CrossoverP
 from cda4rec_jax.bench.retrieval_ways import APPROXIMATE, Searched
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.native import native_problem
+from cda4rec_jax.processor import vector_instructions
 from cda4rec_jax.retrieval import IndexTimes, scann_available, tune_search
 from cda4rec_jax.timing import Comparison, Measurement, Spread, TimingConfig
 
@@ -70,8 +71,9 @@ def test_every_way_is_measured_at_its_recall_and_written(tmp_path, monkeypatch):
     assert not (tmp_path / "retrieval-hard.json").exists()
     assert [(one["num_items"], one["batch"]) for one in written["points"]] == [(600, 1), (600, 8)]
     assert set(written["points"][0]["ways"]) == set(result.names)
-    times = IndexTimes.load(tmp_path / "times_cpu.json")
-    assert times == result.times()
+    (file,) = tmp_path.glob("times_cpu_*.json")
+    times = IndexTimes.load(file)
+    assert times.instructions == vector_instructions() and times == result.times()
     ways = {"exact by XLA", "partitioned"}
     ways |= {"scann"} if scann_available() else set()
     ways |= {"exact", "quantised"} if native_problem() is None else set()

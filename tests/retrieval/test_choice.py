@@ -33,6 +33,7 @@ def row(way, num_items, call_ms, recall=1.0, **settings) -> IndexTime:
 
 TIMES = IndexTimes(
     backend="cpu",
+    instructions="AVX2",
     width=64,
     k=100,
     batches=(1, 100),
@@ -56,7 +57,8 @@ TIMES = IndexTimes(
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table above, on a machine that has everything."""
+    """The table above, on the machine of its times, which has everything."""
+    monkeypatch.setattr(choice, "vector_instructions", lambda: "AVX2")
     monkeypatch.setattr(choice, "measured_times", {"cpu": TIMES}.get)
     monkeypatch.setattr(choice, "scann_available", lambda: True)
     monkeypatch.setattr(choice, "native_problem", lambda: None)
@@ -67,7 +69,7 @@ def test_times_are_interpolated_in_the_logarithms_of_size_and_batch():
     chosen = choose_index(1000, recall=1.0)
     assert chosen.implementation == "quantised" and chosen.config is None
     assert "quantised: about 4.87 ms for 1 of 1,000 items at recall@100 of 1; exact 10 ms" in chosen.reason
-    assert "measured on cpu (2 cores), width 64, at 100 and 10,000 items" in chosen.reason and not chosen.missing
+    assert "measured on cpu (2 cores with AVX2), width 64, at 100 and 10,000 items" in chosen.reason and not chosen.missing
     chosen = choose_index(10_000, batch=10, recall=1.0)
     assert "exact: about 316 ms" in chosen.reason and "; quantised 316 ms" in chosen.reason
 
@@ -125,12 +127,21 @@ def test_on_a_backend_without_measurements_the_rule_is_told():
 
 def test_a_table_is_saved_and_loaded(tmp_path):
     assert IndexTimes.load(TIMES.save(tmp_path)) == TIMES
-    assert (tmp_path / "times_cpu.json").read_text().count("num_items") == len(TIMES.rows)
+    assert (tmp_path / "times_cpu_avx2.json").read_text().count("num_items") == len(TIMES.rows)
 
 
-def test_the_committed_table_has_exact_search_and_scann_at_every_size():
-    times = measured_times("cpu")
-    assert times is not None and times.provenance["commit"] and times.provenance["versions"]["scann"]
+@pytest.mark.usefixtures("table")
+def test_times_of_other_instructions_are_named_as_such(monkeypatch):
+    monkeypatch.setattr(choice, "vector_instructions", lambda: "aarch64")
+    assert "(2 cores with AVX2, while this machine has aarch64)" in choose_index(1000).reason
+
+
+@pytest.mark.parametrize("here", ["AVX-512", "AVX2", "aarch64"])
+def test_the_committed_tables_have_exact_search_and_scann_at_every_size(here, monkeypatch):
+    monkeypatch.setattr(choice, "vector_instructions", lambda: here)
+    times = measured_times.__wrapped__("cpu")
+    assert times is not None and times.instructions == ("AVX2" if here == "aarch64" else here)
+    assert times.provenance["commit"] and times.provenance["versions"]["scann"]
     for size in times.sizes:
         ways = {one.way for one in times.rows if one.num_items == size}
         assert {"exact", "exact by XLA", "quantised", "scann"} <= ways
