@@ -71,15 +71,15 @@ class ScaleModel:
         compute_s = num_items / (host.cores * self.scanned_items_per_second)
         return self.overhead_ms + 1e3 * (max(read_s, compute_s) if overlap else read_s + compute_s)
 
-    def shards(self, num_items: int, host: Host, deadline_ms: float) -> int:
-        """As few as hold the catalogue in memory and scan it by the deadline.
+    def shards(self, num_items: int, host: Host, most_ms: float) -> int:
+        """As few as hold the catalogue in memory and scan it in ``most_ms``.
 
         Raises:
-            ValueError: the deadline is not above what a scan of no item and a round trip take.
+            ValueError: the time is not above what a scan of no item takes.
         """
-        left_ms = deadline_ms - self.overhead_ms - ROUND_TRIP_MS
+        left_ms = most_ms - self.overhead_ms
         if left_ms <= 0.0:
-            raise ValueError(f"a deadline of {deadline_ms} ms leaves nothing beside overhead and round trip")
+            raise ValueError(f"{most_ms} ms leave nothing beside the overhead of a scan")
         by_time = (self.scan_ms(num_items, host) - self.overhead_ms) / left_ms
         return max(1, math.ceil(by_time), math.ceil(num_items * self.bytes_per_item / (MEMORY_SHARE * host.memory_bytes)))
 
@@ -191,31 +191,38 @@ def measure_scale(sizes: SizesFound, k: int) -> ScaleFound | None:
         )
         for one in points
     ]
-    leaves_time = model.overhead_ms + ROUND_TRIP_MS < DEADLINE_MS
     return ScaleFound(
         model=model,
         host=host,
         checks=tuple(checks),
         deployments=tuple(
-            deployment(model, each, num_items, k) for each in (host, LARGE_HOST) for num_items in CATALOGUES if leaves_time
+            found
+            for each in (host, LARGE_HOST)
+            for num_items in CATALOGUES
+            if (found := deployment(model, each, num_items, k)) is not None
         ),
     )
 
 
-def deployment(model: ScaleModel, host: Host, num_items: int, k: int) -> Deployment:
-    """As few hosts as meet ``DEADLINE_MS`` and hold their shard in memory; the merge is timed here."""
-    shards = model.shards(num_items, host, DEADLINE_MS)
-    each = math.ceil(num_items / shards)
-    across_ms = ROUND_TRIP_MS + 1e3 * shards * k * RESULT_BYTES / LINK_BYTES_PER_SECOND + merge_ms(shards, k)
-    return Deployment(
-        host=host.name,
-        num_items=num_items,
-        shards=shards,
-        memory_bytes_per_host=float(each * model.bytes_per_item),
-        disk_bytes_per_host=float(each * (model.bytes_per_item + VECTOR_BYTES)),
-        scan_ms=model.scan_ms(each, host),
-        merge_ms=across_ms if shards > 1 else 0.0,
-    )
+def deployment(model: ScaleModel, host: Host, num_items: int, k: int) -> Deployment | None:
+    """As few hosts as meet ``DEADLINE_MS`` and hold their shard in memory; None where no number does. The merge is timed here."""
+    shards, across_ms = 1, 0.0  # one shard needs no merge
+    while (left_ms := DEADLINE_MS - across_ms) > model.overhead_ms:
+        needed = model.shards(num_items, host, left_ms)
+        if needed <= shards:
+            each = math.ceil(num_items / shards)
+            return Deployment(
+                host=host.name,
+                num_items=num_items,
+                shards=shards,
+                memory_bytes_per_host=float(each * model.bytes_per_item),
+                disk_bytes_per_host=float(each * (model.bytes_per_item + VECTOR_BYTES)),
+                scan_ms=model.scan_ms(each, host),
+                merge_ms=across_ms,
+            )
+        shards = needed
+        across_ms = ROUND_TRIP_MS + 1e3 * shards * k * RESULT_BYTES / LINK_BYTES_PER_SECOND + merge_ms(shards, k)
+    return None
 
 
 def read_rate(num_bytes: int, threads: int) -> float:

@@ -100,11 +100,16 @@ class TrainingView:
 
 
 class StagesView:
-    """Shows a job of several stages that each know how far they are; a context manager."""
+    """Shows a job of several stages that each know how far they are; a context manager.
+
+    Where there is no terminal, a line on standard error tells of them now and then: the other may be a file of results.
+    """
 
     def __init__(self, console: Console):
         self._bar = _bar(console)
         self._tasks: dict[str, TaskID] = {}
+        self._lines = None if console.is_terminal else Console(stderr=True, highlight=False)
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> "StagesView":
         self._bar.start()
@@ -118,6 +123,9 @@ class StagesView:
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage)
         self._bar.update(self._tasks[stage], completed=done, total=total)
+        if self._lines and time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._lines.print(f"{stage}: {done:,} of {total:,}", markup=False, soft_wrap=True)
 
 
 def _bar(console: Console, *figures: ProgressColumn) -> Progress:

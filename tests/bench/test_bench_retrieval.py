@@ -248,10 +248,10 @@ def test_the_model_by_hand() -> None:
     slow = dataclasses.replace(model, scanned_items_per_second=2.0)
     assert slow.scan_ms(100, host, overlap=True) == 5.0 + 1e3 * 100 / 4.0, "bound by cores"
     assert model.scan_ms(100, host) == 5.0 + 1e3 * (10.0 + 2.5)
-    assert model.shards(100, host, deadline_ms=5.0 + scale.ROUND_TRIP_MS + 1e5) == 2, "800 of 1,000 bytes are for the index"
-    assert model.shards(100, host, deadline_ms=5.0 + scale.ROUND_TRIP_MS + 1250.0) == 10, "a tenth of 12.5 seconds"
-    with pytest.raises(ValueError, match="leaves nothing"):
-        model.shards(100, host, deadline_ms=5.0)
+    assert model.shards(100, host, 5.0 + 1e5) == 2, "800 of 1,000 bytes are for the index"
+    assert model.shards(100, host, 5.0 + 1250.0) == 10, "a tenth of 12.5 seconds"
+    with pytest.raises(ValueError, match="leave nothing"):
+        model.shards(100, host, 5.0)
     assert Check(num_items=1, measured_ms=4.0, roofline_ms=3.0, no_overlap_ms=5.0).errors == (-0.25, 0.25)
 
 
@@ -259,8 +259,11 @@ def test_a_deployment_meets_the_deadline_and_one_shard_needs_no_merge() -> None:
     model = ScaleModel(bytes_per_item=77, overhead_ms=0.1, scanned_items_per_second=1e8)
     host = Host(name="h", cores=4, memory_bytes=1 << 34, read_bytes_per_second=1e10)
     few, many = (deployment(model, host, num_items, 10) for num_items in (1_000_000, 1_000_000_000))
+    assert few is not None and many is not None
     assert (few.shards, few.merge_ms) == (1, 0.0)
-    assert many.shards > 100 and many.scan_ms <= scale.DEADLINE_MS and many.merge_ms > scale.ROUND_TRIP_MS
+    assert many.shards > 100 and many.merge_ms > scale.ROUND_TRIP_MS
+    assert many.query_ms <= scale.DEADLINE_MS + 1e-3, "scan and merge together"
+    assert deployment(dataclasses.replace(model, overhead_ms=scale.DEADLINE_MS), host, 1_000_000, 10) is None
     assert many.memory_bytes_per_host <= scale.MEMORY_SHARE * host.memory_bytes
 
 
