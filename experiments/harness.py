@@ -81,7 +81,7 @@ class Study:
                 raise UserError(f"{options.run} is a run of kind {self._given.kind!r}: --run takes a joint run")
             self.config = self._given.read_config("run", RunConfig)
             self.prepared = self._given.data_folder
-            self.name = load_prepared(self.prepared).name
+            self.name = named(load_prepared(self.prepared).name, self.config)
             written = self._given.read_json("provenance")["time"]
             mark = hashlib.sha256(f"{self._given.path} {written}".encode()).hexdigest()[:12]
             self.folder = options.work / self.name / f"run-{mark}"

@@ -175,7 +175,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
-    figure, axes = pyplot.subplots(figsize=(8, 3.5))
+    figure, axes = pyplot.subplots(figsize=(10.5, 3.5))
     names = list(result["measures"])
     for number, (arm, colour) in enumerate(((SEPARATE, "tab:blue"), (FINAL_ONLY, "tab:gray"))):
         means, bars = error_bars([result["measures"][name][f"joint_minus_{arm}"] for name in names])
@@ -187,7 +187,7 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
     axes.set_xlabel("gain of joint training in test ndcg@10 (or utility), 95% intervals")
     axes.set_title(f"{result['dataset']}: what joint training gains")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which may be anywhere
     return figure
 
 

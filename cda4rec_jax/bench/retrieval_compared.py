@@ -43,6 +43,12 @@ class SearchFound:
     left_out: Mapping[str, str]  # systems that were not measured here, and why
     adapter: AdapterOverhead | None  # of the tuned ScaNN index
 
+    @property
+    def title(self) -> str:
+        """What was searched, and how."""
+        queries = "one query" if self.batch == 1 else f"{self.batch:,} queries"
+        return f"{self.data}: {self.num_items:,} items, {queries} a call"
+
     def queries_per_second(self, name: str) -> float:
         """By the median call."""
         return 1e3 * self.batch / self.latency[name].p50_ms
@@ -96,7 +102,7 @@ class SearchFound:
 
     def print(self, console: Console) -> None:
         """A table of the systems that were compared."""
-        table = Table(title=f"{self.data}: {self.num_items:,} items, {self.batch} queries a call, k = {self.k}", box=SIMPLE)
+        table = Table(title=f"{self.title}, k = {self.k}", box=SIMPLE)
         table.add_column("system")
         for column in ("recall", "queries/s", "p50 us", "p95 us", "p99 us", "build s", "ours faster by"):
             table.add_column(column, justify="right")
@@ -182,7 +188,7 @@ def _adapter(tuned: SearchSystem, data: SearchData, batch: int, k: int, timing: 
 def recall_chart(path: Path, found: Sequence[SearchFound]) -> None:
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for one in found:
-        lines = panels.setdefault(f"{one.data}: {one.num_items:,} items, {one.batch} queries a call", {})
+        lines = panels.setdefault(one.title, {})
         for system in one.systems:
             x, y = lines.setdefault(system.system, ([], []))
             x.append(system.recall)

@@ -25,6 +25,7 @@ from cda4rec_jax.timing import usable_cores
 
 _FILES = "scann"
 _CONFIG = "config.json"
+ScannCall = Callable[[Float[np.ndarray, "..."]], tuple[np.ndarray, np.ndarray]]
 _PIECES = 2  # of a batch for each thread, so that a thread which is held up leaves its second one to others
 
 
@@ -138,7 +139,7 @@ class ScannIndex:
     def searched_with(self, config: ScannConfig) -> "ScannIndex":
         """The same build and threads, searched with the ``leaf_share``, ``reorder_factor`` and ``min_reorder`` of another config."""
         other = copy.copy(self)
-        other._config = replace(config, threads=self._config.threads)
+        other._config, other._calls = replace(config, threads=self._config.threads), {}
         return other
 
     def search(
@@ -212,11 +213,18 @@ class ScannIndex:
         self._num_leaves, self._reorders = int(leaves.group(1)) if leaves else 0, "exact_reordering" in built
         if self._threads > 1:
             searcher.set_num_threads(self._threads - 1)  # beside the thread that asks
+        self._calls: dict[tuple[int, int], ScannCall] = {}  # by batch and k: making one takes longer than the call itself adds
         self._changed = np.zeros(0, np.int64)  # items upserted since then
         self._exact: ExactIndex | None = None
 
-    def scann_call(self, batch: int, k: int) -> Callable[[Float[np.ndarray, "..."]], tuple[np.ndarray, np.ndarray]]:
+    def scann_call(self, batch: int, k: int) -> ScannCall:
         """ScaNN's own search as ``search`` makes it: from [d] for one query, else from [b, d], to 0-based positions and scores."""
+        call = self._calls.get((batch, k))
+        if call is None:
+            call = self._calls[batch, k] = self._new_call(batch, k)
+        return call
+
+    def _new_call(self, batch: int, k: int) -> ScannCall:
         options: dict[str, int] = {"final_num_neighbors": k}
         if self._reorders:
             wanted = max(self._config.min_reorder, round(self._config.reorder_factor * k))

@@ -7,10 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
-from cda4rec_jax.errors import UserError
-
 Scripts = Callable[[str], ModuleType]
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "synthetic:users=300,items=150"  # that of `tiny_run`, whose programs are compiled already
@@ -33,14 +29,6 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
     again = {"preset_name": "tiny", "seeds": 1, **work}
     scripts("main_table").main(SOURCE, systems=("ease", "sasrec-ce"), **again)
     assert len(stored) >= 5 and all(path.stat().st_mtime_ns == time for path, time in stored.items() if "data" not in path.parts)
-    scripts("pooled").main(("synthetic",), seeds=1, **work)
-    of_table = rows["cda4rec"]["minus_sasrec_ce"]["ndcg@10"]
-    of_pool = json.loads((tmp_path / "pooled.json").read_text())["minus_sasrec_ce"]["pooled"]["ndcg@10"]["cda4rec"]
-    assert [of_pool[name] for name in ("mean", "low", "high")] == pytest.approx(
-        [of_table[name] for name in ("mean_difference", "low", "high")]
-    )
-    with pytest.raises(UserError, match=r"run main_table\.py"):
-        scripts("pooled").main(("synthetic",), seeds=2, **work)
     other = [*command[:2], "--data", "synthetic:users=120,items=100", *flags[2:], "--systems", "ease"]
     refused = subprocess.run(other, capture_output=True, text=True)
     assert refused.returncode == 2 and "other settings or data" in refused.stderr and "Traceback" not in refused.stderr
