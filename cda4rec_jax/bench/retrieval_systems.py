@@ -43,6 +43,7 @@ NUM_QUERIES = 2048  # that are measured, with half as many for tuning
 # Share of the leaves that ScaNN searches, and items that it scores again for each one wanted.
 SCANN_SETTINGS = ((0.05, 3.0), (0.1, 3.0), (0.1, 8.0), (0.25, 6.0), (0.5, 10.0))
 SCANN, TUNED, PARTITIONED, HNSWLIB = "ours, scann", "ours, scann tuned", "ours, partitioned", "hnswlib"
+HNSWLIBS = (HNSWLIB, "hnswlib, Euclidean")
 TUNED_RECALL = 0.955  # which the tuner is asked for, so that .95 is reached on other queries too
 OTHER_RECALLS = (0.8, 0.9, 0.99)  # of the same build, for the curve
 PARTITIONED_SHARES = (0.05, 0.1, 0.25, 0.4, 0.6)  # of the leaves
@@ -175,7 +176,8 @@ def makers(peers: Sequence[str]) -> dict[str, tuple[str | None, Searches]]:
     if "hnswlib" in peers:
         from cda4rec_jax.bench.peers import hnswlib_search
 
-        found[HNSWLIB] = ("hnswlib", hnswlib_search.hnsw)
+        for name, make in zip(HNSWLIBS, (hnswlib_search.hnsw, hnswlib_search.hnsw_euclidean), strict=True):
+            found[name] = ("hnswlib", make)
     if "usearch" in peers:
         from cda4rec_jax.bench.peers import usearch_search
 
