@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Literal
 
 import hnswlib  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 import numpy as np
@@ -25,7 +26,7 @@ def hnsw_euclidean(items: np.ndarray, k: int, threads: int) -> Mapping[str, Call
     return _searches(_graph("l2", longer, threads), k, lambda queries: np.pad(queries, ((0, 0), (0, 1))))
 
 
-def _graph(space: str, items: np.ndarray, threads: int):
+def _graph(space: Literal["ip", "l2"], items: np.ndarray, threads: int):
     index = hnswlib.Index(space=space, dim=items.shape[1])
     index.init_index(max_elements=len(items), M=NEIGHBOURS, ef_construction=BUILD_BEAM)
     index.set_num_threads(threads)
