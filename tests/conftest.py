@@ -16,8 +16,8 @@ TEST_FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
-if metadata.version("jaxlib").startswith("0.10."):  # later ones may not know the flag, and an unknown one ends the process
-    TEST_FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
+if metadata.version("jaxlib").startswith("0.10."):  # later ones may not know the flags, and an unknown one ends the process
+    TEST_FLAGS += ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *TEST_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

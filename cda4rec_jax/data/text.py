@@ -11,8 +11,6 @@ from zlib import crc32
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 from scipy.sparse import csr_array
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cda4rec_jax.messages import WORD_BUCKETS
 from cda4rec_jax.nn import quantise_weights
@@ -99,6 +97,10 @@ class TfidfSvd:
         rank = min(self.dimensions, len(texts) - 1, len(vocabulary) - 1)
         if rank < 1:
             return vectors
+        # Imported where text is encoded: it takes a second and a half, and commands on a finished run need none of it.
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         vectoriser = TfidfVectorizer(
             analyzer=_tokens,  # pyright: ignore[reportArgumentType]  # a callable is documented
             vocabulary=vocabulary,

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from cda4rec_jax.agents.cloud import CloudAgent
 from cda4rec_jax.agents.device import DeviceAgent, FusionHead, without_structure
@@ -163,6 +164,17 @@ def score_views(head: FusionHead, views: dict[str, View]) -> Scores:
     return scores
 
 
+def _of_one_width(views: dict[str, View]) -> list[list[str]]:
+    """Their names, apart by the number of candidates. Pools of one width go through one operation together.
+
+    What is traced and compiled is the number of operations: one for each pool and plan made up a third of a decider step.
+    """
+    widths: dict[int, list[str]] = {}
+    for name, view in views.items():
+        widths.setdefault(view.items.shape[1], []).append(name)
+    return list(widths.values())
+
+
 def plan_limits(views: dict[str, View], space: PlanSpace = STANDARD) -> dict[tuple[str, str], list[tuple[int, int]]]:
     """For each pool with its kind of features: the plans that rank it, as (plan index, candidates that it may use)."""
     limits: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -173,33 +185,65 @@ def plan_limits(views: dict[str, View], space: PlanSpace = STANDARD) -> dict[tup
     return limits
 
 
-def _in_plan_order(columns: dict[int, Array]) -> Array:
-    return jnp.stack([columns[index] for index in range(len(columns))], axis=1)
+@dataclass(frozen=True, kw_only=True)
+class _Ranking:
+    """Pools of one width, for ``g`` groups of plans, and the ``q`` plans that rank them."""
+
+    plans: Int[np.ndarray, "q"]  # by number
+    groups: Int[np.ndarray, "q"]  # place of each one's group
+    limits: Int[np.ndarray, "q"]  # candidates that it may use
+    items: Int[Array, "g b c"]
+    scores: Float[Array, "g b c"]
+    allowed: Bool[Array, "g b c"]
+
+    def is_target(self, targets: Lengths) -> Bool[Array, "g b c"]:
+        """Where an allowed candidate is the target."""
+        return (self.items == targets[None, :, None]) & self.allowed
+
+    def at_limits(self, running: Shaped[Array, "g b c"]) -> Shaped[Array, "q b"]:
+        """What has come together at the last candidate that each plan may use."""
+        return running[self.groups, :, self.limits - 1]
+
+
+def _rankings(scores: Scores, views: dict[str, View], space: PlanSpace) -> list[_Ranking]:
+    limits, found = plan_limits(views, space), []
+    for names in _of_one_width(views):
+        groups = [group for group in limits if group[0] in names]
+        plans = [(plan, place, limit) for place, group in enumerate(groups) for plan, limit in limits[group]]
+        if not plans:
+            continue
+        columns = dict(zip(("plans", "groups", "limits"), np.asarray(plans).T, strict=True))
+        items, allowed = (jnp.stack([getattr(views[name], field) for name, _ in groups]) for field in ("items", "allowed"))
+        found.append(_Ranking(items=items, allowed=allowed, scores=jnp.stack([scores[group] for group in groups]), **columns))
+    return found
+
+
+def _in_plan_order(rankings: list[_Ranking], rows: list[Shaped[Array, "_ b"]]) -> Shaped[Array, "b p"]:
+    """Rows of the plans of each ranking as columns in the order of the plan space."""
+    return jnp.concatenate(rows)[np.argsort(np.concatenate([ranking.plans for ranking in rankings]))].T
 
 
 def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD) -> PlanRanks:
     """``1 + #{j != target: s_j >= s_target}`` among each plan's allowed candidates; ``MISS_RANK`` where the target is none."""
-    columns = {}
-    for group, plans in plan_limits(views, space).items():
-        view, score = views[group[0]], scores[group]
-        is_target = (view.items == targets[:, None]) & view.allowed
-        target_score = jnp.sum(jnp.where(is_target, score, 0.0), axis=1, keepdims=True)
-        above = view.allowed & ~is_target & (score >= target_score)
+    rankings, rows = _rankings(scores, views, space), []
+    for ranking in rankings:
+        is_target = ranking.is_target(targets)
+        target_score = jnp.sum(jnp.where(is_target, ranking.scores, 0.0), axis=2, keepdims=True)
+        above = ranking.allowed & ~is_target & (ranking.scores >= target_score)
         # Running counts give every prefix of the pool at once.
-        found, better = jnp.cumsum(is_target, axis=1), jnp.cumsum(above, axis=1)
-        for index, limit in plans:
-            columns[index] = jnp.where(found[:, limit - 1] > 0, 1 + better[:, limit - 1], MISS_RANK).astype(jnp.int32)
-    return _in_plan_order(columns)
+        found, better = jnp.cumsum(is_target, axis=2), jnp.cumsum(above, axis=2)
+        rows.append(ranking.at_limits(jnp.where(found > 0, 1 + better, MISS_RANK).astype(jnp.int32)))
+    return _in_plan_order(rankings, rows)
 
 
 def plan_slates(scores: Scores, views: dict[str, View], k: int, space: PlanSpace = STANDARD) -> Int[Array, "b p k"]:
     """The slate of length ``k`` under every plan; 0 where fewer candidates remain."""
-    columns = {}
+    slates = {}
     for group, plans in plan_limits(views, space).items():
         view, score = views[group[0]], scores[group]
         for index, limit in plans:
-            columns[index] = rank_slate(view.items[:, :limit], score[:, :limit], view.allowed[:, :limit], k).items
-    return _in_plan_order(columns)
+            slates[index] = rank_slate(view.items[:, :limit], score[:, :limit], view.allowed[:, :limit], k).items
+    return jnp.stack([slates[index] for index in range(len(slates))], axis=1)
 
 
 def outcomes(
@@ -226,15 +270,14 @@ def fusion_cross_entropy(
     scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD
 ) -> tuple[Float[Array, "b p"], Bool[Array, "b p"]]:
     """Cross-entropy of the target among each plan's allowed candidates, and where there is one (a retrieval miss has none)."""
-    losses, present = {}, {}
-    for group, plans in plan_limits(views, space).items():
-        view, logits = views[group[0]], scores[group]
-        is_target = (view.items == targets[:, None]) & view.allowed
-        found = jnp.cumsum(is_target, axis=1) > 0
-        target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=1)
-        masked = jnp.where(view.allowed, logits, -1e9)
-        for index, limit in plans:
-            here = found[:, limit - 1]
-            losses[index] = jnp.where(here, jax.nn.logsumexp(masked[:, :limit], axis=1) - target_logit, 0.0)
-            present[index] = here
-    return _in_plan_order(losses), _in_plan_order(present)
+    rankings, losses, present = _rankings(scores, views, space), [], []
+    for ranking in rankings:
+        is_target = ranking.is_target(targets)
+        found = ranking.at_limits(jnp.cumsum(is_target, axis=2) > 0)
+        target_score = jnp.sum(jnp.where(is_target, ranking.scores, 0.0), axis=2)
+        masked = jnp.where(ranking.allowed, ranking.scores, -1e9)
+        sizes, of_size = np.unique(ranking.limits, return_inverse=True)
+        totals = jnp.stack([jax.nn.logsumexp(masked[..., :size], axis=2) for size in sizes])
+        losses.append(jnp.where(found, totals[of_size, ranking.groups] - target_score[ranking.groups], 0.0))
+        present.append(found)
+    return _in_plan_order(rankings, losses), _in_plan_order(rankings, present)

@@ -118,12 +118,17 @@ def _choice(uniform: Array, shares: tuple[float, ...]) -> Array:
     return jnp.sum((uniform >= jnp.asarray(bounds, jnp.float32)).astype(jnp.int32))
 
 
+def _normal_quantile(uniform: Array) -> Array:
+    """As ``jax.scipy.special.ndtri``, which is two hundred operations to compile where this is one."""
+    return math.sqrt(2.0) * jax.lax.erf_inv(2.0 * jnp.maximum(uniform, MIN_UNIFORM) - 1.0)
+
+
 def _situation(event_id: Array, draw: Array | int, config: ContextConfig) -> dict[str, Array]:
     """Simulated fields of one request: scalars, and ``lambdas`` [3]."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), event_id), draw)
     # One draw for everything, through inverse distribution functions: each random call of its own takes a second to compile.
     uniform = jax.random.uniform(key, (15,))
-    spread = jnp.exp(config.link_spread * jax.scipy.special.ndtri(jnp.maximum(uniform[6:9], MIN_UNIFORM)))
+    spread = jnp.exp(config.link_spread * _normal_quantile(uniform[6:9]))
     link = _choice(uniform[0], config.link_shares)
     consent = _choice(uniform[1], config.consent_shares)
     tier = _choice(uniform[2], config.tier_shares)

@@ -60,6 +60,31 @@ def test_fusion_cross_entropy_is_that_of_the_allowed_candidates():
     np.testing.assert_allclose(losses, np.full((1, len(PLANS)), np.log(np.e + np.e**2) - 1), rtol=1e-5)
 
 
+def test_every_plan_ranks_its_own_pool_with_its_own_scores():
+    generator, names = np.random.default_rng(0), sorted({view_name(plan) for plan in PLANS})
+    views, scores = {}, {}
+    for name in names:
+        items = np.stack([generator.permutation(300)[: 150 if "local" in name else 250] + 1 for _ in range(8)])
+        allowed = jnp.asarray(generator.random(items.shape) < 0.9)
+        views[name] = View(items=jnp.asarray(items), allowed=allowed, features=jnp.zeros((*items.shape, 1)))
+    for group in {plan_group(plan) for plan in PLANS}:
+        scores[group] = jnp.asarray(generator.normal(size=views[group[0]].items.shape), jnp.float32)
+    targets = jnp.full(8, 7)
+    ranks, (losses, present) = target_ranks(scores, views, targets), fusion_cross_entropy(scores, views, targets)
+    assert 0.2 < np.mean(np.asarray(present)) < 0.9
+    for number, plan in enumerate(PLANS):
+        view, logits = views[view_name(plan)], np.asarray(scores[plan_group(plan)], np.float64)
+        limit = None if plan.retrieval is Placement.DEVICE_CACHE else plan.num_candidates
+        for user in range(8):
+            allowed = np.asarray(view.allowed)[user, :limit]
+            left, items = logits[user, :limit][allowed], np.asarray(view.items)[user, :limit][allowed]
+            assert present[user, number] == (7 in items)
+            own = left[items == 7][0] if 7 in items else 0.0
+            expected = (np.sum(left >= own), np.log(np.exp(left).sum()) - own) if 7 in items else (MISS_RANK, 0.0)
+            assert ranks[user, number] == expected[0]
+            np.testing.assert_allclose(losses[user, number], expected[1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_slate_is_padded_where_too_few_candidates_remain():
     slate = rank_slate(jnp.asarray([[5, 6, 7]]), jnp.asarray([[1.0, 3.0, 2.0]]), jnp.asarray([[True, False, True]]), 4)
     np.testing.assert_array_equal(slate.items, [[7, 5, 0, 0]])

@@ -17,10 +17,9 @@ from functools import cached_property
 
 import numpy as np
 from scipy.stats import rankdata
-from sklearn.utils.extmath import randomized_svd
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot
+from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot, right_singular_vectors
 
 UNKNOWN = -1  # value of users who have not disclosed the attribute; they take no part
 MIN_USERS = 40
@@ -122,7 +121,7 @@ class AttributeInference:
             basis = None
             if num_items > config.rank:
                 rank = min(config.rank, len(fitted))
-                basis = randomized_svd(private[fitted], rank, random_state=config.seed)[2].T.astype(np.float32)
+                basis = right_singular_vectors(private[fitted], rank, config.seed)
             self._halves.append(
                 _Half(
                     fitted=fitted,

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from sklearn.utils.extmath import randomized_svd
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
-from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot, silent, whole
+from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot, right_singular_vectors, silent, whole
 
 _MIN_USERS = 20
 _CHUNK = 256
@@ -165,7 +164,7 @@ def _split(private: sparse.csr_matrix, config: AttackConfig) -> list[_Half]:
         basis = None
         if num_items > config.rank:
             rank = min(config.rank, len(fitted))
-            basis = randomized_svd(known, rank, random_state=config.seed)[2].T.astype(np.float32)
+            basis = right_singular_vectors(known, rank, config.seed)
         reduced = known.toarray() if basis is None else np.asarray(known @ basis)
         halves.append(
             _Half(

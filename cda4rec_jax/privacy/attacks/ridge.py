@@ -56,6 +56,13 @@ def binary(rows: np.ndarray, items: np.ndarray, num_users: int, num_items: int) 
     return matrix
 
 
+def right_singular_vectors(matrix: sparse.csr_matrix, rank: int, seed: int) -> np.ndarray:
+    """The leading ones, float32 [columns, rank], by a randomised decomposition."""
+    from sklearn.utils.extmath import randomized_svd  # takes a second to import, and only attacks need it
+
+    return randomized_svd(matrix, rank, random_state=seed)[2].T.astype(np.float32)
+
+
 def design(features: np.ndarray, released: sparse.csr_matrix, basis: np.ndarray | None) -> np.ndarray:
     """One row a user: the features, then the released ids, in the space of ``basis`` [i, rank] where there is one."""
     if released.nnz == 0:
