@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from harness import RESULTS, markdown_page, markdown_table, run_script, write_results
+from harness import RESULTS, markdown_page, markdown_table, run_name, run_script, write_results
 from rich.console import Console
 
 from cda4rec_jax.cli.console import StagesView
@@ -38,10 +38,10 @@ def main(run: Path, rounds: int = 30, out: Path = RESULTS) -> dict[str, Any]:
     console, trained = Console(file=sys.stderr), load_trained(run)
     with StagesView(console) as view, Recommender(trained) as recommender:
         found = calibrate(trained, recommender, rounds, view.progress)
-    interactions = trained.corpus.interactions
+    interactions, name = trained.corpus.interactions, run_name(trained.run)
     result = {
         "question": QUESTION,
-        "dataset": interactions.name,
+        "dataset": name,
         "num_users": interactions.num_users,
         "num_items": interactions.num_items,
         "users_evaluated": found.users,
@@ -52,10 +52,10 @@ def main(run: Path, rounds: int = 30, out: Path = RESULTS) -> dict[str, Any]:
         ),
         "meets_target": found.meets_target,
         "num_requests": len(found.requests),
-        **{name: value for name, value in msgspec.to_builtins(found).items() if name != "requests"},
+        **{field: value for field, value in msgspec.to_builtins(found).items() if field != "requests"},
     }
-    draw = partial(_draw, interactions.name, found)
-    write_results(out, f"calibration-{interactions.name}", result, page(result), draw, console)
+    draw = partial(_draw, name, found)
+    write_results(out, f"calibration-{name}", result, page(result), draw, console)
     return result
 
 

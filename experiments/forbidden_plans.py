@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from consent import MOMENTS, executed_requests
 from flax import nnx
-from harness import RESULTS, markdown_table, run_script, write_results
+from harness import RESULTS, markdown_table, run_name, run_script, write_results
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import Progress
@@ -142,7 +142,7 @@ def _world(run: Path | None) -> World:
         raise UserError(f"{run} has no planner of class Policy: --run takes a joint run with one")
     world = trained.world()
     return World(
-        name=trained.corpus.interactions.name,
+        name=run_name(trained.run),
         policy=policy,
         mean_quality=np.asarray(policy.mean_quality[...]),
         profile=world.profile,

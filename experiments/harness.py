@@ -81,7 +81,7 @@ class Study:
                 raise UserError(f"{options.run} is a run of kind {self._given.kind!r}: --run takes a joint run")
             self.config = self._given.read_config("run", RunConfig)
             self.prepared = self._given.data_folder
-            self.name = named(load_prepared(self.prepared).name, self.config)
+            self.name = run_name(self._given)
             written = self._given.read_json("provenance")["time"]
             mark = hashlib.sha256(f"{self._given.path} {written}".encode()).hexdigest()[:12]
             self.folder = options.work / self.name / f"run-{mark}"
@@ -249,6 +249,11 @@ def configured(preset_name: str, data: str, text: Path | None) -> RunConfig:
 def named(dataset: str, config: RunConfig) -> str:
     """What results on a dataset are called: its name, and that of the text file if there is one."""
     return dataset if config.text_file is None else f"{dataset}-{Path(config.text_file).stem}"
+
+
+def run_name(run: RunDirectory) -> str:
+    """What results of a finished run are called."""
+    return named(load_prepared(run.data_folder).name, run.read_config("run", RunConfig))
 
 
 def prepared_folder(work: Path, data: str, config: RunConfig, console: Console) -> tuple[Path, Path]:

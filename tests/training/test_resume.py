@@ -1,5 +1,6 @@
 """A run that was killed or stopped at any moment goes on as if nothing had happened, bit for bit."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -67,24 +68,30 @@ def signal_when(ready: Callable[[], bool], number: signal.Signals, *arguments: s
     return process.returncode, " ".join(errors.split())
 
 
-def test_killed_while_agents_train_and_again_while_the_planner_trains(tiny_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    num_joint_steps = max(row["step"] for row in losses(tiny_run) if row["phase"] == "joint")
-    assert signal_when(lambda: newest_checkpoint(run) >= 20, signal.SIGKILL, *TINY, "--out", str(run))[0] == -signal.SIGKILL
-    assert newest_checkpoint(run) < num_joint_steps
-    planning = signal_when(lambda: newest_checkpoint(run) > num_joint_steps, signal.SIGKILL, "--resume", "--out", str(run))
-    assert planning[0] == -signal.SIGKILL and not (run / "training.json").exists()
-    assert train("--resume", "--out", str(run)) == (0, "")
-    assert_equals_the_uninterrupted_run(run, tiny_run)
+def checkpoints_every(minutes: float, run: Path) -> None:
+    """Change how often a run saves itself from its next start on."""
+    file = run / "config.json"
+    stored = json.loads(file.read_text())
+    stored["config"]["run"]["train"]["checkpoint_minutes"] = minutes
+    file.write_text(json.dumps(stored))
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tiny_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    slowly = [*TINY, "--checkpoint-minutes", "60", "--out", str(run)]
-    code, message = signal_when(lambda: last_logged(run) >= 30, signal.SIGINT, *slowly)
+def test_a_run_that_is_killed_then_stopped_then_killed_again_ends_as_one_that_was_not(tiny_run: Path, tmp_path: Path) -> None:
+    run, num_joint_steps = tmp_path / "run", max(row["step"] for row in losses(tiny_run) if row["phase"] == "joint")
+    resume = ("--resume", "--out", str(run))
+    # Killed while agents train.
+    assert signal_when(lambda: newest_checkpoint(run) >= 10, signal.SIGKILL, *TINY, "--out", str(run))[0] == -signal.SIGKILL
+    assert newest_checkpoint(run) < 30
+    # Ctrl-C while agents train, when nothing else would have saved them.
+    checkpoints_every(60, run)
+    code, message = signal_when(lambda: last_logged(run) >= 40, signal.SIGINT, *resume)
     assert (code, message) == (130, f"cda4rec: stopped; the run is saved. Continue it with: cda4rec train --out {run} --resume")
-    assert newest_checkpoint(run) >= 30
-    assert train("--resume", "--out", str(run)) == (0, "")
+    assert 40 <= newest_checkpoint(run) < num_joint_steps
+    # Killed while the planner trains.
+    checkpoints_every(0, run)
+    planning = signal_when(lambda: newest_checkpoint(run) > num_joint_steps, signal.SIGKILL, *resume)
+    assert planning[0] == -signal.SIGKILL and not (run / "training.json").exists()
+    assert train(*resume) == (0, "")
     assert_equals_the_uninterrupted_run(run, tiny_run)
 
 
