@@ -1,6 +1,5 @@
 """What the link does to one request, as a pure function of a seed: no real clock is read."""
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -8,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.array_typing import Array
+from cda4rec_jax.draws import log_normal
 from cda4rec_jax.links.profiles import MIN_KBPS, MIN_RETRANSMIT_MS, PACKET_BYTES, LinkConfig
 from cda4rec_jax.messages import Context
 
-MIN_UNIFORM = 1e-7  # keeps the normal quantile finite where a uniform draw is 0
 TRACKED_PACKETS = 512  # packets of one transfer with a fate of their own (750 KB); later ones lose their expected share
 
 
@@ -47,10 +46,9 @@ def realise(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), event_id), draw)
         return jax.random.uniform(key, (5 + 2 * TRACKED_PACKETS,))
 
-    # One draw for everything, through inverse distribution functions: each random call of its own takes a second to compile. That of
-    # the normal distribution is erf_inv, one operation; `jax.scipy.special.ndtri` is two hundred.
+    # One draw for everything, through inverse distribution functions: each random call of its own takes a second to compile.
     uniform = jax.vmap(one)(event_ids)
-    factors = jnp.exp(config.spread * math.sqrt(2.0) * jax.lax.erf_inv(2.0 * jnp.maximum(uniform[:, :3], MIN_UNIFORM) - 1.0))
+    factors = log_normal(uniform[:, :3], config.spread)
     queue, failure = -jnp.log1p(-uniform[:, 3]), uniform[:, 4]
     packets = uniform[:, 5:].reshape(-1, 2, TRACKED_PACKETS)
     loss_probability = jnp.asarray(config.loss_probability)[context.link]

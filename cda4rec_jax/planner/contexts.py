@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cda4rec_jax.array_typing import Array, ContextFeatures, Histories, Lengths
+from cda4rec_jax.draws import log_normal
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.utility import WeightScales
 
-MIN_UNIFORM = 1e-7  # keeps the normal quantile finite where a uniform draw is 0
 NUM_PRICES = 3  # of time, energy and exposure: at lambda = 1 they add up to dQ, and the best plan breaks even
 MAX_RARE_COUNT = 5  # an item with this many train events or fewer is rare
 
@@ -118,17 +118,12 @@ def _choice(uniform: Array, shares: tuple[float, ...]) -> Array:
     return jnp.sum((uniform >= jnp.asarray(bounds, jnp.float32)).astype(jnp.int32))
 
 
-def _normal_quantile(uniform: Array) -> Array:
-    """As ``jax.scipy.special.ndtri``, which is two hundred operations to compile where this is one."""
-    return math.sqrt(2.0) * jax.lax.erf_inv(2.0 * jnp.maximum(uniform, MIN_UNIFORM) - 1.0)
-
-
 def _situation(event_id: Array, draw: Array | int, config: ContextConfig) -> dict[str, Array]:
     """Simulated fields of one request: scalars, and ``lambdas`` [3]."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), event_id), draw)
     # One draw for everything, through inverse distribution functions: each random call of its own takes a second to compile.
     uniform = jax.random.uniform(key, (15,))
-    spread = jnp.exp(config.link_spread * _normal_quantile(uniform[6:9]))
+    spread = log_normal(uniform[6:9], config.link_spread)
     link = _choice(uniform[0], config.link_shares)
     consent = _choice(uniform[1], config.consent_shares)
     tier = _choice(uniform[2], config.tier_shares)
