@@ -210,8 +210,6 @@ def _rankings(scores: Scores, views: dict[str, View], space: PlanSpace) -> list[
     for names in _of_one_width(views):
         groups = [group for group in limits if group[0] in names]
         plans = [(plan, place, limit) for place, group in enumerate(groups) for plan, limit in limits[group]]
-        if not plans:
-            continue
         columns = dict(zip(("plans", "groups", "limits"), np.asarray(plans).T, strict=True))
         items, allowed = (jnp.stack([getattr(views[name], field) for name, _ in groups]) for field in ("items", "allowed"))
         found.append(_Ranking(items=items, allowed=allowed, scores=jnp.stack([scores[group] for group in groups]), **columns))
