@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from pathlib import Path
+from typing import Any
 
 from cda4rec_jax.data.assemble import Reading, counts
 from cda4rec_jax.data.formats import movielens, recbole
@@ -65,7 +66,7 @@ def _whole(interactions: Interactions) -> Reading:
 def _read_synthetic(settings: str) -> Interactions:
     """``settings`` is empty or ``key=value,...``; a key is a field of SyntheticConfig, whose ``num_`` may be left out."""
     kinds: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(SyntheticConfig)}
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     problems = []
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
@@ -81,4 +82,4 @@ def _read_synthetic(settings: str) -> Interactions:
             problems.append(f"{key} must be {'a whole number' if kinds[name] is int else 'a number'}, got {value!r}")
     if problems:
         raise UserError(f"cannot make the world of {SYNTHETIC}:{settings}: " + "; ".join(problems))
-    return synthetic_world(SyntheticConfig(**values)).interactions  # type: ignore[arg-type]
+    return synthetic_world(SyntheticConfig(**values)).interactions
