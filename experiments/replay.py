@@ -9,7 +9,10 @@ says so, and tells the last apart.
 
 Schedulers are held against each other at equal numbers of calls (plans that use the link), as a share of those of a planner that always
 calls. A price of a call brings each one to the budget. Prices, plans and values of freshness are estimated on one half of the users and
-measured on the other, and the other way round. Writes ``replay-<dataset>.json``, ``.md``, ``.png``.
+measured on the other, and the other way round.
+
+``--resident-items`` asks the same of devices that hold the records of more (or fewer) items than those of the run: on its trunks, head and
+policy are trained again with the larger local pool. Writes ``replay-<dataset>[-resident-<items>].json``, ``.md``, ``.png``.
 """
 
 from dataclasses import dataclass, replace
@@ -52,10 +55,11 @@ from cda4rec_jax.evaluation.schedulers import (
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.metrics import hit_rate
 from cda4rec_jax.pipeline.corpus import Corpus
-from cda4rec_jax.pipeline.decisions import PlanningWorld
+from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
 from cda4rec_jax.pipeline.planners import PlugIn
-from cda4rec_jax.planner import RulesPlanner, plan_index
+from cda4rec_jax.planner import CACHED_CANDIDATES, RulesPlanner, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
+from cda4rec_jax.training import refit_deciders
 
 QUESTION = "When is a call to the cloud worth it, if a call saved today is a stale embedding tomorrow?"
 MIN_PAST = 5  # events before the first request
@@ -83,9 +87,12 @@ class Setting:
     steps: int
     draws: int
     shares: tuple[float, ...]
+    resident_items: int | None
 
 
-def main(options: Options, steps: int = 10, draws: int = 4, shares: tuple[float, ...] = SHARES) -> dict[str, Any]:
+def main(
+    options: Options, steps: int = 10, draws: int = 4, shares: tuple[float, ...] = SHARES, resident_items: int | None = None
+) -> dict[str, Any]:
     """Accuracy against calls, over sequences of requests.
 
     Args:
@@ -93,8 +100,11 @@ def main(options: Options, steps: int = 10, draws: int = 4, shares: tuple[float,
         steps: requests of each user.
         draws: situations (links, devices, consents, prices) of each user.
         shares: of always-cloud's calls.
+        resident_items: most popular items whose records every device holds; those of the preset or the run if not given.
     """
-    setting = Setting(steps=steps, draws=draws, shares=tuple(sorted({*shares, BUDGET})))
+    setting = Setting(steps=steps, draws=draws, shares=tuple(sorted({*shares, BUDGET})), resident_items=resident_items)
+    if resident_items is not None and resident_items < 1:
+        raise UserError(f"got --resident-items {resident_items}: expected at least 1")
     if steps < 2 or draws < 1 or not all(0 < share < 1 for share in shares):
         raise UserError(
             f"got --steps {steps}, --draws {draws}, --shares {shares}: expected at least 2 steps, 1 draw, shares in 0..1"
@@ -116,13 +126,15 @@ def main(options: Options, steps: int = 10, draws: int = 4, shares: tuple[float,
         protocol=_protocol(setting, held_out),
         steps=steps,
         requests_held_out_from_training=held_out,
+        **_resident(study, setting),
         budget=BUDGET,
         target=TARGET,
         rows=rows,
         at_budget=_at_budget(found),
         by_age_of_the_cache=gaps,
     )
-    write_results(options.out, f"replay-{study.name}", result, page(result), partial(_draw, result), study.console)
+    name = f"replay-{study.name}" if resident_items is None else f"replay-{study.name}-resident-{resident_items}"
+    write_results(options.out, name, result, page(result), partial(_draw, result), study.console)
     return result
 
 
@@ -142,8 +154,9 @@ def _over_seeds(
     """Quantities of every user by scheduler and share, and what the age of a cache costs."""
     of_seeds, tables = [], []
     for seed in study.seeds:
-        name = f"{OURS}-{seed}-replay{setting.steps}-ranks"
-        trained = _trained(study, seed, setting.steps)
+        trained = _trained(study, seed, setting)
+        held = "" if setting.resident_items is None else f"-resident-{setting.resident_items}"
+        name = f"{OURS}-{seed}-replay{setting.steps}-ranks{held}"
         ranks = study.cell(name, lambda trained=trained: {"ranks": cached_ranks(trained, users, positions)})["ranks"]
         with study.console.status(f"replaying, seed {seed}"):
             world = trained.world()
@@ -157,11 +170,21 @@ def _over_seeds(
     return found, _gaps_by_age(tables)
 
 
-def _trained(study: Study, seed: int, steps: int) -> TrainedSystem:
-    """The given run, or a system that was trained before the replayed events, over the corpus that has them."""
-    if study.options.run is not None:
-        return study.ours(seed)
+def _trained(study: Study, seed: int, setting: Setting) -> TrainedSystem:
+    """The given run, or a system that was trained before the replayed events, over the corpus that has them.
 
+    With other resident items than it was trained with, its head and policy are those that were trained with these.
+    """
+    variant = OURS if study.options.run is not None else f"{OURS}-before-last-{setting.steps}"
+    trained = study.ours(seed) if study.options.run is not None else _trained_before(study, seed, setting.steps)
+    if setting.resident_items is not None:
+        system = replace(trained.config, resident_items=setting.resident_items)
+        make = partial(refit_deciders, trained.run.path, system=system, overwrite=True)
+        trained = study.trained(f"{variant}-resident-{setting.resident_items}", seed, make=make)
+    return replace(trained, corpus=Corpus(interactions=study.interactions, text=trained.corpus.text))
+
+
+def _trained_before(study: Study, seed: int, steps: int) -> TrainedSystem:
     def make(path: Path) -> None:
         folder = study.folder / f"data-before-last-{steps}"
         lengths = np.diff(study.interactions.offsets)
@@ -170,8 +193,15 @@ def _trained(study: Study, seed: int, steps: int) -> TrainedSystem:
         config = study.seeded(replace(study.config, k_core=1), seed)  # an item that is left without events stays, with its text
         train_resumed(str(folder), config, path, study.console)
 
-    trained = study.trained(f"{OURS}-before-last-{steps}", seed, make=make)
-    return replace(trained, corpus=Corpus(interactions=study.interactions, text=trained.corpus.text))
+    return study.trained(f"{OURS}-before-last-{steps}", seed, make=make)
+
+
+def _resident(study: Study, setting: Setting) -> dict[str, Any]:
+    """What devices hold for good, and what that weighs."""
+    catalogue = _trained(study, 0, setting).catalogue
+    count, width = catalogue.resident_vectors.shape
+    record = payload_sizes(catalogue).evidence_bytes + width + 4  # an item vector of the cloud's in 8 bits, and its scale
+    return {"resident_items": count, "resident_kb": record * count / 1e3, "record_bytes": int(record)}
 
 
 def _cross_fitted(
@@ -307,7 +337,11 @@ def _gaps_by_age(tables: list[np.ndarray]) -> list[dict[str, Any]]:
 
 def page(result: dict[str, Any]) -> str:
     """The result for people."""
-    lines = []
+    lines = [
+        f"Every device holds the records of the {result['resident_items']:,} most popular items ({result['resident_kb']:,.0f} KB), and the "
+        f"last {CACHED_CANDIDATES} candidates that it got.",
+        "",
+    ]
     if result["requests_held_out_from_training"] < result["steps"]:
         seen = result["steps"] - result["requests_held_out_from_training"]
         lines += [

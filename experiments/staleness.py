@@ -33,9 +33,8 @@ from harness import (
 from cda4rec_jax.data import Split
 from cda4rec_jax.evaluation.conditions import CLOUD_WEIGHTS, can_be_stale, device_alone_ranks, mixture_ranks
 from cda4rec_jax.metrics import MISS_RANK
-from cda4rec_jax.pipeline.catalogue import POPULAR_ITEMS
 from cda4rec_jax.pipeline.decisions import payload_sizes
-from cda4rec_jax.pipeline.subtasks import CACHED_CANDIDATES
+from cda4rec_jax.planner import CACHED_CANDIDATES
 
 QUESTION = "What is the device worth when the cloud's view of the user lags by n events?"
 FUSED = "local-reuse-device"
@@ -116,10 +115,12 @@ def _device_alone(study: Study) -> list[np.ndarray]:
 
 def _bytes(study: Study) -> dict[str, Any]:
     """What the records of candidates weigh, with their ids and scores, as they travel."""
-    record = payload_sizes(study.ours(0).catalogue).evidence_bytes
+    catalogue = study.ours(0).catalogue
+    record, pool = payload_sizes(catalogue).evidence_bytes, CACHED_CANDIDATES + len(catalogue.resident_items)
     return {
         "record_bytes": int(record),
-        "fused_pool_kb": record * (CACHED_CANDIDATES + POPULAR_ITEMS) / 1e3,
+        "fused_pool_items": pool,
+        "fused_pool_kb": record * pool / 1e3,
         "catalogue_mb": record * study.interactions.num_items / 1e6,
         "catalogue_mb_at_items": {str(count): record * count / 1e6 for count in OTHER_CATALOGUES},
         "limit_mb": MAX_DEVICE_MB,
@@ -156,7 +157,7 @@ def page(result: dict[str, Any]) -> str:
     held = "" if "device" in systems else f" That is above {weights['limit_mb']:.0f} MB, so the device alone was not evaluated."
     note = (
         f"One record with its id and score has {weights['record_bytes']:,} bytes. The pool of the fused plan (`{result['fused_plan']}`, "
-        f"up to {CACHED_CANDIDATES + POPULAR_ITEMS} items, whose share of targets is the recall) has {weights['fused_pool_kb']:,.0f} KB; "
+        f"up to {weights['fused_pool_items']:,} items, whose share of targets is the recall) has {weights['fused_pool_kb']:,.0f} KB; "
         f"the whole catalogue, which the device alone would hold, {weights['catalogue_mb']:,.1f} MB ({larger}).{held}"
     )
     return markdown_page(result, "Staleness", [*markdown_table(columns, rows), note, ""])

@@ -146,6 +146,9 @@ class Train:
     """Minutes between checkpoints; 0 saves after every step. The preset's (2) if not given."""
     seed: int | None = None
     """Of the weights, the order of the data and all draws; the preset's (0) if not given."""
+    resident_items: int | None = None
+    """Most popular items whose records every device holds, so that it can recommend them without asking; the preset's (100) if not
+    given. All of a small catalogue, where a device has room: each takes some hundred bytes."""
     k_core: int | None = None
     """Events that every user and every item must have; the preset's (5) if not given."""
     rows_per_batch: int | None = None
@@ -204,6 +207,7 @@ class Train:
         require_positive(self.max_minutes, "--max-minutes")
         require_positive(self.checkpoint_minutes, "--checkpoint-minutes", or_zero=True)
         require_positive(self.seed, "--seed", or_zero=True)
+        require_positive(self.resident_items, "--resident-items")
         require_positive(self.k_core, "--k-core")
         require_positive(self.rows_per_batch, "--rows-per-batch")
         require_positive(self.accumulation_steps, "--accumulation-steps")
@@ -227,13 +231,17 @@ class Train:
         trained = dataclasses.replace(config.train, **changes)
         text_file = None if self.text is None else str(self.text)
         system = config.system if self.planner is None else with_planner(config.system, self.planner)
+        if self.resident_items is not None:
+            if system.device is None:
+                raise UserError("a baseline has one agent and no device: leave --resident-items out, or take another preset")
+            system = dataclasses.replace(system, resident_items=self.resident_items)
         return dataclasses.replace(config, system=system, train=trained, k_core=self.k_core or config.k_core, text_file=text_file)
 
     def _resumed(self, out: Path) -> "RunConfig":
         from cda4rec_jax.runs import RunDirectory
         from cda4rec_jax.training import RunConfig
 
-        if self.overwrite or self.k_core or self.text or self.planner or self._changes():
+        if self.overwrite or self.k_core or self.text or self.planner or self.resident_items or self._changes():
             raise UserError("--resume goes on as the run began: leave --overwrite and the settings of training out")
         return RunDirectory.open(out).read_config("run", RunConfig)
 

@@ -14,7 +14,7 @@ from cda4rec_jax.messages import EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import target_rank
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.full_ranking import device_full_ranks
-from cda4rec_jax.pipeline.outcomes import compute_views, outcomes
+from cda4rec_jax.pipeline.outcomes import LOCAL, compute_views, outcomes
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
@@ -68,7 +68,7 @@ def mixture_ranks(
 ) -> Int[np.ndarray, "n w"]:
     """Rank of each target in the candidate cache by ``w cloud + (1 - w) device`` for every w of ``CLOUD_WEIGHTS``.
 
-    The pool is that of the plan ``local-reuse-device``: the best 100 of the view of ``age_events`` ago and the popular items. ``cloud``
+    The pool is that of the plan ``local-reuse-device``: the best 100 of the view of ``age_events`` ago and the resident items. ``cloud``
     is that view's score (the lowest of the pool where an item has none), ``device`` the fusion head's without anything from the cloud;
     both standardised over each user's pool.
     """
@@ -115,7 +115,7 @@ def _mixture_ranks(
     levels = jnp.full(history.lengths.shape, EgressLevel.FULL.value, jnp.int32)
     ages = jnp.broadcast_to(age_events, history.lengths.shape)
     views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config)
-    view = views["local-reuse"]
+    view = views[LOCAL]
     features = view.features
     scored = view.allowed & (features[..., FEATURES.index("cloud_present")] > 0)
     cloud = features[..., FEATURES.index("cloud_score")]

@@ -12,9 +12,8 @@ from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.request import RequestFunctions
-from cda4rec_jax.pipeline.subtasks import CACHED_CANDIDATES
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import MeasuredTimes, blank_requests
+from cda4rec_jax.planner import CACHED_CANDIDATES, MeasuredTimes, blank_requests
 from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, RELEASING_LEVELS
 from cda4rec_jax.retrieval import Index
 
@@ -116,8 +115,8 @@ def subtask_calls(functions: RequestFunctions, corpus: Corpus, config: SystemCon
         calls["retrieval_ms", str(count)] = lambda count=count: functions.retrieve(semantic, count)
         calls["retrieval_evidence_ms", str(count)] = lambda count=count: _with_records(functions, semantic, count)
     last = jax.tree.map(np.asarray, functions.retrieve(semantic, CACHED_CANDIDATES))
-    pools["cache"] = functions.cached(last, True)
-    calls["cache_retrieval_ms", ""] = lambda: functions.cached(last, True)
+    pools["cache"] = functions.local(last, semantic, True)
+    calls["cache_retrieval_ms", ""] = lambda: functions.local(last, semantic, True)
     for name in ("structured_ms", "structured_cloud_ms"):
         calls[name, ""] = lambda: functions.structured(full, own)
     for name, pool in pools.items():

@@ -14,9 +14,7 @@ from cda4rec_jax.array_typing import ItemCategories as CategoryShares
 from cda4rec_jax.data.statistics import ItemCategories, ItemStatistics
 from cda4rec_jax.data.text import ItemWords
 from cda4rec_jax.messages import Evidence
-from cda4rec_jax.nn import quantise_rows
-
-POPULAR_ITEMS = 100  # items that every device keeps; they say nothing about its user
+from cda4rec_jax.nn import dequantise_rows, quantise_rows
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +33,7 @@ class ItemTables:
     cooccurring_weights: UInt8[Array, "i m"]
     log_popularity: Float[Array, "i"]
     train_counts: Int[Array, "i"]
-    popular_items: Int[Array, "c"]
+    resident_items: Int[Array, "r"]
 
 
 @jax.tree_util.register_dataclass
@@ -46,17 +44,20 @@ class Catalogue:
     vectors: ItemVectors
     evidence: Evidence
     categories: CategoryShares
-    popular_items: Int[Array, "c"]
+    resident_items: Int[Array, "r"]  # the most popular ones, which every device holds: they say nothing about its user
+    resident_vectors: Float[Array, "r d"]  # as devices hold them, beside the records
 
     @property
     def num_items(self) -> int:
         return self.vectors.shape[0] - 1
 
 
-def item_tables(statistics: ItemStatistics, categories: ItemCategories, words: ItemWords, text: np.ndarray) -> ItemTables:
-    """Tables from the statistics of the training events and from item text."""
+def item_tables(
+    statistics: ItemStatistics, categories: ItemCategories, words: ItemWords, text: np.ndarray, num_resident: int
+) -> ItemTables:
+    """Tables from the statistics of the training events and from item text; the ``num_resident`` most popular items are resident."""
     normalised = categories.multi_hot / np.maximum(categories.multi_hot.sum(axis=1, keepdims=True), 1.0)
-    by_count = np.argsort(-statistics.train_counts[1:], kind="stable")[:POPULAR_ITEMS] + 1
+    by_count = np.argsort(-statistics.train_counts[1:], kind="stable")[:num_resident] + 1
     unit_text = text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-6)
     return ItemTables(
         categories=jnp.asarray(normalised, jnp.float32),
@@ -70,7 +71,7 @@ def item_tables(statistics: ItemStatistics, categories: ItemCategories, words: I
         cooccurring_weights=jnp.asarray(statistics.cooccurring_weights),
         log_popularity=jnp.asarray(statistics.log_popularity, jnp.float32),
         train_counts=jnp.asarray(statistics.train_counts, jnp.int32),
-        popular_items=jnp.asarray(by_count, jnp.int32),
+        resident_items=jnp.asarray(by_count, jnp.int32),
     )
 
 
@@ -93,4 +94,10 @@ def build_catalogue(cloud: CloudAgent, device: DeviceAgent, tables: ItemTables) 
         word_weights=tables.word_weights,
         log_popularity=tables.log_popularity,
     )
-    return Catalogue(vectors=vectors, evidence=evidence, categories=tables.categories, popular_items=tables.popular_items)
+    return Catalogue(
+        vectors=vectors,
+        evidence=evidence,
+        categories=tables.categories,
+        resident_items=tables.resident_items,
+        resident_vectors=dequantise_rows(*quantise_rows(vectors[tables.resident_items])),
+    )

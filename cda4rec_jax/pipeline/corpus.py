@@ -56,8 +56,9 @@ class Corpus:
         items = self.interactions.items[place + np.repeat(self.interactions.offsets[:-1], lengths)]
         return item_statistics(offsets, items, self.interactions.num_items)
 
-    def tables(self, statistics: ItemStatistics) -> ItemTables:
-        return item_tables(statistics, self.categories, self.words, self.text)
+    def tables(self, statistics: ItemStatistics, num_resident: int) -> ItemTables:
+        """Tables of all items; devices hold the records of the ``num_resident`` most popular ones."""
+        return item_tables(statistics, self.categories, self.words, self.text, num_resident)
 
     def training_histories(self, held_out: np.ndarray | None = None) -> Histories:
         """Training events for packing; the last ``held_out[u]`` of each user are no targets."""

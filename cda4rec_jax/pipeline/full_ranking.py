@@ -54,7 +54,7 @@ def full_ranks(
 def device_full_ranks(device: DeviceAgent, catalogue: Catalogue, history: HistoryBatch, config: SystemConfig) -> Int[Array, "b"]:
     """Rank of each target among all unseen items by the fusion head without any cloud score, on a device that holds every record.
 
-    Candidates have the features that they have under the plan ``local-skip-device``, which ranks the popular items alone.
+    Candidates have the features that they have under the plan ``local-skip-device``, which ranks the resident items alone.
     """
     level = jnp.full(history.lengths.shape, EgressLevel.FULL.value, jnp.int32)
     sizes = {"history_length": config.history_length, "profile_events": config.profile_events}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from cda4rec_jax.agents.cloud import CloudAgent
-from cda4rec_jax.agents.device import DeviceAgent, FusionHead, without_structure
+from cda4rec_jax.agents.device import DeviceAgent, FusionHead, without_semantics, without_structure
 from cda4rec_jax.array_typing import (
     Array,
     CandidateFeatures,
@@ -25,11 +25,10 @@ from cda4rec_jax.messages import Candidates, EgressLevel, HistoryBatch, Placemen
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.subtasks import (
-    CACHED_CANDIDATES,
     StructuredState,
     abstract_evidence,
-    cached_candidates,
     gather_evidence,
+    local_candidates,
     model_semantics,
     model_structure,
     rank_slate,
@@ -40,10 +39,9 @@ from cda4rec_jax.pipeline.subtasks import (
     unseen,
 )
 from cda4rec_jax.pipeline.system import SystemConfig
-from cda4rec_jax.planner import STANDARD, PlanSpace
+from cda4rec_jax.planner import CACHED_CANDIDATES, PLANS, STANDARD, PlanSpace
 
-DONE, SKIPPED = "done", "skipped"  # structured user modelling: the two kinds of features
-Scores = dict[tuple[str, str], CandidateScores]  # by view and kind of features
+LOCAL = "local"  # the view of the plans that ask nobody
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +51,7 @@ class View:
 
     items: CandidateItems
     allowed: CandidateMask  # real, and not seen by the user
-    features: CandidateFeatures  # with structured user modelling; a plan that skips it ranks with ``without_structure`` of them
+    features: CandidateFeatures  # all of them; ``Group`` says which of them a plan ranks by
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +63,30 @@ class Outcomes:
     slates: Int[Array, "b p k"] | None  # None where none were asked for
 
 
-def view_name(plan: Plan) -> str:
-    """Pool that a plan ranks: plans of one name differ in K and in structured user modelling only."""
-    if plan.retrieval is Placement.DEVICE_CACHE:
-        return f"local-{plan.semantic}"
-    return "reuse" if plan.semantic is Placement.REUSE else plan.level.name.lower()
+class Group(NamedTuple):
+    """Plans that rank one pool by the same features: they differ in K and in where things are done."""
+
+    view: str
+    semantic: bool  # by the semantic scores as well
+    structured: bool  # by what structured user modelling adds as well
+
+    def read(self, features: CandidateFeatures) -> CandidateFeatures:
+        """The features of the view, with zeros in what these plans do not know."""
+        features = features if self.semantic else without_semantics(features)
+        return features if self.structured else without_structure(features)
+
+
+Scores = dict[Group, CandidateScores]
+
+
+def plan_group(plan: Plan) -> Group:
+    """Where a plan belongs."""
+    from_cloud = "reuse" if plan.semantic is Placement.REUSE else plan.level.name.lower()
+    view = from_cloud if plan.uses_link else LOCAL
+    return Group(view, plan.semantic is not Placement.SKIP, plan.structured is not Placement.SKIP)
+
+
+GROUPS = tuple(dict.fromkeys(plan_group(plan) for plan in PLANS))  # plans of a user's own belong to these, too
 
 
 def compute_views(
@@ -108,11 +125,10 @@ def compute_views(
     views = rank((*short, *long), candidates, jnp.ones(candidates.items.shape), ages, levels)
 
     reused = jax.tree.map(lambda column: column[-num_users:, :CACHED_CANDIDATES], candidates)
-    cache = cached_candidates(reused, catalogue.popular_items, cache_level > 0)
-    has_score = (jnp.arange(cache.items.shape[1])[None, :] < reused.items.shape[1]) & (cache.items > 0)
-    present = jnp.concatenate([has_score.astype(jnp.float32), jnp.zeros(cache.items.shape)])
-    ages, levels = jnp.concatenate([age, now]), jnp.concatenate([cache_level, now])
-    return views | rank(("local-reuse", "local-skip"), _repeat(cache, 2), present, ages, levels)
+    has_cache, resident = cache_level > 0, (catalogue.resident_items, catalogue.resident_vectors)
+    local = local_candidates(reused, semantic[-num_users:], *resident, has_cache)
+    has_score = has_cache[:, None] & (local.items > 0)
+    return views | rank((LOCAL,), local, has_score.astype(jnp.float32), age, cache_level)
 
 
 def _repeat(tree: Any, times: int) -> Any:
@@ -151,17 +167,9 @@ def _views(
     return {name: jax.tree.map(lambda leaf, here=here: leaf[here], stacked) for name, here in rows.items()}
 
 
-def plan_group(plan: Plan) -> tuple[str, str]:
-    """View and kind of features that a plan ranks with."""
-    return view_name(plan), SKIPPED if plan.structured is Placement.SKIP else DONE
-
-
 def score_views(head: FusionHead, views: dict[str, View]) -> Scores:
-    """Scores of every pool, with and without structured user modelling; once each, whatever the number of plans."""
-    scores = {}
-    for name, view in views.items():
-        scores[name, DONE], scores[name, SKIPPED] = head(view.features), head(without_structure(view.features))
-    return scores
+    """Scores of every group of plans; once each, whatever the number of plans."""
+    return {group: head(group.read(views[group.view].features)) for group in GROUPS}
 
 
 def _of_one_width(views: dict[str, View]) -> list[list[str]]:
@@ -175,13 +183,13 @@ def _of_one_width(views: dict[str, View]) -> list[list[str]]:
     return list(widths.values())
 
 
-def plan_limits(views: dict[str, View], space: PlanSpace = STANDARD) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """For each pool with its kind of features: the plans that rank it, as (plan index, candidates that it may use)."""
-    limits: dict[tuple[str, str], list[tuple[int, int]]] = {}
+def plan_limits(views: dict[str, View], space: PlanSpace = STANDARD) -> dict[Group, list[tuple[int, int]]]:
+    """For each group: its plans, as (plan index, candidates that it may use)."""
+    limits: dict[Group, list[tuple[int, int]]] = {}
     for index, plan in enumerate(space.plans):
-        available = views[view_name(plan)].items.shape[1]
-        local = plan.retrieval is Placement.DEVICE_CACHE
-        limits.setdefault(plan_group(plan), []).append((index, available if local else min(plan.num_candidates, available)))
+        group = plan_group(plan)
+        available = views[group.view].items.shape[1]
+        limits.setdefault(group, []).append((index, available if group.view == LOCAL else min(plan.num_candidates, available)))
     return limits
 
 
@@ -208,10 +216,10 @@ class _Ranking:
 def _rankings(scores: Scores, views: dict[str, View], space: PlanSpace) -> list[_Ranking]:
     limits, found = plan_limits(views, space), []
     for names in _of_one_width(views):
-        groups = [group for group in limits if group[0] in names]
+        groups = [group for group in limits if group.view in names]
         plans = [(plan, place, limit) for place, group in enumerate(groups) for plan, limit in limits[group]]
         columns = dict(zip(("plans", "groups", "limits"), np.asarray(plans).T, strict=True))
-        items, allowed = (jnp.stack([getattr(views[name], field) for name, _ in groups]) for field in ("items", "allowed"))
+        items, allowed = (jnp.stack([getattr(views[group.view], field) for group in groups]) for field in ("items", "allowed"))
         found.append(_Ranking(items=items, allowed=allowed, scores=jnp.stack([scores[group] for group in groups]), **columns))
     return found
 
@@ -238,7 +246,7 @@ def plan_slates(scores: Scores, views: dict[str, View], k: int, space: PlanSpace
     """The slate of length ``k`` under every plan; 0 where fewer candidates remain."""
     slates = {}
     for group, plans in plan_limits(views, space).items():
-        view, score = views[group[0]], scores[group]
+        view, score = views[group.view], scores[group]
         for index, limit in plans:
             slates[index] = rank_slate(view.items[:, :limit], score[:, :limit], view.allowed[:, :limit], k).items
     return jnp.stack([slates[index] for index in range(len(slates))], axis=1)

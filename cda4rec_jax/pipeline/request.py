@@ -18,7 +18,7 @@ from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.handover import Handover
 from cda4rec_jax.pipeline.subtasks import (
     StructuredState,
-    cached_candidates,
+    local_candidates,
     model_semantics,
     rank_slate,
     release,
@@ -61,7 +61,7 @@ class RequestFunctions:
         self._score = _flat(system.device.head, partial(_score, **shared))
         self._rank = _flat(system.device.head, partial(_rank, **shared), static_argnames="k")
         self._finish = jax.jit(partial(_finish, num_items=self.num_items), static_argnames="k")
-        self._cached = jax.jit(cached_candidates)
+        self._local = jax.jit(local_candidates)
         self._logits = _flat(system.policy, lambda policy, context, costs, mask: policy.logits(context, costs, mask))
 
     def abstract(self, history: HistoryBatch, level: EgressLevel, age_events: int) -> UserAbstract:
@@ -92,9 +92,10 @@ class RequestFunctions:
         state, lengths = self._state(full, own_evidence)  # what only passes through stays outside of the program
         return StructuredState(state=state, items=full.items, lengths=lengths, evidence=own_evidence)
 
-    def cached(self, last: Candidates, has_cache: bool) -> Candidates:
-        """The candidate cache: last candidates (if there are any), then popular items."""
-        return self._cached(last, self._catalogue.popular_items, np.full(1, has_cache))
+    def local(self, last: Candidates, semantic: jax.Array | np.ndarray, has_cache: bool) -> Candidates:
+        """What the device can rank without asking, given its last candidates and embedding (not read without ``has_cache``)."""
+        resident = (self._catalogue.resident_items, self._catalogue.resident_vectors)
+        return self._local(last, semantic, *resident, np.full(1, has_cache))
 
     def score(
         self,

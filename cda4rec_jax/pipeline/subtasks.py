@@ -25,7 +25,6 @@ from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.retrieval.exact import exact_search
 
 RECENT_ITEMS = 10
-CACHED_CANDIDATES = 100  # kept by a device from its last answered request, beside the popular items
 
 
 @jax.tree_util.register_dataclass
@@ -109,15 +108,27 @@ def retrieve(vectors: Float[Array, "i d"], semantic: SemanticEmbeddings, num_can
     return Candidates(items=items, scores=scores)
 
 
-def cached_candidates(cached: Candidates, popular_items: Int[Array, "c"], has_cache: Bool[Array, "b"]) -> Candidates:
-    """The device's candidate cache: the last retrieved candidates (if any), then the popular items that are not among them."""
-    items = jnp.where(has_cache[:, None], cached.items, 0)
-    popular = jnp.broadcast_to(popular_items[None, :], (items.shape[0], popular_items.shape[0]))
-    repeated = jnp.any(popular[:, :, None] == items[:, None, :], axis=-1)
-    scores = jnp.where(has_cache[:, None], cached.scores, 0.0)
+def local_candidates(
+    cached: Candidates,
+    semantic: SemanticEmbeddings,
+    resident_items: Int[Array, "r"],
+    resident_vectors: Float[Array, "r d"],
+    has_cache: Bool[Array, "b"],
+) -> Candidates:
+    """What a device can rank without asking: the candidates of its last call, then the resident items that are not among them.
+
+    With a kept embedding (``has_cache``) all have semantic scores, and the resident items come best first; without one there are the
+    resident items alone, by popularity, and every score is 0.
+    """
+    kept = has_cache[:, None]
+    items = jnp.where(kept, cached.items, 0)
+    by_popularity = -jnp.arange(len(resident_items), dtype=jnp.float32)
+    scores, places = jax.lax.top_k(jnp.where(kept, semantic @ resident_vectors.T, by_popularity), len(resident_items))
+    resident = resident_items[places]
+    repeated = jnp.any(resident[:, :, None] == items[:, None, :], axis=-1)
     return Candidates(
-        items=jnp.concatenate([items, jnp.where(repeated, 0, popular)], axis=1),
-        scores=jnp.concatenate([scores, jnp.zeros(popular.shape)], axis=1),
+        items=jnp.concatenate([items, jnp.where(repeated, 0, resident)], axis=1),
+        scores=jnp.where(kept, jnp.concatenate([cached.scores, scores], axis=1), 0.0),
     )
 
 

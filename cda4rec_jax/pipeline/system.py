@@ -24,12 +24,17 @@ class SystemConfig:
     planner: OwnPlanner | None = None  # a class to learn in the place of ``Policy``
     profile_events: int = 100  # newest events before the released ids that a profile summarises
     max_cache_age: int = 20  # events after which a device drops its cached embedding
+    resident_items: int = 100  # most popular items, whose records every device holds beside its last candidates
     without_features: tuple[str, ...] = ()  # of ``agents.device.FEATURES``, that the fusion head sees as 0: an ablation
 
     def __post_init__(self):
         if self.device is not None and self.cloud.history_length != self.device.history_length:
             raise ValueError(
                 f"cloud reads {self.cloud.history_length} events and device {self.device.history_length}: they must read equally many"
+            )
+        if self.resident_items < 1:
+            raise ValueError(
+                f"resident_items is {self.resident_items}: a device without a link needs at least 1 item to recommend"
             )
         if unknown := set(self.without_features) - set(FEATURES):
             raise ValueError(f"without_features names {sorted(unknown)}: expected some of {', '.join(FEATURES)}")

@@ -32,6 +32,7 @@ from cda4rec_jax.planner.costs import (
 from cda4rec_jax.planner.explain import Decision, PlanTerms, explain_decision, ranked_terms
 from cda4rec_jax.planner.extension import OwnPlanner, blank_requests
 from cda4rec_jax.planner.plan_space import (
+    CACHED_CANDIDATES,
     NUM_PLANS,
     PLANS,
     STANDARD,
@@ -51,6 +52,7 @@ from cda4rec_jax.planner.simple import FixedPlan, RandomPlanner, RulesPlanner, f
 from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, expected_regret, plan_quality, realised_utility, utility
 
 __all__ = [
+    "CACHED_CANDIDATES",
     "NUM_CONTEXT_FEATURES",
     "NUM_PLANS",
     "PLANS",

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, LOCAL_CANDIDATES, RELEASING_LEVELS
+from cda4rec_jax.planner.plan_space import CACHED_CANDIDATES, CANDIDATE_COUNTS, RELEASING_LEVELS
 
 _LEVEL_NAMES = tuple(level.name.lower() for level in RELEASING_LEVELS)
 _COUNT_NAMES = tuple(str(count) for count in CANDIDATE_COUNTS)
@@ -96,6 +96,7 @@ class Workload:
     device_dispatch_ms: tuple[float, float, float] = (4.0, 2.0, 1.0)
     device_planning_ms: tuple[float, float, float] = (0.09, 0.04, 0.02)
     ranking_flops_per_candidate: float = 2.0 * 4 * 64 * 200
+    resident_items: int = 100  # that a device ranks beside its cached candidates, piece by piece: they need no more memory
 
 
 def deployment_profile(workload: Workload | None = None) -> CostProfile:
@@ -105,7 +106,7 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
     profile_ms = declared.cloud_overhead_ms + declared.cloud_profile_tokens * cloud_ms_per_token
     device_flops = jnp.asarray(declared.device_flops_per_s)
     dispatch_ms = jnp.asarray(declared.device_dispatch_ms)
-    pools = jnp.asarray((*CANDIDATE_COUNTS, LOCAL_CANDIDATES), jnp.float32)
+    pools = jnp.asarray((*CANDIDATE_COUNTS, CACHED_CANDIDATES + declared.resident_items), jnp.float32)
     ranking_ms = dispatch_ms[:, None] + 1e3 * declared.ranking_flops_per_candidate * pools[None, :] / device_flops[:, None]
     retrieval_ms = declared.cloud_retrieval_ms * (1.0 + pools[: len(CANDIDATE_COUNTS)] / 1000.0)
     return CostProfile(
@@ -210,7 +211,7 @@ _KEYS_0_1 = {
 
 def _from_0_1(data: Mapping) -> dict:
     """Times as version 0.1 measured them: functions alone, one shape where there are several now; predicts what it predicted."""
-    ranking = {**data["ranking_ms"], "cache": data["ranking_ms"][str(LOCAL_CANDIDATES)]}
+    ranking = {**data["ranking_ms"], "cache": data["ranking_ms"][str(CACHED_CANDIDATES)]}
     abstract = {**dict.fromkeys(_LEVEL_NAMES, data["abstract_ms"]), "reuse": 0.0}
     return {
         **data,

@@ -18,7 +18,7 @@ from cda4rec_jax.messages import Context, EgressLevel, Link, Placement, Plan
 
 RELEASING_LEVELS = (EgressLevel.PROFILE, EgressLevel.RECENT, EgressLevel.FULL)
 CANDIDATE_COUNTS = (20, 100, 500)
-LOCAL_CANDIDATES = 100  # items of the device's candidate cache
+CACHED_CANDIDATES = 100  # that a device keeps from its last call, beside the resident items, whose records it always holds
 
 # Free memory a plan needs on the device: weights and activations of a .3B-parameter model at 4 bits (150 MB of weights), and the
 # activations of ranking 500 candidates at once; smaller candidate sets fit in what the app holds anyway.
@@ -67,7 +67,7 @@ def _local_plan(semantic: Placement, structured: Placement) -> Plan:
         semantic=semantic,
         retrieval=Placement.DEVICE_CACHE,
         level=EgressLevel.NOTHING,
-        num_candidates=LOCAL_CANDIDATES,
+        num_candidates=CACHED_CANDIDATES,
         structured=structured,
         ranking=Placement.DEVICE,
     )
@@ -146,8 +146,8 @@ def plan_problems(plan: Plan) -> list[str]:
         == (plan.level is not EgressLevel.NOTHING),
         f"num_candidates must be a whole number from {low} to {high}": isinstance(plan.num_candidates, int)
         and low <= plan.num_candidates <= high,
-        f"num_candidates must be {LOCAL_CANDIDATES} with retrieval DEVICE_CACHE": not local
-        or plan.num_candidates == LOCAL_CANDIDATES,
+        f"num_candidates must be {CACHED_CANDIDATES} with retrieval DEVICE_CACHE": not local
+        or plan.num_candidates == CACHED_CANDIDATES,
         "ranking CLOUD needs semantic CLOUD, and structured CLOUD or SKIP": not in_cloud
         or (fresh and plan.structured is not Placement.DEVICE),
         "structured CLOUD needs level FULL and ranking CLOUD": plan.structured is not Placement.CLOUD

@@ -17,7 +17,7 @@ from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
 from cda4rec_jax.pipeline.population import Population
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import MeasuredTimes, WeightScales, deployment_profile, measured_profile
+from cda4rec_jax.planner import MeasuredTimes, WeightScales, Workload, deployment_profile, measured_profile
 from cda4rec_jax.runs.directory import RunDirectory
 from cda4rec_jax.runs.provenance import provenance
 
@@ -60,7 +60,8 @@ class TrainedSystem:
     def world(self, profile: str = "deployment") -> PlanningWorld:
         """Costs, exposure and scales that the planner was trained with; ``profile`` "measured" takes this machine's times."""
         planner = self.run.read_json("planner")
-        costs = measured_profile(self.measured_times) if profile == "measured" else deployment_profile()
+        workload = Workload(resident_items=len(self.tables.resident_items))
+        costs = measured_profile(self.measured_times) if profile == "measured" else deployment_profile(workload)
         return PlanningWorld(
             profile=costs,
             exposure_by_level=jnp.asarray(self.run.read_json("exposure")["exposure"], jnp.float32),
@@ -113,7 +114,7 @@ def load_trained(path: Path | str) -> TrainedSystem:
     run = RunDirectory.open(path)
     config = run.read_config("system", SystemConfig)
     corpus = load_corpus(run)
-    tables = corpus.tables(ItemStatistics(**run.load_arrays("statistics")))
+    tables = corpus.tables(ItemStatistics(**run.load_arrays("statistics")), config.resident_items)
     shapes = nnx.eval_shape(
         lambda: System(config, jnp.zeros(corpus.text.shape, jnp.float32), corpus.prefix_size, rngs=nnx.Rngs(0))
     )

@@ -9,7 +9,8 @@ import numpy as np
 
 from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, Placement, UserAbstract
 from cda4rec_jax.pipeline.request import RequestFunctions
-from cda4rec_jax.pipeline.subtasks import CACHED_CANDIDATES, StructuredState, released_items
+from cda4rec_jax.pipeline.subtasks import StructuredState, released_items
+from cda4rec_jax.planner import CACHED_CANDIDATES
 from cda4rec_jax.privacy.levels import UplinkFields
 from cda4rec_jax.runtime.functions import (
     AbstractData,
@@ -47,7 +48,7 @@ class DeviceState:
         newest: what a FULL abstract would tell of it now, which is what structured modelling reads; it changes with the history alone.
         own_evidence: records of the items of ``newest``, leading axes [1, l].
         embedding: the last one that the cloud gave, or None.
-        cache: the candidates that came with it (none without it), then the popular items; scores where there are such.
+        cache: the candidates that came with it, then the resident items, all with scores; without it the resident items alone.
     """
 
     history: HistoryBatch
@@ -76,6 +77,7 @@ def device_state(
     history = jax.device_put(history)
     width = min(CACHED_CANDIDATES, functions.num_items)
     embedding, last = None, (np.zeros(width, np.int32), np.zeros(width, np.float32))
+    semantic = np.zeros(functions.embedding_size, np.float32)
     if cache_level is not EgressLevel.NOTHING:
         earlier = _abstract_data(functions.abstract(history, cache_level, cache_age_events))
         asked = UplinkFields(
@@ -88,12 +90,12 @@ def device_state(
             item_ids=earlier.item_ids,
             attributes=earlier.attributes,
         )
-        values = cloud.encode(asked)
-        embedding = CachedEmbedding(values=values, level=cache_level, age_events=cache_age_events)
-        last = cloud.retrieve(values, width)
-    kept = functions.cached(_candidates(*last), embedding is not None)
+        semantic = cloud.encode(asked)
+        embedding = CachedEmbedding(values=semantic, level=cache_level, age_events=cache_age_events)
+        last = cloud.retrieve(semantic, width)
+    kept = functions.local(_candidates(*last), semantic[None, :], embedding is not None)
     items, scores = np.asarray(kept.items)[0], np.asarray(kept.scores)[0]
-    has_score = (np.arange(len(items)) < width) & (items > 0)
+    has_score = (items > 0) & (embedding is not None)
     cache = CandidatePool(
         items=items,
         scores=scores,

@@ -23,7 +23,7 @@ from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
 from cda4rec_jax.pipeline.planners import mean_quality, possible_plans
 from cda4rec_jax.pipeline.population import Population
 from cda4rec_jax.pipeline.system import System
-from cda4rec_jax.planner import WeightScales, deployment_profile
+from cda4rec_jax.planner import WeightScales, Workload, deployment_profile
 from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.processes import any_process, from_first
 from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_users
@@ -104,7 +104,7 @@ class Trainer:
         )
         self._withheld = None if withheld is None else np.flatnonzero(withheld)
         # While the deciders learn, tables must not know the withheld events; they would give the targets away.
-        self.tables = corpus.tables(corpus.statistics(withheld))
+        self.tables = corpus.tables(corpus.statistics(withheld), config.system.resident_items)
         self.num_steps = len(self.source)
         system = System(config.system, jnp.asarray(corpus.text), corpus.prefix_size, rngs=nnx.Rngs(train.seed))
         self.graph, trunk, deciders, self.frozen = split_system(system)
@@ -141,7 +141,7 @@ class Trainer:
     def _planning_world(self, exposure: tuple[float, ...]) -> PlanningWorld:
         """The world before anything is measured of quality: the deployment that is modelled, and provisional scales."""
         return PlanningWorld(
-            profile=deployment_profile(),
+            profile=deployment_profile(Workload(resident_items=len(self.tables.resident_items))),
             exposure_by_level=jnp.asarray(exposure, jnp.float32),
             sizes=payload_sizes(self.population.catalogue(self.weights())),
             scales=WeightScales.of(quality_gap=0.05, latency_gap_ms=100.0, energy_gap_mj=100.0, exposure_gap=0.5),

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,6 +65,14 @@ def test_the_device_alone_over_the_catalogue_ranks_popular_items_as_its_local_pl
     assert found.any()
     # All items of the local pool are in the catalogue, with the same scores, so more can only stand ahead.
     assert np.all(whole[found] >= local[found]) and whole.max() <= trained.corpus.interactions.num_items
+
+
+def test_a_device_that_holds_every_record_ranks_the_whole_catalogue_locally(trained: TrainedSystem, asked):
+    every = jnp.arange(1, trained.corpus.interactions.num_items + 1)
+    parts = {name: getattr(trained, name) for name in ("run", "config", "corpus", "graph", "weights")}
+    holding = TrainedSystem(tables=replace(trained.tables, resident_items=every), **parts)
+    ranks = plan_ranks(holding, *asked, level=EgressLevel.NOTHING)[:, plan_index("local-skip-device")]
+    np.testing.assert_array_equal(ranks, device_alone_ranks(holding, *asked))
 
 
 def test_the_weight_of_the_cloud_turns_the_devices_order_into_the_clouds(trained: TrainedSystem, asked):

@@ -40,7 +40,7 @@ def refits(scripts: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
         asked.append({"path": path, "out": out, **arguments})
         shutil.copytree(path, out, dirs_exist_ok=overwrite)
 
-    for name in ("joint_vs_separate", "contributions"):
+    for name in ("joint_vs_separate", "contributions", "replay"):
         monkeypatch.setattr(scripts(name), "refit_deciders", copy)
     return asked
 

@@ -19,7 +19,13 @@ STEPS = 3
 
 
 def test_replay_holds_schedulers_against_each_other_at_equal_calls(
-    scripts: Scripts, options: Any, work: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripts: Scripts,
+    options: Any,
+    work: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refits: list[dict[str, Any]],
 ):
     replay, trained_on = scripts("replay"), []
 
@@ -54,6 +60,12 @@ def test_replay_holds_schedulers_against_each_other_at_equal_calls(
         for name, hits in others.items():
             assert row[f"minus {name}"]["mean"] == pytest.approx(rows[row["scheduler"], 0.3]["hit_rate@10"] - hits)
     assert [row["age_events"] for row in result["by_age_of_the_cache"]] == [1, 2, 3]
+    assert result["resident_items"] == 100 and "100 most popular items" in replay.page(result) and not refits
+
+    replay.main(replace(options, users=40), steps=STEPS, draws=1, shares=(0.5,), resident_items=120)
+    (refit,) = refits
+    assert refit["system"] == replace(config.system, resident_items=120) and "before-last-3" in str(refit["path"])
+    assert (tmp_path / "replay-synthetic-resident-120.json").exists() and len(trained_on) == 1
 
 
 def test_bad_settings_of_a_replay_are_refused_before_anything_is_trained(scripts: Scripts, options: Any):
@@ -61,6 +73,7 @@ def test_bad_settings_of_a_replay_are_refused_before_anything_is_trained(scripts
         ({"steps": 1}, "at least 2 steps"),
         ({"shares": (1.0,)}, "shares in 0..1"),
         ({"steps": 500}, "fewer --steps"),
+        ({"resident_items": 0}, "at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             scripts("replay").main(options, **setting)

@@ -6,16 +6,14 @@ import numpy as np
 from cda4rec_jax.messages import EgressLevel, Placement
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
-from cda4rec_jax.pipeline.outcomes import Scores, View, fusion_cross_entropy, plan_group, plan_slates, target_ranks, view_name
+from cda4rec_jax.pipeline.outcomes import GROUPS, LOCAL, Scores, View, fusion_cross_entropy, plan_group, plan_slates, target_ranks
 from cda4rec_jax.pipeline.subtasks import rank_slate, unseen
 from cda4rec_jax.planner import PLANS, PlanSpace, fresh_plan, plan_index
 
 
 def views_and_scores(items, allowed, scores) -> tuple[dict[str, View], Scores]:
-    names = {view_name(plan) for plan in PLANS}
     view = View(items=jnp.asarray(items), allowed=jnp.asarray(allowed), features=jnp.zeros((*np.shape(items), 1)))
-    groups = {plan_group(plan) for plan in PLANS}
-    return {name: view for name in names}, {group: jnp.asarray(scores) for group in groups}
+    return {group.view: view for group in GROUPS}, {group: jnp.asarray(scores) for group in GROUPS}
 
 
 def test_a_tie_counts_against_the_target():
@@ -61,19 +59,19 @@ def test_fusion_cross_entropy_is_that_of_the_allowed_candidates():
 
 
 def test_every_plan_ranks_its_own_pool_with_its_own_scores():
-    generator, names = np.random.default_rng(0), sorted({view_name(plan) for plan in PLANS})
+    generator, names = np.random.default_rng(0), sorted({group.view for group in GROUPS})
     views, scores = {}, {}
     for name in names:
-        items = np.stack([generator.permutation(300)[: 150 if "local" in name else 250] + 1 for _ in range(8)])
+        items = np.stack([generator.permutation(300)[: 150 if name == LOCAL else 250] + 1 for _ in range(8)])
         allowed = jnp.asarray(generator.random(items.shape) < 0.9)
         views[name] = View(items=jnp.asarray(items), allowed=allowed, features=jnp.zeros((*items.shape, 1)))
-    for group in {plan_group(plan) for plan in PLANS}:
-        scores[group] = jnp.asarray(generator.normal(size=views[group[0]].items.shape), jnp.float32)
+    for group in GROUPS:
+        scores[group] = jnp.asarray(generator.normal(size=views[group.view].items.shape), jnp.float32)
     targets = jnp.full(8, 7)
     ranks, (losses, present) = target_ranks(scores, views, targets), fusion_cross_entropy(scores, views, targets)
     assert 0.2 < np.mean(np.asarray(present)) < 0.9
     for number, plan in enumerate(PLANS):
-        view, logits = views[view_name(plan)], np.asarray(scores[plan_group(plan)], np.float64)
+        view, logits = views[plan_group(plan).view], np.asarray(scores[plan_group(plan)], np.float64)
         limit = None if plan.retrieval is Placement.DEVICE_CACHE else plan.num_candidates
         for user in range(8):
             allowed = np.asarray(view.allowed)[user, :limit]

@@ -65,7 +65,7 @@ def shop() -> SimpleNamespace:
         nnx.update(decoder, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(rngs(), x.shape), nnx.state(decoder, nnx.Param)))
     head = system.device.head
     head.linear[...] = jax.random.normal(jax.random.key(1), head.linear[...].shape)
-    catalogue = build_catalogue(system.cloud, system.device, corpus.tables(corpus.statistics()))
+    catalogue = build_catalogue(system.cloud, system.device, corpus.tables(corpus.statistics(), CONFIG.resident_items))
     lengths = np.diff(corpus.interactions.offsets)
     # The shortest and the longest past, and some between: fewer and more events than a model reads.
     users = np.argsort(lengths, kind="stable")[np.linspace(0, 59, len(CACHES)).astype(int)]

@@ -132,6 +132,11 @@ def without_structure(features: CandidateFeatures) -> CandidateFeatures:
     return features * jnp.asarray([name in CLOUD_FEATURES for name in FEATURES], features.dtype)[None, None, :]
 
 
+def without_semantics(features: CandidateFeatures) -> CandidateFeatures:
+    """The features as they are where there is no semantic score."""
+    return features * jnp.asarray([name not in SEMANTIC_FEATURES for name in FEATURES], features.dtype)[None, None, :]
+
+
 def _rarity(log_popularity: Array) -> Array:
     """About the inverse root of an item's number of events, in units of an item with a sixth of the largest logarithm."""
     return jnp.exp(0.5 - 3.0 * log_popularity)
