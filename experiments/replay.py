@@ -56,7 +56,7 @@ from cda4rec_jax.evaluation.schedulers import (
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.metrics import hit_rate
 from cda4rec_jax.pipeline.corpus import Corpus
-from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
+from cda4rec_jax.pipeline.decisions import PlanningWorld, resident_item_bytes
 from cda4rec_jax.pipeline.planners import PlugIn
 from cda4rec_jax.planner import CACHED_CANDIDATES, RulesPlanner, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
@@ -207,8 +207,7 @@ def _trained_before(study: Study, seed: int, steps: int) -> TrainedSystem:
 def _resident(study: Study, setting: Setting) -> dict[str, Any]:
     """What devices hold for good, and what that weighs."""
     catalogue = _trained(study, 0, setting).catalogue
-    count, width = catalogue.resident_vectors.shape
-    record = payload_sizes(catalogue).evidence_bytes + width + 4  # an item vector of the cloud's in 8 bits, and its scale
+    count, record = len(catalogue.resident_items), resident_item_bytes(catalogue)
     return {"resident_items": count, "resident_kb": record * count / 1e3, "record_bytes": int(record)}
 
 

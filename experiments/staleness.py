@@ -33,7 +33,7 @@ from harness import (
 from cda4rec_jax.data import Split
 from cda4rec_jax.evaluation.conditions import CLOUD_WEIGHTS, can_be_stale, device_alone_ranks, mixture_ranks
 from cda4rec_jax.metrics import MISS_RANK
-from cda4rec_jax.pipeline.decisions import payload_sizes
+from cda4rec_jax.pipeline.decisions import payload_sizes, resident_item_bytes
 from cda4rec_jax.planner import CACHED_CANDIDATES
 
 QUESTION = "What is the device worth when the cloud's view of the user lags by n events?"
@@ -116,11 +116,11 @@ def _device_alone(study: Study) -> list[np.ndarray]:
 def _bytes(study: Study) -> dict[str, Any]:
     """What the records of candidates weigh, with their ids and scores, as they travel."""
     catalogue = study.ours(0).catalogue
-    record, pool = payload_sizes(catalogue).evidence_bytes, CACHED_CANDIDATES + len(catalogue.resident_items)
+    record, num_resident = payload_sizes(catalogue).evidence_bytes, len(catalogue.resident_items)
     return {
         "record_bytes": int(record),
-        "fused_pool_items": pool,
-        "fused_pool_kb": record * pool / 1e3,
+        "fused_pool_items": CACHED_CANDIDATES + num_resident,
+        "fused_pool_kb": (record * CACHED_CANDIDATES + resident_item_bytes(catalogue) * num_resident) / 1e3,
         "catalogue_mb": record * study.interactions.num_items / 1e6,
         "catalogue_mb_at_items": {str(count): record * count / 1e6 for count in OTHER_CATALOGUES},
         "limit_mb": MAX_DEVICE_MB,

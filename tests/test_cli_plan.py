@@ -41,7 +41,7 @@ def fits(text: str) -> bool:
 def test_explain_tells_terms_rules_and_flips_as_json(cli: Cli) -> None:
     flags = ("--run", RUN, "--user", USER, "--consent", "profile", "--free-memory-mb", 100)
     code, out, err = cli("plan", "explain", *flags, "--json")
-    assert code == 0, err
+    assert (code, err) == (0, "")
     told = json.loads(out)
     assert told["context"]["consent"] == "PROFILE" and told["context"]["free_memory_mb"] == 100
     assert told["ranked"][0]["name"] == told["chosen"] and told["ranked"][1]["name"] == told["runner_up"]
@@ -56,11 +56,11 @@ def test_recommend_appends_a_trace_and_replay_reads_it(cli: Cli, traces: Path, t
     file, report = tmp_path / "traces.jsonl", tmp_path / "replay.json"
     file.write_bytes(traces.read_bytes())
     code, _, err = cli("recommend", "--run", RUN, "--user", USER, "--link", "offline", "--traces", file)
-    assert code == 0, err
+    assert (code, err) == (0, "")
     lines = file.read_text().splitlines()
     assert len(lines) == 3 and json.loads(lines[-1])["plan"].startswith("local-") and USER not in lines[-1]
     code, out, err = cli("plan", "replay", "--traces", file, "--run", RUN, "--json", report)
-    assert code == 0, err
+    assert (code, err) == (0, "")
     assert fits(out) and "equal plans: 3 of 3 (100.0%)" in out
     assert json.loads(report.read_text())["num_traces"] == 3
 
@@ -68,7 +68,8 @@ def test_recommend_appends_a_trace_and_replay_reads_it(cli: Cli, traces: Path, t
 def test_diff_of_a_run_with_itself_agrees(cli: Cli, tmp_path: Path) -> None:
     report = tmp_path / "diff.json"
     code, out, err = cli("plan", "diff", "--run", RUN, "--other", RUN, "--requests", 100, "--json", report)
-    assert code == 0, err
+    assert code == 0
+    assert all(line.startswith("requests of run ") for line in err.splitlines())  # told every ten seconds, on a slow machine
     assert max(map(len, (line for line in out.splitlines() if str(RUN) not in line))) <= 100
     assert "equal plans: 100.0%" in out and "link 3g" in out
     told = json.loads(report.read_text())

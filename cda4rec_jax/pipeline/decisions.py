@@ -83,6 +83,11 @@ def payload_sizes(catalogue: Catalogue) -> PayloadSizes:
     )
 
 
+def resident_item_bytes(catalogue: Catalogue) -> float:
+    """Bytes of what a device holds of one resident item: its record, and its item vector in 8 bits with a scale."""
+    return payload_sizes(catalogue).evidence_bytes + catalogue.resident_vectors.shape[1] + 4.0
+
+
 def realised_costs(world: PlanningWorld, context: Context, realisation: Realisation) -> PlanCosts:
     """Costs of every plan over the link as it turned out."""
     up_bytes, down_bytes = plan_bytes(context, world.sizes, world.space)

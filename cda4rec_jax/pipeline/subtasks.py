@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.agents.cloud import CloudAgent
 from cda4rec_jax.agents.device import DeviceAgent
-from cda4rec_jax.agents.device.features import FEATURES, candidate_features, cloud_features, structured_features
+from cda4rec_jax.agents.device.features import candidate_features, cloud_features, structured_features, with_zeros
 from cda4rec_jax.array_typing import (
     Array,
     CandidateFeatures,
@@ -198,7 +198,7 @@ def score_features(
             structured.items, structured.lengths, structured.evidence, structured.state, evidence, num_items
         )
     features = candidate_features(cloud, own)
-    return features * jnp.asarray([name not in without for name in FEATURES], jnp.float32)[None, None, :] if without else features
+    return with_zeros(features, without) if without else features
 
 
 def unseen(items: CandidateItems, seen: Int[Array, "b seen"], num_items: int) -> Bool[Array, "b c"]:

@@ -129,12 +129,17 @@ def candidate_features(cloud: Float[Array, "b c g"], structured: Float[Array, "b
 
 def without_structure(features: CandidateFeatures) -> CandidateFeatures:
     """The features as they are where structured user modelling was skipped."""
-    return features * jnp.asarray([name in CLOUD_FEATURES for name in FEATURES], features.dtype)[None, None, :]
+    return with_zeros(features, STRUCTURED_FEATURES)
 
 
 def without_semantics(features: CandidateFeatures) -> CandidateFeatures:
     """The features as they are where there is no semantic score."""
-    return features * jnp.asarray([name not in SEMANTIC_FEATURES for name in FEATURES], features.dtype)[None, None, :]
+    return with_zeros(features, SEMANTIC_FEATURES)
+
+
+def with_zeros(features: CandidateFeatures, names: tuple[str, ...]) -> CandidateFeatures:
+    """The features with 0 in those of these names."""
+    return features * jnp.asarray([name not in names for name in FEATURES], features.dtype)[None, None, :]
 
 
 def _rarity(log_popularity: Array) -> Array:
