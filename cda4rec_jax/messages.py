@@ -12,6 +12,7 @@ import enum
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt16
 
 from cda4rec_jax.array_typing import (
@@ -236,10 +237,21 @@ class Evidence:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Retrieved items, best first; 0 where there is none."""
+    """What is ranked at last: items, 0 where there is none, and what retrieval knows of them."""
 
     items: CandidateItems
-    scores: CandidateScores  # dot product with the semantic embedding; 0 where semantic modelling was skipped
+    scores: CandidateScores  # dot product with the semantic embedding; 0 where there is none
+    present: Float[Array, "b c"]  # 1 where there is such a product
+    ranks: Float[
+        Array, "b c"
+    ]  # place in the catalogue's order by that product, from 0; estimated where not the whole of it was searched
+
+    @classmethod
+    def retrieved(cls, items: CandidateItems, scores: CandidateScores) -> "Candidates":
+        """What a search of the whole catalogue found, best first."""
+        # Constants are NumPy arrays: a request need not make them where JAX computes.
+        ranks = np.broadcast_to(np.arange(items.shape[1], dtype=np.float32), items.shape)
+        return cls(items=items, scores=scores, present=np.ones(items.shape, np.float32), ranks=ranks)
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,7 @@ from cda4rec_jax.runtime import (
     ExecutorConfig,
     Request,
 )
-from cda4rec_jax.runtime.functions import AbstractData, CachedEmbedding, CandidatePool
+from cda4rec_jax.runtime.functions import AbstractData, CachedEmbedding, CandidatePool, EvidenceRows
 from cda4rec_jax.runtime.wire import EVIDENCE_FIELDS, decode_request
 
 MOMENTS = {
@@ -131,6 +131,9 @@ def cloud() -> CloudService:
 def _device(trial: Trial) -> DeviceFunctions:
     items = np.arange(1, 11, dtype=np.int32)
 
+    def pool(items: np.ndarray, scores: np.ndarray, evidence: EvidenceRows, embedding: CachedEmbedding | None) -> CandidatePool:
+        return CandidatePool(items=items, scores=scores, evidence=evidence, embedding=embedding)
+
     def abstract(level: EgressLevel) -> AbstractData:
         trial.prepare()
         ids = {EgressLevel.PROFILE: (), EgressLevel.RECENT: (7, 9), EgressLevel.FULL: (5, 7, 9)}[level]
@@ -146,14 +149,8 @@ def _device(trial: Trial) -> DeviceFunctions:
         abstract=abstract,
         structured=trial.structured,
         cached_embedding=cached,
-        cached_candidates=lambda semantic: CandidatePool(
-            items=items,
-            scores=np.zeros(10, np.float32),
-            present=np.zeros(10, np.float32),
-            evidence=_evidence(items),
-            age_events=0,
-            level=EgressLevel.NOTHING,
-        ),
+        cached_candidates=lambda semantic: pool(items, np.zeros(10, np.float32), _evidence(items), None),
+        complete=pool,
         rank=lambda pool, structured: (pool.items[:SLATE], pool.scores[:SLATE]),
         finish=lambda items, scores: (items[:SLATE], scores[:SLATE]),
     )

@@ -206,7 +206,7 @@ class Lab:
             raise MemoryError
 
         if scenario == SLOW:
-            names = ("abstract", "structured", "cached_candidates", "rank")
+            names = ("abstract", "structured", "cached_candidates", "complete", "rank")
             return dataclasses.replace(functions, **{name: slow(getattr(functions, name)) for name in names})
         return dataclasses.replace(functions, structured=fail) if scenario == MEMORY else functions
 

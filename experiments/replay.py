@@ -207,7 +207,7 @@ def _trained_before(study: Study, seed: int, steps: int) -> TrainedSystem:
 def _resident(study: Study, setting: Setting) -> dict[str, Any]:
     """What devices hold for good, and what that weighs."""
     catalogue = _trained(study, 0, setting).catalogue
-    count, record = len(catalogue.resident_items), resident_item_bytes(catalogue)
+    count, record = len(catalogue.residents.items), resident_item_bytes(catalogue)
     return {"resident_items": count, "resident_kb": record * count / 1e3, "record_bytes": int(record)}
 
 

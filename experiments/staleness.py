@@ -33,7 +33,7 @@ from harness import (
 from cda4rec_jax.data import Split
 from cda4rec_jax.evaluation.conditions import CLOUD_WEIGHTS, can_be_stale, device_alone_ranks, mixture_ranks
 from cda4rec_jax.metrics import MISS_RANK
-from cda4rec_jax.pipeline.decisions import payload_sizes, resident_item_bytes
+from cda4rec_jax.pipeline.decisions import record_bytes, resident_item_bytes
 from cda4rec_jax.planner import CACHED_CANDIDATES
 
 QUESTION = "What is the device worth when the cloud's view of the user lags by n events?"
@@ -116,7 +116,7 @@ def _device_alone(study: Study) -> list[np.ndarray]:
 def _bytes(study: Study) -> dict[str, Any]:
     """What the records of candidates weigh, with their ids and scores, as they travel."""
     catalogue = study.ours(0).catalogue
-    record, num_resident = payload_sizes(catalogue).evidence_bytes, len(catalogue.resident_items)
+    record, num_resident = record_bytes(catalogue) + 8, len(catalogue.residents.items)  # with id and score
     return {
         "record_bytes": int(record),
         "fused_pool_items": CACHED_CANDIDATES + num_resident,

@@ -15,7 +15,16 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.rank_candidates import empty_cache, extend_history
 from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, Slate
 from cda4rec_jax.nn import embed
-from cda4rec_jax.pipeline.subtasks import StructuredState, rank_slate, score_features, structure_sequences, unseen
+from cda4rec_jax.pipeline.request import Held
+from cda4rec_jax.pipeline.subtasks import (
+    StructuredState,
+    each_once,
+    rank_slate,
+    score_features,
+    structure_sequences,
+    unseen,
+    with_residents,
+)
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.runtime.functions import CandidatePool
 from cda4rec_jax.runtime.models import device_functions
@@ -30,7 +39,7 @@ class DevicePath:
     """One request on the device.
 
     Attributes:
-        candidates: that it ranks.
+        candidates: of the cloud that it ranks, beside resident items.
         tokens: of the history and its prefix.
         path: from the history and the candidates as they came over the wire to the slate, NumPy to NumPy.
         together: the kernels one after the other, from arrays that are in place.
@@ -112,23 +121,25 @@ def _kernels(
     state = result("decoder", decoder, tokens, count)
     own = StructuredState(state=state, items=full.items, lengths=num_tokens - 1, evidence=device.state.own_evidence)
 
-    num_items, without = recommender.functions.num_items, config.without_features
+    num_items, without, held = recommender.functions.num_items, config.without_features, recommender.functions.held
+    assert pool.embedding is not None
+
+    def search(found: Candidates, sent: Evidence, semantic: Any, state: Any, held: Held) -> tuple[Candidates, Evidence]:
+        known = jnp.ones(1, bool)
+        candidates = each_once(*with_residents(found, semantic, known, state, held.residents, num_items))
+        return candidates, held.records(candidates.items, sent)
+
+    sent = {name: values[None, ...] for name, values in pool.evidence.items()}
+    found = Candidates.retrieved(pool.items[None, :], pool.scores[None, :])
+    of_cloud = jax.device_put((found, Evidence(**sent), pool.embedding.values[None, :]))
+    candidates, evidence = result("resident items", jax.jit(search), *of_cloud, state, held)
     features = jax.jit(
-        lambda candidates, evidence, own, present, age, level: score_features(
-            candidates, evidence, own, present=present, age_events=age, level=level, num_items=num_items, without=without
+        lambda candidates, evidence, own, age, level: score_features(
+            candidates, evidence, own, age_events=age, level=level, num_items=num_items, without=without
         )
     )
-    rows = {name: values[None, ...] for name, values in pool.evidence.items()}
-    given = jax.device_put(
-        (
-            Candidates(items=pool.items[None, :], scores=pool.scores[None, :]),
-            Evidence(**rows),
-            own,
-            pool.present[None, :],
-            np.full(1, pool.age_events, np.float32),
-            np.full(1, int(pool.level), np.int32),
-        )
-    )
+    about = (np.full(1, pool.embedding.age_events, np.float32), np.full(1, int(pool.embedding.level), np.int32))
+    given = (candidates, evidence, own, *jax.device_put(about))
     described = result("features", features, *given)
     scores = result("fusion head", jax.jit(agent.head), described)
     items, seen = given[0].items, jnp.asarray(device.history.seen)

@@ -14,12 +14,14 @@ from cda4rec_jax.messages import EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import target_rank
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.full_ranking import device_full_ranks
-from cda4rec_jax.pipeline.outcomes import LOCAL, compute_views, outcomes
+from cda4rec_jax.pipeline.outcomes import REUSE, compute_views, outcomes, plan_pool
 from cda4rec_jax.pipeline.system import System, SystemConfig
+from cda4rec_jax.planner import PLANS, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
 Progress = Callable[[int, int], None]
 CLOUD_WEIGHTS = tuple(np.linspace(0.0, 1.0, 11).round(1).tolist())
+_POOL_OF = PLANS[plan_index("local-reuse-device")]
 _FROM_THE_CLOUD = np.array([name in SEMANTIC_FEATURES for name in FEATURES])
 
 
@@ -68,7 +70,7 @@ def mixture_ranks(
 ) -> Int[np.ndarray, "n w"]:
     """Rank of each target in the candidate cache by ``w cloud + (1 - w) device`` for every w of ``CLOUD_WEIGHTS``.
 
-    The pool is that of the plan ``local-reuse-device``: the best 100 of the view of ``age_events`` ago and the resident items. ``cloud``
+    The pool is that of the plan ``local-reuse-device``: the best 100 of the view of ``age_events`` ago and resident items. ``cloud``
     is that view's score (the lowest of the pool where an item has none), ``device`` the fusion head's without anything from the cloud;
     both standardised over each user's pool.
     """
@@ -115,16 +117,17 @@ def _mixture_ranks(
     levels = jnp.full(history.lengths.shape, EgressLevel.FULL.value, jnp.int32)
     ages = jnp.broadcast_to(age_events, history.lengths.shape)
     views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config)
-    view = views[LOCAL]
-    features = view.features
-    scored = view.allowed & (features[..., FEATURES.index("cloud_present")] > 0)
+    view = views[REUSE]
+    features, pool = view.features, plan_pool(_POOL_OF, view).mask(view.num_candidates, view.places)
+    allowed = view.allowed & pool
+    scored = allowed & (features[..., FEATURES.index("cloud_present")] > 0)
     cloud = features[..., FEATURES.index("cloud_score")]
     lowest = jnp.min(jnp.where(scored, cloud, jnp.inf), axis=1, keepdims=True)
     cloud = jnp.where(scored, cloud, jnp.where(jnp.isfinite(lowest), lowest, 0.0))
     device = system.device.head(features * jnp.asarray(~_FROM_THE_CLOUD, jnp.float32)[None, None, :])
-    cloud, device = (_standardised(scores, view.allowed) for scores in (cloud, device))
-    is_target = view.items == history.targets[:, None]
-    ranks = [target_rank(weight * cloud + (1.0 - weight) * device, is_target, view.allowed) for weight in CLOUD_WEIGHTS]
+    cloud, device = (_standardised(scores, allowed) for scores in (cloud, device))
+    is_target = (view.items == history.targets[:, None]) & pool
+    ranks = [target_rank(weight * cloud + (1.0 - weight) * device, is_target, allowed) for weight in CLOUD_WEIGHTS]
     return jnp.stack(ranks, axis=1)
 
 

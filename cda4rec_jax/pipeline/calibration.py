@@ -109,29 +109,26 @@ def subtask_calls(functions: RequestFunctions, corpus: Corpus, config: SystemCon
             calls[field, name] = lambda level=level: functions.abstract(history, level, 0)
         calls["semantic_ms", name] = lambda abstract=abstract: functions.semantic(abstract)
     calls["abstract_ms", "reuse"] = calls["abstract_beside_ms", "reuse"] = lambda: None
-    pools = {}
-    for count in CANDIDATE_COUNTS:
-        pools[str(count)] = functions.retrieve(semantic, count)
-        calls["retrieval_ms", str(count)] = lambda count=count: functions.retrieve(semantic, count)
-        calls["retrieval_evidence_ms", str(count)] = lambda count=count: _with_records(functions, semantic, count)
-    last = jax.tree.map(np.asarray, functions.retrieve(semantic, CACHED_CANDIDATES))
-    pools["cache"] = functions.local(last, semantic, True)
-    calls["cache_retrieval_ms", ""] = lambda: functions.local(last, semantic, True)
     for name in ("structured_ms", "structured_cloud_ms"):
         calls[name, ""] = lambda: functions.structured(full, own)
-    for name, pool in pools.items():
-        evidence, present = functions.evidence(np.asarray(pool.items)), np.ones(pool.items.shape, np.float32)
+    calls["cache_retrieval_ms", ""] = lambda: None  # what is kept is at hand
+    for count in CANDIDATE_COUNTS:
+        calls["retrieval_ms", str(count)] = lambda count=count: functions.retrieve(semantic, count)
+        calls["retrieval_evidence_ms", str(count)] = lambda count=count: _with_records(functions, semantic, count)
+    for name, count in {**{str(count): count for count in CANDIDATE_COUNTS}, "cache": CACHED_CANDIDATES}.items():
+        items, scores = functions.retrieve(semantic, count)
         for field, state in (("ranking_ms", structured), ("ranking_skip_ms", None)):
-            given = (pool, evidence, state, present, 0.0, EgressLevel.FULL)
-            calls[field, name] = lambda given=given: functions.rank(*given, history.seen, SLATE)
+            of_cloud = (items, scores, functions.evidence(items), state)
+            given = (*of_cloud, np.asarray(semantic), 0.0, EgressLevel.FULL, history.seen, SLATE)
+            calls[field, name] = lambda given=given: functions.rank(*given)
             if name == str(CLOUD_CANDIDATES):
                 key = "skip" if state is None else "cloud"
-                calls["ranking_cloud_ms", key] = lambda given=given: functions.score(*given)
+                calls["ranking_cloud_ms", key] = lambda of_cloud=of_cloud: functions.score(*of_cloud, EgressLevel.FULL)
     return {bucket: lambda number, call=call: _done(call()) for bucket, call in calls.items()}
 
 
 def _with_records(functions: RequestFunctions, semantic: jax.Array, count: int) -> Any:
-    return functions.evidence(np.asarray(functions.retrieve(semantic, count).items))
+    return functions.evidence(functions.retrieve(semantic, count)[0])
 
 
 def _done(result: Any) -> None:

@@ -38,14 +38,24 @@ class ItemTables:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Residents:
+    """The resident items, which every device holds: they say nothing about its user. Vectors follow a row of padding."""
+
+    items: Int[Array, "r"]  # the most popular one first
+    vectors: Float[Array, "padded d"]  # of the cloud's index, rounded to 8 bits
+    own_vectors: Float[Array, "padded e"]  # of the device agent, as in the records
+    share: Float[Array, ""]  # of all training events
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Catalogue:
     """All items as the cloud holds them: index vectors, and the records that may travel to a device."""
 
     vectors: ItemVectors
     evidence: Evidence
     categories: CategoryShares
-    resident_items: Int[Array, "r"]  # the most popular ones, which every device holds: they say nothing about its user
-    resident_vectors: Float[Array, "r d"]  # as devices hold them, beside the records
+    residents: Residents
 
     @property
     def num_items(self) -> int:
@@ -80,6 +90,7 @@ def build_catalogue(cloud: CloudAgent, device: DeviceAgent, tables: ItemTables) 
     vectors = cloud.items.vectors()
     device_vectors, vector_scales = quantise_rows(device.item_vectors(vectors))
     text, text_scales = quantise_rows(tables.text)
+    padded = jnp.pad(tables.resident_items, (1, 0))
     evidence = Evidence(
         vectors=device_vectors,
         vector_scales=vector_scales,
@@ -98,6 +109,10 @@ def build_catalogue(cloud: CloudAgent, device: DeviceAgent, tables: ItemTables) 
         vectors=vectors,
         evidence=evidence,
         categories=tables.categories,
-        resident_items=tables.resident_items,
-        resident_vectors=dequantise_rows(*quantise_rows(vectors[tables.resident_items])),
+        residents=Residents(
+            items=tables.resident_items,
+            vectors=dequantise_rows(*quantise_rows(vectors[padded])),
+            own_vectors=dequantise_rows(device_vectors[padded], vector_scales[padded]),
+            share=tables.train_counts[tables.resident_items].sum() / jnp.maximum(tables.train_counts.sum(), 1),
+        ),
     )

@@ -72,20 +72,26 @@ def facts_of(history: HistoryBatch, tables: ItemTables, max_cache_age: int) -> U
 
 
 def payload_sizes(catalogue: Catalogue) -> PayloadSizes:
-    """Bytes of what travels, from the shapes of what there is."""
-    evidence = catalogue.evidence
-    record = sum(leaf[0].size * leaf.dtype.itemsize for leaf in jax.tree.leaves(evidence))
-    scored = 4 + 4  # item index and score
+    """Bytes of what travels, from the shapes of what there is. Records of resident items stay where they are.
+
+    A candidate counts as resident as often as a training event's item is, which is less than it is: models find popular items first.
+    """
+    scored, elsewhere = 4 + 4, 1.0 - catalogue.residents.share  # item index and score
     return PayloadSizes(
         embedding_bytes=4.0 * catalogue.vectors.shape[1],
-        evidence_bytes=float(record + scored),
-        scored_item_bytes=float(scored + evidence.log_popularity.dtype.itemsize),
+        evidence_bytes=scored + elsewhere * record_bytes(catalogue),
+        scored_item_bytes=scored + elsewhere * catalogue.evidence.log_popularity.dtype.itemsize,
     )
+
+
+def record_bytes(catalogue: Catalogue) -> int:
+    """Bytes of the record of one item."""
+    return sum(leaf[0].size * leaf.dtype.itemsize for leaf in jax.tree.leaves(catalogue.evidence))
 
 
 def resident_item_bytes(catalogue: Catalogue) -> float:
     """Bytes of what a device holds of one resident item: its record, and its item vector in 8 bits with a scale."""
-    return payload_sizes(catalogue).evidence_bytes + catalogue.resident_vectors.shape[1] + 4.0
+    return record_bytes(catalogue) + catalogue.residents.vectors.shape[1] + 4.0
 
 
 def realised_costs(world: PlanningWorld, context: Context, realisation: Realisation) -> PlanCosts:

@@ -62,7 +62,8 @@ def device_full_ranks(device: DeviceAgent, catalogue: Catalogue, history: Histor
     structured = model_structure(device, full, abstract_evidence(catalogue, full))
     # Padding, row 0, stands first as it does in that plan: scores of the decoder are counted from the first candidate's.
     num_rows = catalogue.num_items + 1
-    every = Candidates(items=jnp.arange(num_rows)[None, :], scores=jnp.zeros((1, num_rows)))
+    none = jnp.zeros((1, num_rows))
+    every = Candidates(items=jnp.arange(num_rows)[None, :], scores=none, present=none, ranks=none)
     evidence, nothing = jax.tree.map(lambda table: table[None], catalogue.evidence), jnp.zeros((1,), jnp.int32)
 
     def one(user: Array) -> Array:
@@ -72,7 +73,6 @@ def device_full_ranks(device: DeviceAgent, catalogue: Catalogue, history: Histor
             every,
             evidence,
             own,
-            present=jnp.zeros((1, num_rows)),
             age_events=jnp.zeros((1,)),
             level=nothing,
             num_items=catalogue.num_items,

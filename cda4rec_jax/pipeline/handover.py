@@ -1,7 +1,7 @@
 """Candidates and their records, handed to a compiled program as few arrays: each one costs more than a microsecond, whatever its size."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
-from cda4rec_jax.array_typing import Array
+from cda4rec_jax.array_typing import Array, CandidateItems, CandidateScores
 from cda4rec_jax.messages import Candidates, Evidence
 
 Joined = tuple[Array, ...]  # flat, of unsigned integers, one for each size of a number
@@ -34,16 +33,15 @@ class Handover:
 
     def __init__(self, evidence: Evidence) -> None:
         number, code = np.dtype(np.float32), np.dtype(np.int32)
-        own = [Column("items", code, ()), Column("scores", number, ()), Column("present", number, ())]
+        own = [Column("items", code, ()), Column("scores", number, ())]
         records = {each.name: getattr(evidence, each.name) for each in fields(Evidence)}
         self._records = [Column(name, rows.dtype, rows.shape[1:]) for name, rows in records.items()]
         self._whole = _by_size([*own, *self._records])
         self._least = _by_size([*own, *(column for column in self._records if column.name == "log_popularity")])
 
-    def join(self, candidates: Candidates, evidence: Evidence, present: Float[Array, "1 c"], *, whole: bool) -> Joined:
+    def join(self, items: CandidateItems, scores: CandidateScores, evidence: Evidence, *, whole: bool) -> Joined:
         """One user's candidates (leading axes [1, c]) with all their records, or, if not ``whole``, with their popularity alone."""
-        own = {"items": candidates.items, "scores": candidates.scores, "present": present}
-        joined = []
+        own, joined = {"items": items, "scores": scores}, []
         for columns in self._whole if whole else self._least:
             values = ((own[name] if name in own else getattr(evidence, name), dtype) for name, dtype, _ in columns)
             # NumPy takes several times as long to concatenate so small arrays.
@@ -51,8 +49,11 @@ class Handover:
             joined.append(np.frombuffer(flat, f"u{columns[0].dtype.itemsize}"))
         return tuple(joined)
 
-    def part(self, joined: Joined, *, whole: bool) -> tuple[Candidates, Evidence, Float[Array, "1 c"]]:
-        """What ``join`` was given; traceable. Records that it left out are empty."""
+    def part(self, joined: Joined, *, whole: bool) -> tuple[Candidates, Evidence]:
+        """What ``join`` was given; traceable. Records that it left out are empty, and so is the place of item 0, which has no score.
+
+        An approximate index marks an empty place by a score of -inf, which no feature could hold.
+        """
         found: dict[str, Any] = {name: jnp.zeros(0, dtype) for name, dtype, _ in self._records}
         for flat, columns in zip(joined, self._whole if whole else self._least, strict=True):
             rows, start = flat.shape[0] // sum(prod(column.shape) for column in columns), 0
@@ -60,9 +61,9 @@ class Handover:
                 end = start + rows * prod(shape)
                 found[name] = jax.lax.bitcast_convert_type(flat[start:end], dtype).reshape(1, rows, *shape)
                 start = end
-        candidates = Candidates(items=found.pop("items"), scores=found.pop("scores"))
-        present = found.pop("present")
-        return candidates, Evidence(**found), present
+        items, scores = found.pop("items"), found.pop("scores")
+        candidates = Candidates.retrieved(items, jnp.where(items > 0, scores, 0.0))
+        return replace(candidates, present=(items > 0).astype(jnp.float32)), Evidence(**found)
 
 
 def _by_size(columns: Sequence[Column]) -> list[list[Column]]:

@@ -1,7 +1,7 @@
 """What every plan would answer: the target's rank, and the slate, under each plan, for a batch of users."""
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +21,12 @@ from cda4rec_jax.array_typing import (
     PlanRanks,
     SemanticEmbeddings,
 )
-from cda4rec_jax.messages import Candidates, EgressLevel, HistoryBatch, Placement, Plan
+from cda4rec_jax.messages import EgressLevel, HistoryBatch, Placement, Plan
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.subtasks import (
-    StructuredState,
     abstract_evidence,
     gather_evidence,
-    local_candidates,
     model_semantics,
     model_structure,
     rank_slate,
@@ -37,21 +35,42 @@ from cda4rec_jax.pipeline.subtasks import (
     retrieve,
     score_features,
     unseen,
+    with_residents,
 )
 from cda4rec_jax.pipeline.system import SystemConfig
-from cda4rec_jax.planner import CACHED_CANDIDATES, PLANS, STANDARD, PlanSpace
+from cda4rec_jax.planner import PLANS, RESIDENT_CANDIDATES, STANDARD, PlanSpace
 
-LOCAL = "local"  # the view of the plans that ask nobody
+REUSE = "reuse"  # the view through the embedding that the device keeps
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One ranked pool of candidates: what a family of plans chooses from."""
+    """What a family of plans ranks: ``c`` candidates of the cloud, best first, and ``m`` resident items (``subtasks.with_residents``)."""
 
-    items: CandidateItems
+    items: CandidateItems  # [b, c + m]
     allowed: CandidateMask  # real, and not seen by the user
     features: CandidateFeatures  # all of them; ``Group`` says which of them a plan ranks by
+    places: Int[
+        Array, "b m"
+    ]  # of the resident items among the candidates; c where one is none of them, -1 where it is there twice
+
+    @property
+    def num_candidates(self) -> int:
+        return self.items.shape[1] - self.places.shape[1]
+
+
+class Pool(NamedTuple):
+    """Which part of a view a plan ranks: so many candidates of the cloud, and of the resident items those that are none of these."""
+
+    candidates: int
+    residents: int
+
+    def mask(self, num_candidates: int, places: Int[Array, "*b m"]) -> Bool[Array, "*b w"]:
+        """True where a view of so many candidates, with its resident items at ``places`` among them, is in the pool."""
+        of_cloud = jnp.broadcast_to(jnp.arange(num_candidates) < self.candidates, (*places.shape[:-1], num_candidates))
+        of_device = jnp.broadcast_to(jnp.arange(places.shape[-1]) < self.residents, places.shape)
+        return jnp.concatenate([of_cloud, of_device & (places >= self.candidates)], axis=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +83,7 @@ class Outcomes:
 
 
 class Group(NamedTuple):
-    """Plans that rank one pool by the same features: they differ in K and in where things are done."""
+    """Plans that score one view by the same features: they differ in the pool and in where things are done."""
 
     view: str
     semantic: bool  # by the semantic scores as well
@@ -81,9 +100,14 @@ Scores = dict[Group, CandidateScores]
 
 def plan_group(plan: Plan) -> Group:
     """Where a plan belongs."""
-    from_cloud = "reuse" if plan.semantic is Placement.REUSE else plan.level.name.lower()
-    view = from_cloud if plan.uses_link else LOCAL
+    view = plan.level.name.lower() if plan.semantic is Placement.CLOUD else REUSE
     return Group(view, plan.semantic is not Placement.SKIP, plan.structured is not Placement.SKIP)
+
+
+def plan_pool(plan: Plan, view: View) -> Pool:
+    """What a plan ranks of its view. A device finds resident items by its user state where it models one; the cloud ranks its own alone."""
+    residents = view.places.shape[1] if plan.structured is Placement.DEVICE else RESIDENT_CANDIDATES
+    return Pool(min(plan.num_candidates, view.num_candidates), residents if plan.ranking is Placement.DEVICE else 0)
 
 
 GROUPS = tuple(dict.fromkeys(plan_group(plan) for plan in PLANS))  # plans of a user's own belong to these, too
@@ -98,13 +122,14 @@ def compute_views(
     cache_age_events: Float[Array, "b"],
     config: SystemConfig,
 ) -> dict[str, View]:
-    """All pools of a batch. Retrieval runs once for each semantic view, at the largest K; smaller K are prefixes."""
+    """All views of a batch. Retrieval runs once for each semantic view, at the largest K; smaller K are prefixes."""
     num_users, pool_size = history.items.shape[0], min(config.space.max_candidates, catalogue.num_items)
     sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
     now = jnp.zeros((num_users,), jnp.int32)
     age = jnp.minimum(cache_age_events.astype(jnp.int32), config.max_cache_age)
     fresh = {level.name.lower(): jnp.full((num_users,), level.value, jnp.int32) for level in list(EgressLevel)[1:]}
-    sources = {name: (level, now) for name, level in fresh.items()} | {"reuse": (cache_level, age)}
+    sources = {name: (level, now) for name, level in fresh.items()} | {REUSE: (cache_level, age)}
+    names = tuple(sources)
 
     def semantics(names: tuple[str, ...], max_items: int) -> SemanticEmbeddings:
         level, ages = (jnp.concatenate(column) for column in zip(*(sources[name] for name in names), strict=True))
@@ -112,23 +137,31 @@ def compute_views(
         return model_semantics(cloud, catalogue.vectors, abstract)
 
     # Views are rows of one batch wherever their shapes agree: one program to compile, and the catalogue is read once.
-    short, long = ("profile", "recent"), ("full", "reuse")
-    of_short = semantics(short, released_items(EgressLevel.RECENT, config.history_length))
-    semantic = jnp.concatenate([of_short, semantics(long, config.history_length)])
-    # Without the barrier XLA on a CPU fuses the search into what reads its results, which then take seven times as long.
-    candidates = jax.lax.optimization_barrier(retrieve(catalogue.vectors, semantic, pool_size))
-
+    short = semantics(names[:2], released_items(EgressLevel.RECENT, config.history_length))
+    semantic = jnp.concatenate([short, semantics(names[2:], config.history_length)])
+    levels, ages = (jnp.concatenate(column) for column in zip(*sources.values(), strict=True))
+    known = levels > EgressLevel.NOTHING  # the level of a cached embedding, where there is none
     full = release(history, catalogue.categories, fresh["full"], now, max_items=config.history_length, **sizes)
-    structured = model_structure(device, full, abstract_evidence(catalogue, full))
-    rank = partial(_views, catalogue, history, structured, config.without_features)
-    levels, ages = (jnp.concatenate(column) for column in zip(*(sources[name] for name in (*short, *long)), strict=True))
-    views = rank((*short, *long), candidates, jnp.ones(candidates.items.shape), ages, levels)
-
-    reused = jax.tree.map(lambda column: column[-num_users:, :CACHED_CANDIDATES], candidates)
-    has_cache, resident = cache_level > 0, (catalogue.resident_items, catalogue.resident_vectors)
-    local = local_candidates(reused, semantic[-num_users:], *resident, has_cache)
-    has_score = has_cache[:, None] & (local.items > 0)
-    return views | rank((LOCAL,), local, has_score.astype(jnp.float32), age, cache_level)
+    structured = _repeat(model_structure(device, full, abstract_evidence(catalogue, full)), len(names))
+    found = retrieve(catalogue.vectors, semantic, pool_size)
+    found = replace(found, items=jnp.where(known[:, None], found.items, 0))
+    candidates, places = with_residents(found, semantic, known, structured.state, catalogue.residents, catalogue.num_items)
+    stacked = View(
+        items=candidates.items,
+        allowed=unseen(candidates.items, _repeat(history.seen, len(names)), catalogue.num_items),
+        features=score_features(
+            candidates,
+            gather_evidence(catalogue, candidates.items),
+            structured,
+            age_events=ages.astype(jnp.float32),
+            level=levels,
+            num_items=catalogue.num_items,
+            without=config.without_features,
+        ),
+        places=places,
+    )
+    rows = {name: slice(number * num_users, (number + 1) * num_users) for number, name in enumerate(names)}
+    return {name: jax.tree.map(lambda leaf, here=here: leaf[here], stacked) for name, here in rows.items()}
 
 
 def _repeat(tree: Any, times: int) -> Any:
@@ -136,120 +169,79 @@ def _repeat(tree: Any, times: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), tree)
 
 
-def _views(
-    catalogue: Catalogue,
-    history: HistoryBatch,
-    structured: StructuredState,
-    without_features: tuple[str, ...],
-    names: tuple[str, ...],
-    candidates: Candidates,
-    present: Float[Array, "b c"],
-    age: Lengths,
-    level: Lengths,
-) -> dict[str, View]:
-    """One view for each name, from candidates whose rows are all users for the first name, all users for the second, ..."""
-    evidence = gather_evidence(catalogue, candidates.items)
-    own, seen = _repeat(structured, len(names)), _repeat(history.seen, len(names))
-    shared = {
-        "present": present,
-        "age_events": age.astype(jnp.float32),
-        "level": level,
-        "num_items": catalogue.num_items,
-        "without": without_features,
-    }
-    stacked = View(
-        items=candidates.items,
-        allowed=unseen(candidates.items, seen, catalogue.num_items),
-        features=score_features(candidates, evidence, own, **shared),
-    )
-    size = history.seen.shape[0]
-    rows = {name: slice(number * size, (number + 1) * size) for number, name in enumerate(names)}
-    return {name: jax.tree.map(lambda leaf, here=here: leaf[here], stacked) for name, here in rows.items()}
-
-
 def score_views(head: FusionHead, views: dict[str, View]) -> Scores:
     """Scores of every group of plans; once each, whatever the number of plans."""
     return {group: head(group.read(views[group.view].features)) for group in GROUPS}
 
 
-def _of_one_width(views: dict[str, View]) -> list[list[str]]:
-    """Their names, apart by the number of candidates. Pools of one width go through one operation together.
-
-    What is traced and compiled is the number of operations: one for each pool and plan made up a third of a decider step.
-    """
-    widths: dict[int, list[str]] = {}
-    for name, view in views.items():
-        widths.setdefault(view.items.shape[1], []).append(name)
-    return list(widths.values())
-
-
-def plan_limits(views: dict[str, View], space: PlanSpace = STANDARD) -> dict[Group, list[tuple[int, int]]]:
-    """For each group: its plans, as (plan index, candidates that it may use)."""
-    limits: dict[Group, list[tuple[int, int]]] = {}
-    for index, plan in enumerate(space.plans):
-        group = plan_group(plan)
-        available = views[group.view].items.shape[1]
-        limits.setdefault(group, []).append((index, available if group.view == LOCAL else min(plan.num_candidates, available)))
-    return limits
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Ranking:
-    """Pools of one width, for ``g`` groups of plans, and the ``q`` plans that rank them."""
+class _Rankings:
+    """The views that ``g`` groups of plans score, stacked, and what each of the ``p`` plans ranks of them.
 
-    plans: Int[np.ndarray, "q"]  # by number
-    groups: Int[np.ndarray, "q"]  # place of each one's group
-    limits: Int[np.ndarray, "q"]  # candidates that it may use
-    items: Int[Array, "g b c"]
-    scores: Float[Array, "g b c"]
-    allowed: Bool[Array, "g b c"]
+    Plans go through one operation together: what is traced and compiled is the number of operations, and one for each plan and pool made
+    up a third of a decider step.
+    """
 
-    def is_target(self, targets: Lengths) -> Bool[Array, "g b c"]:
+    groups: Int[np.ndarray, "p"]  # place of each plan's group
+    pools: tuple[Pool, ...]  # of each plan
+    num_candidates: int
+    items: Int[Array, "g b w"]
+    scores: Float[Array, "g b w"]
+    allowed: Bool[Array, "g b w"]
+    places: Int[Array, "g b m"]
+
+    @classmethod
+    def of(cls, scores: Scores, views: dict[str, View], space: PlanSpace) -> "_Rankings":
+        groups = list(scores)
+        width = views[groups[0].view].num_candidates
+        stacked = {
+            name: jnp.stack([getattr(views[group.view], name) for group in groups]) for name in ("items", "allowed", "places")
+        }
+        return cls(
+            groups=np.asarray([groups.index(plan_group(plan)) for plan in space.plans]),
+            pools=tuple(plan_pool(plan, views[plan_group(plan).view]) for plan in space.plans),
+            num_candidates=width,
+            scores=jnp.stack([scores[group] for group in groups]),
+            **stacked,
+        )
+
+    def is_target(self, targets: Lengths) -> Bool[Array, "g b w"]:
         """Where an allowed candidate is the target."""
         return (self.items == targets[None, :, None]) & self.allowed
 
-    def at_limits(self, running: Shaped[Array, "g b c"]) -> Shaped[Array, "q b"]:
-        """What has come together at the last candidate that each plan may use."""
-        return running[self.groups, :, self.limits - 1]
-
-
-def _rankings(scores: Scores, views: dict[str, View], space: PlanSpace) -> list[_Ranking]:
-    limits, found = plan_limits(views, space), []
-    for names in _of_one_width(views):
-        groups = [group for group in limits if group.view in names]
-        plans = [(plan, place, limit) for place, group in enumerate(groups) for plan, limit in limits[group]]
-        columns = dict(zip(("plans", "groups", "limits"), np.asarray(plans).T, strict=True))
-        items, allowed = (jnp.stack([getattr(views[group.view], field) for group in groups]) for field in ("items", "allowed"))
-        found.append(_Ranking(items=items, allowed=allowed, scores=jnp.stack([scores[group] for group in groups]), **columns))
-    return found
-
-
-def _in_plan_order(rankings: list[_Ranking], rows: list[Shaped[Array, "_ b"]]) -> Shaped[Array, "b p"]:
-    """Rows of the plans of each ranking as columns in the order of the plan space."""
-    return jnp.concatenate(rows)[np.argsort(np.concatenate([ranking.plans for ranking in rankings]))].T
+    def over_pools(self, total: Callable[[Bool[Array, "g b w"]], Shaped[Array, "g b"]]) -> Shaped[Array, "b p"]:
+        """``total`` of what each plan ranks, told where that is; once for each pool that there is."""
+        distinct = list(dict.fromkeys(self.pools))
+        totals = jnp.stack([total(self.allowed & pool.mask(self.num_candidates, self.places)) for pool in distinct])
+        return totals[np.asarray([distinct.index(pool) for pool in self.pools]), self.groups].T
 
 
 def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD) -> PlanRanks:
-    """``1 + #{j != target: s_j >= s_target}`` among each plan's allowed candidates; ``MISS_RANK`` where the target is none."""
-    rankings, rows = _rankings(scores, views, space), []
-    for ranking in rankings:
-        is_target = ranking.is_target(targets)
-        target_score = jnp.sum(jnp.where(is_target, ranking.scores, 0.0), axis=2, keepdims=True)
-        above = ranking.allowed & ~is_target & (ranking.scores >= target_score)
-        # Running counts give every prefix of the pool at once.
-        found, better = jnp.cumsum(is_target, axis=2), jnp.cumsum(above, axis=2)
-        rows.append(ranking.at_limits(jnp.where(found > 0, 1 + better, MISS_RANK).astype(jnp.int32)))
-    return _in_plan_order(rankings, rows)
+    """``1 + #{j != target: s_j >= s_target}`` among each plan's allowed candidates; ``MISS_RANK`` where the target is none.
+
+    An item that is a candidate and resident, too, is in a view twice, and in a pool once. Its own score there is the one that counts.
+    """
+    rankings = _Rankings.of(scores, views, space)
+    is_target = rankings.is_target(targets)
+
+    def rank(pool: Bool[Array, "g b w"]) -> Int[Array, "g b"]:
+        own = is_target & pool
+        target_score = jnp.sum(jnp.where(own, rankings.scores, 0.0), axis=2, keepdims=True)
+        above = jnp.sum(pool & ~own & (rankings.scores >= target_score), axis=2)
+        return jnp.where(jnp.any(own, axis=2), 1 + above, MISS_RANK).astype(jnp.int32)
+
+    return rankings.over_pools(rank)
 
 
 def plan_slates(scores: Scores, views: dict[str, View], k: int, space: PlanSpace = STANDARD) -> Int[Array, "b p k"]:
     """The slate of length ``k`` under every plan; 0 where fewer candidates remain."""
-    slates = {}
-    for group, plans in plan_limits(views, space).items():
-        view, score = views[group.view], scores[group]
-        for index, limit in plans:
-            slates[index] = rank_slate(view.items[:, :limit], score[:, :limit], view.allowed[:, :limit], k).items
-    return jnp.stack([slates[index] for index in range(len(slates))], axis=1)
+    slates = []
+    for plan in space.plans:
+        group = plan_group(plan)
+        view = views[group.view]
+        pool = plan_pool(plan, view).mask(view.num_candidates, view.places)
+        slates.append(rank_slate(view.items, scores[group], view.allowed & pool, k).items)
+    return jnp.stack(slates, axis=1)
 
 
 def outcomes(
@@ -276,14 +268,12 @@ def fusion_cross_entropy(
     scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD
 ) -> tuple[Float[Array, "b p"], Bool[Array, "b p"]]:
     """Cross-entropy of the target among each plan's allowed candidates, and where there is one (a retrieval miss has none)."""
-    rankings, losses, present = _rankings(scores, views, space), [], []
-    for ranking in rankings:
-        is_target = ranking.is_target(targets)
-        found = ranking.at_limits(jnp.cumsum(is_target, axis=2) > 0)
-        target_score = jnp.sum(jnp.where(is_target, ranking.scores, 0.0), axis=2)
-        masked = jnp.where(ranking.allowed, ranking.scores, -1e9)
-        sizes, of_size = np.unique(ranking.limits, return_inverse=True)
-        totals = jnp.stack([jax.nn.logsumexp(masked[..., :size], axis=2) for size in sizes])
-        losses.append(jnp.where(found, totals[of_size, ranking.groups] - target_score[ranking.groups], 0.0))
-        present.append(found)
-    return _in_plan_order(rankings, losses), _in_plan_order(rankings, present)
+    rankings = _Rankings.of(scores, views, space)
+    is_target = rankings.is_target(targets)
+
+    def loss(pool: Bool[Array, "g b w"]) -> Float[Array, "g b"]:
+        own = is_target & pool
+        total = jax.nn.logsumexp(jnp.where(pool, rankings.scores, -1e9), axis=2)
+        return jnp.where(jnp.any(own, axis=2), total - jnp.sum(jnp.where(own, rankings.scores, 0.0), axis=2), 0.0)
+
+    return rankings.over_pools(loss), rankings.over_pools(lambda pool: jnp.any(is_target & pool, axis=2))

@@ -1,6 +1,7 @@
 """The sub-tasks of one request, compiled once per shape: what the runtime calls and what calibration times."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
-from cda4rec_jax.agents.device import ranker_weights
+from cda4rec_jax.agents.device import ranker_weights, without_semantics
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.kernels.rank_candidates import RankerWeights, empty_cache, extend_history
-from cda4rec_jax.messages import Candidates, Context, EgressLevel, Evidence, HistoryBatch, Slate, UserAbstract
+from cda4rec_jax.messages import Context, EgressLevel, Evidence, HistoryBatch, Slate, UserAbstract
 from cda4rec_jax.nn import embed
-from cda4rec_jax.pipeline.catalogue import Catalogue
+from cda4rec_jax.pipeline.catalogue import Catalogue, Residents
 from cda4rec_jax.pipeline.handover import Handover
 from cda4rec_jax.pipeline.subtasks import (
     StructuredState,
-    local_candidates,
+    each_once,
+    gather_evidence,
     model_semantics,
     rank_slate,
     release,
@@ -26,10 +29,12 @@ from cda4rec_jax.pipeline.subtasks import (
     score_features,
     structure_sequences,
     unseen,
+    with_residents,
 )
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import PlanCosts
 from cda4rec_jax.retrieval import Index
+from cda4rec_jax.retrieval.index import Found
 
 
 class RequestFunctions:
@@ -51,6 +56,8 @@ class RequestFunctions:
         self._catalogue = catalogue
         # Rows for one request are gathered on the host, where they become bytes anyway.
         self._evidence = jax.tree.map(np.asarray, catalogue.evidence)
+        self.held = Held.of(catalogue)
+        self._is_resident = np.asarray(self.held.rows) > 0
         sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
         self._release = jax.jit(partial(release, **sizes), static_argnames="max_items")
         self._semantic = _flat(system.cloud, lambda cloud, vectors, abstract: model_semantics(cloud, vectors, abstract))
@@ -59,9 +66,8 @@ class RequestFunctions:
         self._handover = Handover(self._evidence)
         shared = {"handover": self._handover, "num_items": self.num_items, "without": config.without_features}
         self._score = _flat(system.device.head, partial(_score, **shared))
-        self._rank = _flat(system.device.head, partial(_rank, **shared), static_argnames="k")
+        self._rank = partial(_flat(system.device.head, partial(_rank, **shared), static_argnames="k"), self.held)
         self._finish = jax.jit(partial(_finish, num_items=self.num_items), static_argnames="k")
-        self._local = jax.jit(local_candidates)
         self._logits = _flat(system.policy, lambda policy, context, costs, mask: policy.logits(context, costs, mask))
 
     def abstract(self, history: HistoryBatch, level: EgressLevel, age_events: int) -> UserAbstract:
@@ -78,10 +84,9 @@ class RequestFunctions:
         """Semantic embedding, [1, d]."""
         return self._semantic(self._catalogue.vectors, abstract)
 
-    def retrieve(self, semantic: jax.Array | np.ndarray, num_candidates: int) -> Candidates:
-        """The best items for an embedding, [1, c]; as many as there are where the catalogue is smaller."""
-        items, scores = self._index.search(np.asarray(semantic), min(num_candidates, self.num_items))
-        return Candidates(items=items, scores=scores)
+    def retrieve(self, semantic: jax.Array | np.ndarray, num_candidates: int) -> Found:
+        """The best items for an embedding and their scores, [1, c] each; as many as there are where the catalogue is smaller."""
+        return self._index.search(np.asarray(semantic), min(num_candidates, self.num_items))
 
     def evidence(self, items: np.ndarray) -> Evidence:
         """Records of items, with the leading axes of ``items``; NumPy, as they travel."""
@@ -92,38 +97,46 @@ class RequestFunctions:
         state, lengths = self._state(full, own_evidence)  # what only passes through stays outside of the program
         return StructuredState(state=state, items=full.items, lengths=lengths, evidence=own_evidence)
 
-    def local(self, last: Candidates, semantic: jax.Array | np.ndarray, has_cache: bool) -> Candidates:
-        """What the device can rank without asking, given its last candidates and embedding (not read without ``has_cache``)."""
-        resident = (self._catalogue.resident_items, self._catalogue.resident_vectors)
-        return self._local(last, semantic, *resident, np.full(1, has_cache))
+    def is_resident(self, items: np.ndarray) -> np.ndarray:
+        """Which of the items have their records on every device."""
+        return self._is_resident[items]
 
     def score(
-        self,
-        candidates: Candidates,
-        evidence: Evidence,
-        structured: StructuredState | None,
-        present: np.ndarray,
-        age_events: float,
-        level: EgressLevel,
+        self, items: np.ndarray, scores: np.ndarray, evidence: Evidence, structured: StructuredState | None, level: EgressLevel
     ) -> jax.Array:
-        """Final scores, [1, c], of candidates whose history is not known (ranking in the cloud). Scores of item 0 are not read."""
-        joined = self._handover.join(candidates, evidence, present, whole=structured is not None)
-        return self._score(joined, _described(age_events, level), structured)[1]
+        """Final scores, [1, c], of retrieved candidates whose history is not known (ranking in the cloud); those of item 0 are not read."""
+        joined = self._handover.join(items, scores, evidence, whole=structured is not None)
+        return self._score(joined, np.array([0.0, int(level)], np.float32), structured)
 
     def rank(
         self,
-        candidates: Candidates,
+        items: np.ndarray,
+        scores: np.ndarray,
         evidence: Evidence,
         structured: StructuredState | None,
-        present: np.ndarray,
+        semantic: np.ndarray | None,
         age_events: float,
         level: EgressLevel,
         seen: Array,
         k: int,
+        *,
+        by_semantics: bool = True,
     ) -> Slate:
-        """The slate, [1, k]: final ranking on the device, without what the user has seen. Scores of item 0 are not read."""
-        joined = self._handover.join(candidates, evidence, present, whole=structured is not None)
-        return self._rank(joined, _described(age_events, level), structured, seen, k=k)
+        """The slate, [1, k]: final ranking on the device, of candidates and resident items, without what the user has seen.
+
+        Args:
+            items, scores: candidates [1, c] that the cloud retrieved; item 0 is none.
+            evidence: their records; those of resident items are not read, as the device has them.
+            structured: None where structured user modelling was skipped.
+            semantic: the embedding [1, d] behind the candidates; None where the device has none.
+            age_events, level: of the embedding.
+            by_semantics: False ranks what was found for the embedding without its scores.
+        """
+        joined = self._handover.join(items, scores, evidence, whole=structured is not None)
+        known = semantic is not None
+        given = semantic if semantic is not None else np.zeros((1, self.embedding_size), np.float32)
+        described = np.array([age_events, int(level), known, by_semantics], np.float32)
+        return self._rank(joined, described, given, structured, seen, k=k)
 
     def finish(self, items: np.ndarray, scores: np.ndarray, seen: Array, k: int) -> Slate:
         """The slate, [1, k], of candidates that the cloud has ranked."""
@@ -153,33 +166,68 @@ def _state(weights: RankerWeights, prefix: np.ndarray, full: UserAbstract, evide
     return state[None, :], num_tokens - 1
 
 
-def _described(age_events: float, level: EgressLevel) -> np.ndarray:
-    return np.array([age_events, int(level)], np.float32)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What every device holds of the catalogue. The row of item i in its tables is ``rows[i]``; row 0 is of no item."""
+
+    residents: Residents
+    evidence: Evidence
+    rows: Int[Array, "i"]
+
+    @classmethod
+    def of(cls, catalogue: Catalogue) -> "Held":
+        items = catalogue.residents.items
+        return cls(
+            residents=catalogue.residents,
+            evidence=gather_evidence(catalogue, jnp.pad(items, (1, 0))),
+            rows=jnp.zeros(catalogue.num_items + 1, jnp.int32).at[items].set(1 + jnp.arange(len(items))),
+        )
+
+    def records(self, items: Int[Array, "1 n"], sent: Evidence) -> Evidence:
+        """Records of items, of which the first were sent; no other record is on the device."""
+        rows = self.rows[items]
+
+        def column(held: Array, came: Array) -> Array:
+            if not came.size:
+                return came  # it is not read
+            own, number = held[rows], came.shape[1]
+            is_held = (rows[:, :number] > 0).reshape(1, number, *(1,) * (own.ndim - 2))
+            return own.at[:, :number].set(jnp.where(is_held, own[:, :number], came))
+
+        return jax.tree.map(column, self.evidence, sent)
 
 
 def _score(
+    head: Any, joined: Any, described: Any, structured: Any, *, handover: Handover, num_items: int, without: tuple[str, ...]
+) -> jax.Array:
+    candidates, evidence = handover.part(joined, whole=structured is not None)
+    given = {"age_events": described[:1], "level": described[1:2].astype(jnp.int32)}
+    return head(score_features(candidates, evidence, structured, **given, num_items=num_items, without=without))
+
+
+def _rank(
     head: Any,
+    held: Held,
     joined: Any,
     described: Any,
+    semantic: Any,
     structured: Any,
+    seen: Any,
     *,
     handover: Handover,
     num_items: int,
     without: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """Candidates and their scores."""
-    candidates, evidence, present = handover.part(joined, whole=structured is not None)
-    # An approximate index marks an empty place by a score of -inf, which no feature could hold.
-    is_item = candidates.items > 0
-    candidates = Candidates(items=candidates.items, scores=jnp.where(is_item, candidates.scores, 0.0))
-    given = {"present": present * is_item, "age_events": described[:1], "level": described[1:].astype(jnp.int32)}
-    scores = head(score_features(candidates, evidence, structured, **given, num_items=num_items, without=without))
-    return candidates.items, scores
-
-
-def _rank(head: Any, joined: Any, described: Any, structured: Any, seen: Any, *, num_items: int, k: int, **shared: Any) -> Slate:
-    items, scores = _score(head, joined, described, structured, num_items=num_items, **shared)
-    return _finish(items, scores, seen, num_items=num_items, k=k)
+    k: int,
+) -> Slate:
+    sent, records = handover.part(joined, whole=structured is not None)
+    state, known = None if structured is None else structured.state, described[2:3] > 0
+    candidates = each_once(*with_residents(sent, semantic, known, state, held.residents, num_items))
+    given = {"age_events": described[:1], "level": described[1:2].astype(jnp.int32)}
+    evidence = held.records(candidates.items, records)
+    features = score_features(candidates, evidence, structured, **given, num_items=num_items, without=without)
+    features = jnp.where(described[3] > 0, features, without_semantics(features))
+    return _finish(candidates.items, head(features), seen, num_items=num_items, k=k)
 
 
 def _finish(items: Any, scores: Any, seen: Any, *, num_items: int, k: int) -> Slate:

@@ -22,8 +22,9 @@ from cda4rec_jax.agents.device import DeviceAgent
 from cda4rec_jax.array_typing import Array, ItemCategories, ItemVectors
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, Placement, Plan, Slate, UserAbstract
-from cda4rec_jax.pipeline.catalogue import Catalogue
+from cda4rec_jax.pipeline.catalogue import Catalogue, Residents
 from cda4rec_jax.pipeline.subtasks import (
+    each_once,
     model_semantics,
     model_structure,
     rank_slate,
@@ -31,6 +32,7 @@ from cda4rec_jax.pipeline.subtasks import (
     released_items,
     score_features,
     unseen,
+    with_residents,
 )
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.retrieval.exact import exact_search
@@ -82,6 +84,7 @@ class BatchRanker:
         # The catalogue has the item vectors; what they are made of need not be on every device.
         weights = jax.tree.map(jnp.asarray, (jax.tree.map(lambda leaf: leaf[:0], items), weights))
         tables = _Tables(catalogue.vectors, catalogue.categories, catalogue.evidence)
+        weights = (*weights, catalogue.residents)
         if mesh is not None:
             check_mesh(mesh)
             weights = jax.tree.map(lambda leaf: place(np.asarray(leaf), mesh, WHOLE), weights)
@@ -126,7 +129,7 @@ def retrieve_and_rank(
     Args:
         system, catalogue, config, mesh: see ``BatchRanker``.
         history: private pasts, of any number of users.
-        plan: name of a plan with a fresh embedding. Where its ranking is placed makes no difference to the slate.
+        plan: name of a plan with a fresh embedding. Where the device ranks, the resident items are among what it ranks.
         k: length of the slates.
 
     Raises:
@@ -152,8 +155,9 @@ def _slates(
     options = {"plan": plan, "k": k, "num_items": num_items, "config": config, "rows": rows, "search": search}
 
     def answer(weights: Any, tables: _Tables, history: HistoryBatch) -> Slate:
+        *weights, residents = weights
         cloud, device = nnx.merge(graph, *weights)
-        return _rank_users(cloud, device, tables, history, **options)
+        return _rank_users(cloud, device, tables, residents, history, **options)
 
     on_devices = answer if mesh is None else on_each_device(mesh, answer, in_specs=(WHOLE, BY_ITEM, BY_USER))
     return on_devices(weights, tables, history)
@@ -163,6 +167,7 @@ def _rank_users(
     cloud: CloudAgent,
     device: DeviceAgent,
     tables: _Tables,
+    residents: Residents,
     history: HistoryBatch,
     *,
     plan: Plan,
@@ -191,22 +196,26 @@ def _rank_users(
     told = abstract(plan.level)
     semantic = model_semantics(cloud, _by_place(rows(tables.vectors, told.items)), replace(told, items=_places(told.items)))
     # Without the barrier XLA on a CPU fuses the search into what reads its results (`outcomes.compute_views`).
-    items, scores = jax.lax.optimization_barrier(search(tables.vectors, semantic, min(plan.num_candidates, num_items)))
+    candidates = Candidates.retrieved(
+        *jax.lax.optimization_barrier(search(tables.vectors, semantic, min(plan.num_candidates, num_items)))
+    )
     structured = None
     if plan.structured is not Placement.SKIP:
         full = told if plan.level is EgressLevel.FULL else abstract(EgressLevel.FULL)
         structured = model_structure(device, full, rows(tables.evidence, full.items))
+    if plan.ranking is Placement.DEVICE:
+        state = None if structured is None else structured.state
+        candidates = each_once(*with_residents(candidates, semantic, told.level > 0, state, residents, num_items))
     features = score_features(
-        Candidates(items=items, scores=scores),
-        rows(tables.evidence, items),
+        candidates,
+        rows(tables.evidence, candidates.items),
         structured,
-        present=jnp.ones(items.shape),
         age_events=now.astype(jnp.float32),
         level=told.level,
         num_items=num_items,
         without=config.without_features,
     )
-    return rank_slate(items, device.head(features), unseen(items, history.seen, num_items), k)
+    return rank_slate(candidates.items, device.head(features), unseen(candidates.items, history.seen, num_items), k)
 
 
 def _take(tables: Any, items: Int[Array, "b n"]) -> Any:

@@ -1,6 +1,6 @@
 """The six sub-tasks of a request as pure functions over a batch of users (planning lives in ``planner``)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from cda4rec_jax.array_typing import (
 from cda4rec_jax.data.profiles import length_bucket, prefix_features, quantise_shares
 from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, SequenceBatch, Slate, UserAbstract
 from cda4rec_jax.nn import dequantise_rows, last_hidden
-from cda4rec_jax.pipeline.catalogue import Catalogue
+from cda4rec_jax.pipeline.catalogue import Catalogue, Residents
+from cda4rec_jax.planner import OWN_CANDIDATES, RESIDENT_CANDIDATES
 from cda4rec_jax.retrieval.exact import exact_search
 
 RECENT_ITEMS = 10
@@ -104,32 +105,72 @@ def model_semantics(cloud: CloudAgent, vectors: Float[Array, "i d"], abstract: U
 
 def retrieve(vectors: Float[Array, "i d"], semantic: SemanticEmbeddings, num_candidates: int) -> Candidates:
     """Candidate retrieval by exact maximum inner product, best first."""
-    items, scores = exact_search(vectors, semantic, num_candidates)
-    return Candidates(items=items, scores=scores)
+    items, scores = _search(vectors, semantic, num_candidates)
+    return Candidates.retrieved(items, scores)
 
 
-def local_candidates(
-    cached: Candidates,
+def _search(
+    vectors: Float[Array, "i d"], queries: Float[Array, "b d"], count: int
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    # Without the barrier XLA on a CPU fuses the search into what reads its results, which then take seven times as long.
+    return jax.lax.optimization_barrier(exact_search(vectors, queries, count))
+
+
+def with_residents(
+    found: Candidates,
     semantic: SemanticEmbeddings,
-    resident_items: Int[Array, "r"],
-    resident_vectors: Float[Array, "r d"],
-    has_cache: Bool[Array, "b"],
-) -> Candidates:
-    """What a device can rank without asking: the candidates of its last call, then the resident items that are not among them.
+    known: Bool[Array, "b"],
+    state: Float[Array, "b e"] | None,
+    residents: Residents,
+    num_items: int,
+) -> tuple[Candidates, Int[Array, "b m"]]:
+    """What a device ranks: the ``c`` candidates that it was sent, and what it finds for itself among the resident items.
 
-    With a kept embedding (``has_cache``) all have semantic scores, and the resident items come best first; without one there are the
-    resident items alone, by popularity, and every score is 0.
+    First the best ``RESIDENT_CANDIDATES`` for the embedding, or the most popular ones where none is ``known``; then the best
+    ``OWN_CANDIDATES`` by the device user state, if there is one. Each has a semantic score. Its place among the resident items tells its
+    expected place in a catalogue of ``num_items``, of which any may be resident; those found by the state come after all others.
+
+    Returns:
+        All of them, and the place of each resident item among the candidates: ``c`` where it is none of them, -1 where it is resident
+        item a second time.
     """
-    kept = has_cache[:, None]
-    items = jnp.where(kept, cached.items, 0)
-    by_popularity = -jnp.arange(len(resident_items), dtype=jnp.float32)
-    scores, places = jax.lax.top_k(jnp.where(kept, semantic @ resident_vectors.T, by_popularity), len(resident_items))
-    resident = resident_items[places]
-    repeated = jnp.any(resident[:, :, None] == items[:, None, :], axis=-1)
-    return Candidates(
-        items=jnp.concatenate([items, jnp.where(repeated, 0, resident)], axis=1),
-        scores=jnp.where(kept, jnp.concatenate([cached.scores, scores], axis=1), 0.0),
+    count, kept = residents.items.shape[0], known[:, None]
+    number = min(RESIDENT_CANDIDATES, count)
+    rows, scores = _search(residents.vectors, semantic, number)
+    rows = jnp.where(kept, rows, 1 + jnp.arange(number))
+    ranks = (1.0 + jnp.arange(number)) * ((num_items + 1) / (count + 1)) - 1.0
+    more = min(OWN_CANDIDATES, count - number) if state is not None else 0
+    if more:
+        own, _ = _search(residents.own_vectors, state, more)
+        rows, ranks = jnp.concatenate([rows, own], axis=1), jnp.pad(ranks, (0, more), mode="edge")
+        scores = jnp.concatenate([scores, jnp.einsum("bd,bmd->bm", semantic, residents.vectors[own])], axis=1)
+    resident = Candidates(
+        items=residents.items[rows - 1],
+        scores=jnp.where(kept, scores, 0.0),
+        present=jnp.broadcast_to(kept.astype(jnp.float32), rows.shape),
+        ranks=jnp.broadcast_to(ranks, rows.shape),
     )
+    places = places_among(resident.items, found.items, num_items)
+    again = places_among(resident.items[:, number:], resident.items[:, :number], num_items) < number
+    places = jnp.where(jnp.pad(again, ((0, 0), (number, 0))), -1, places)
+    return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), found, resident), places
+
+
+def places_among(items: Int[Array, "b m"], candidates: CandidateItems, num_items: int) -> Int[Array, "b m"]:
+    """Place of each of ``items`` in the same user's ``candidates``; their number where it is none of them."""
+    count = candidates.shape[1]
+
+    def one(asked: Array, row: Array) -> Array:
+        return jnp.full((num_items + 1,), count).at[row].min(jnp.arange(count))[asked]
+
+    return jax.vmap(one)(items, candidates)
+
+
+def each_once(candidates: Candidates, places: Int[Array, "b m"]) -> Candidates:
+    """What ``with_residents`` gave, without the resident items that are there already."""
+    number = candidates.items.shape[1] - places.shape[1]
+    is_new = jnp.pad(places == number, ((0, 0), (number, 0)), constant_values=True)
+    return replace(candidates, items=jnp.where(is_new, candidates.items, 0))
 
 
 def model_structure(device: DeviceAgent, abstract: UserAbstract, evidence: Evidence) -> StructuredState:
@@ -176,7 +217,6 @@ def score_features(
     evidence: Evidence,
     structured: StructuredState | None,
     *,
-    present: Float[Array, "b c"],
     age_events: Float[Array, "b"],
     level: Lengths,
     num_items: int,
@@ -187,11 +227,10 @@ def score_features(
     Args:
         evidence: records of the candidates; without structured user modelling only the popularity is read.
         structured: None where structured user modelling was skipped.
-        present: 1 where a candidate has a semantic score.
         age_events, level: of the semantic embedding behind these scores.
         without: names of features that are 0 for every candidate.
     """
-    cloud = cloud_features(candidates, evidence.log_popularity, present=present, age_events=age_events, level=level)
+    cloud = cloud_features(candidates, evidence.log_popularity, age_events=age_events, level=level)
     own = None
     if structured is not None:
         own = structured_features(

@@ -9,7 +9,13 @@ from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.planner.plan_space import CACHED_CANDIDATES, CANDIDATE_COUNTS, RELEASING_LEVELS
+from cda4rec_jax.planner.plan_space import (
+    CACHED_CANDIDATES,
+    CANDIDATE_COUNTS,
+    OWN_CANDIDATES,
+    RELEASING_LEVELS,
+    RESIDENT_CANDIDATES,
+)
 
 _LEVEL_NAMES = tuple(level.name.lower() for level in RELEASING_LEVELS)
 _COUNT_NAMES = tuple(str(count) for count in CANDIDATE_COUNTS)
@@ -96,7 +102,8 @@ class Workload:
     device_dispatch_ms: tuple[float, float, float] = (4.0, 2.0, 1.0)
     device_planning_ms: tuple[float, float, float] = (0.09, 0.04, 0.02)
     ranking_flops_per_candidate: float = 2.0 * 4 * 64 * 200
-    resident_items: int = 100  # that a device ranks beside its cached candidates, piece by piece: they need no more memory
+    search_flops_per_item: float = 2.0 * 64  # of the device among the resident items
+    resident_items: int = 100  # whose records the device holds; it ranks some of them, piece by piece: they need no more memory
 
 
 def deployment_profile(workload: Workload | None = None) -> CostProfile:
@@ -106,8 +113,13 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
     profile_ms = declared.cloud_overhead_ms + declared.cloud_profile_tokens * cloud_ms_per_token
     device_flops = jnp.asarray(declared.device_flops_per_s)
     dispatch_ms = jnp.asarray(declared.device_dispatch_ms)
-    pools = jnp.asarray((*CANDIDATE_COUNTS, CACHED_CANDIDATES + declared.resident_items), jnp.float32)
-    ranking_ms = dispatch_ms[:, None] + 1e3 * declared.ranking_flops_per_candidate * pools[None, :] / device_flops[:, None]
+    pools = jnp.asarray((*CANDIDATE_COUNTS, CACHED_CANDIDATES), jnp.float32)
+    # Without and with structured user modelling, by whose result the device searches the resident items a second time.
+    found = jnp.asarray([[RESIDENT_CANDIDATES], [RESIDENT_CANDIDATES + OWN_CANDIDATES]])
+    ranked = pools[None, :] + jnp.minimum(declared.resident_items, found)
+    searched = declared.resident_items * jnp.asarray([[1.0], [2.0]])
+    ranking_flops = declared.ranking_flops_per_candidate * ranked + declared.search_flops_per_item * searched
+    ranking_ms = dispatch_ms[:, None, None] + 1e3 * ranking_flops[None] / device_flops[:, None, None]
     retrieval_ms = declared.cloud_retrieval_ms * (1.0 + pools[: len(CANDIDATE_COUNTS)] / 1000.0)
     return CostProfile(
         name="deployment (modelled)",
@@ -121,7 +133,7 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
         structured_ms_per_event=2e3 * declared.device_parameters / device_flops,
         structured_cloud_ms=jnp.asarray(declared.cloud_structured_ms),
         structured_cloud_ms_per_event=jnp.asarray(2e3 * declared.device_parameters / declared.cloud_flops_per_s),
-        ranking_ms=jnp.stack([ranking_ms, ranking_ms], axis=1),
+        ranking_ms=ranking_ms,
         ranking_cloud_ms=jnp.full(2, declared.cloud_ranking_ms),
         queue_ms=jnp.asarray(declared.cloud_queue_ms),
         **_energy_fields(),

@@ -36,8 +36,8 @@ class PayloadSizes:
     item_id_bytes: Scalar = 3.0
     attributes_bytes: Scalar = 8.0
     embedding_bytes: Scalar = 256.0  # the semantic embedding, up when reused, down when fresh
-    evidence_bytes: Scalar = 256.0  # one candidate with its id, score, vectors and item-item rows
-    scored_item_bytes: Scalar = 8.0  # one candidate with its id and score alone
+    evidence_bytes: Scalar = 256.0  # one candidate with its id, score and record, less what the device holds of it, in the mean
+    scored_item_bytes: Scalar = 8.0  # the same where its popularity is all that is wanted of the record
 
 
 @jax.tree_util.register_dataclass

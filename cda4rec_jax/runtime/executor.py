@@ -254,15 +254,13 @@ class Executor:
             branch.embedding = CachedEmbedding(values=unpack(response.semantic), level=fields.level, age_events=0)
         if response.ranked:
             branch.ranked = (items, scores)
+        elif (behind := cached or branch.embedding) is None:
+            raise CloudFailed("the reply holds no embedding")
         else:
-            branch.pool = CandidatePool(
-                items=items,
-                scores=scores,
-                present=np.ones(len(items), np.float32),
-                evidence=evidence,
-                age_events=cached.age_events if cached else 0,
-                level=fields.level,
-            )
+            try:
+                branch.pool = self._functions.complete(items, scores, evidence, behind)
+            except ValueError as error:
+                raise CloudFailed(str(error)) from error
         branch.end_ms = clock.now_ms()
 
     def _fields(self, run: _Run, clock: RequestClock) -> tuple[UplinkFields, CachedEmbedding | None]:

@@ -33,23 +33,22 @@ class CachedEmbedding:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidatePool:
-    """Candidates as final ranking on the device gets them.
+    """Candidates as final ranking on the device gets them; it adds resident items to them.
 
     Attributes:
         items: int32 [c], in order of retrieval, 0 where there is none.
         scores: float32 [c], dot product with the semantic embedding.
-        present: float32 [c], 1 where ``scores`` holds such a product, 0 where there is no semantic score.
-        evidence: rows of the items; all fields where structured user modelling takes part, else at least ``log_popularity``.
-        age_events: of the embedding behind the scores; 0 for a fresh one or none.
-        level: it was made from; NOTHING where there is none.
+        evidence: rows of the items, of which those of resident items are not read: all fields where structured user modelling takes
+            part, else at least ``log_popularity``.
+        embedding: behind the scores; None where the device has none, and so no candidates.
+        by_semantics: False where ranking is not to read the scores.
     """
 
     items: np.ndarray
     scores: np.ndarray
-    present: np.ndarray
     evidence: EvidenceRows
-    age_events: int
-    level: EgressLevel
+    embedding: CachedEmbedding | None
+    by_semantics: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,9 @@ class DeviceFunctions:
         abstract: the user abstract at a level.
         structured: structured user modelling over the private history; its result is handed to ``rank`` as it is.
         cached_embedding: the embedding that may be reused, or None.
-        cached_candidates: the candidate cache for a semantic placement: REUSE with scores where it has them, SKIP with none.
+        cached_candidates: the candidate cache for a semantic placement: REUSE with scores, SKIP without.
+        complete: (items int32 [c], their scores, the records that came with them, the embedding behind them) -> what is ranked.
+            Raises ValueError where the records are not those of the items that are not resident.
         rank: (pool, result of ``structured`` or None) -> the slate: best first, items already seen removed, exactly k entries,
             item 0 with score -inf where fewer remain.
         finish: (items, scores) ranked by the cloud -> the slate, of the same form.
@@ -70,6 +71,7 @@ class DeviceFunctions:
     structured: Callable[[], object]
     cached_embedding: Callable[[], CachedEmbedding | None]
     cached_candidates: Callable[[Placement], CandidatePool]
+    complete: Callable[[np.ndarray, np.ndarray, EvidenceRows, CachedEmbedding], CandidatePool]
     rank: Callable[[CandidatePool, object], Ranked]
     finish: Callable[[np.ndarray, np.ndarray], Ranked]
 
@@ -83,7 +85,8 @@ class CloudFunctions:
         embedding_size: d; an embedding of another size is refused.
         encode: abstract of a fresh request -> semantic embedding, float32 [d].
         retrieve: (embedding float32 [d], K) -> K items int32 and their scores float32, best first.
-        evidence: (items int32 [c], whole) -> rows of the items: all fields of ``messages.Evidence``, or ``log_popularity`` alone.
+        evidence: (items int32 [c], whole) -> rows of those items that are not resident, in their order: all fields of
+            ``messages.Evidence``, or ``log_popularity`` alone.
         structured: structured user modelling over a FULL abstract; its result is handed to ``rank`` as it is.
         rank: (items, scores, abstract, result of ``structured`` or None) -> the same items by final score, best first.
     """

@@ -1,13 +1,13 @@
 """The trained models as the callables that the runtime runs: what one user's device holds, and what the cloud answers with."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import cast
 
 import jax
 import numpy as np
 
-from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, Placement, UserAbstract
+from cda4rec_jax.messages import EgressLevel, Evidence, HistoryBatch, Placement, UserAbstract
 from cda4rec_jax.pipeline.request import RequestFunctions
 from cda4rec_jax.pipeline.subtasks import StructuredState, released_items
 from cda4rec_jax.planner import CACHED_CANDIDATES
@@ -48,7 +48,7 @@ class DeviceState:
         newest: what a FULL abstract would tell of it now, which is what structured modelling reads; it changes with the history alone.
         own_evidence: records of the items of ``newest``, leading axes [1, l].
         embedding: the last one that the cloud gave, or None.
-        cache: the candidates that came with it, then the resident items, all with scores; without it the resident items alone.
+        cache: the candidates that came with it; without it there are none.
     """
 
     history: HistoryBatch
@@ -76,9 +76,10 @@ def device_state(
     """
     history = jax.device_put(history)
     width = min(CACHED_CANDIDATES, functions.num_items)
-    embedding, last = None, (np.zeros(width, np.int32), np.zeros(width, np.float32))
-    semantic = np.zeros(functions.embedding_size, np.float32)
-    if cache_level is not EgressLevel.NOTHING:
+    if cache_level is EgressLevel.NOTHING:
+        none = np.zeros(width, np.int32)
+        embedding, cache = None, _pool(functions, none, none.astype(np.float32), _rows(functions.evidence(none)), None)
+    else:
         earlier = _abstract_data(functions.abstract(history, cache_level, cache_age_events))
         asked = UplinkFields(
             request_id="0" * 32,
@@ -90,20 +91,9 @@ def device_state(
             item_ids=earlier.item_ids,
             attributes=earlier.attributes,
         )
-        semantic = cloud.encode(asked)
-        embedding = CachedEmbedding(values=semantic, level=cache_level, age_events=cache_age_events)
-        last = cloud.retrieve(semantic, width)
-    kept = functions.local(_candidates(*last), semantic[None, :], embedding is not None)
-    items, scores = np.asarray(kept.items)[0], np.asarray(kept.scores)[0]
-    has_score = (items > 0) & (embedding is not None)
-    cache = CandidatePool(
-        items=items,
-        scores=scores,
-        present=has_score.astype(np.float32),
-        evidence=_rows(functions.evidence(items)),
-        age_events=cache_age_events if embedding else 0,
-        level=cache_level,
-    )
+        embedding = CachedEmbedding(values=cloud.encode(asked), level=cache_level, age_events=cache_age_events)
+        items, scores = cloud.retrieve(embedding.values, width)
+        cache = _pool(functions, items, scores, cloud.evidence(items, True), embedding)
     newest = functions.abstract(history, EgressLevel.FULL, 0)
     own = jax.device_put(functions.evidence(np.asarray(newest.items)))
     return DeviceState(history=history, newest=newest, own_evidence=own, embedding=embedding, cache=cache)
@@ -122,9 +112,13 @@ def device_functions(functions: RequestFunctions, state: DeviceState, k: int) ->
 
     def rank(pool: CandidatePool, own: object) -> Ranked:
         evidence = _whole(pool.evidence) if own is not None else _popularity(pool.evidence)
-        candidates, history = _candidates(pool.items, pool.scores), cast(StructuredState | None, own)
-        present, age = pool.present[None, :], float(pool.age_events)
-        slate = functions.rank(candidates, evidence, history, present, age, pool.level, state.history.seen, k)
+        embedding, history = pool.embedding, cast(StructuredState | None, own)
+        semantic = None if embedding is None else embedding.values[None, :]
+        age, level = (0.0, EgressLevel.NOTHING) if embedding is None else (float(embedding.age_events), embedding.level)
+        asked = (semantic, age, level, state.history.seen, k)
+        slate = functions.rank(
+            pool.items[None, :], pool.scores[None, :], evidence, history, *asked, by_semantics=pool.by_semantics
+        )
         return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
 
     def finish(items: np.ndarray, scores: np.ndarray) -> Ranked:
@@ -136,6 +130,7 @@ def device_functions(functions: RequestFunctions, state: DeviceState, k: int) ->
         structured=structured,
         cached_embedding=lambda: state.embedding,
         cached_candidates=partial(_cached_candidates, state.cache),
+        complete=partial(_pool, functions),
         rank=rank,
         finish=finish,
     )
@@ -148,8 +143,8 @@ def cloud_functions(functions: RequestFunctions, num_attributes: int) -> CloudFu
         return _user_abstract(functions, released, num_attributes)
 
     def retrieve(embedding: np.ndarray, num_candidates: int) -> Ranked:
-        found = functions.retrieve(embedding[None, :], num_candidates)
-        return np.asarray(found.items)[0], np.asarray(found.scores)[0]
+        items, scores = functions.retrieve(embedding[None, :], num_candidates)
+        return items[0], scores[0]
 
     def structured(released: UplinkFields) -> StructuredState:
         full = read(released)
@@ -158,15 +153,14 @@ def cloud_functions(functions: RequestFunctions, num_attributes: int) -> CloudFu
     def rank(items: np.ndarray, scores: np.ndarray, released: UplinkFields, own: object) -> Ranked:
         rows = _rows(functions.evidence(items))
         evidence = _whole(rows) if own is not None else _popularity(rows)
-        present = np.ones((1, len(items)), np.float32)
-        candidates, history = _candidates(items, scores), cast(StructuredState | None, own)
-        final = np.asarray(functions.score(candidates, evidence, history, present, 0.0, released.level))[0]
+        history = cast(StructuredState | None, own)
+        final = np.asarray(functions.score(items[None, :], scores[None, :], evidence, history, released.level))[0]
         final = np.where(items > 0, final, -np.inf).astype(np.float32)
         order = np.argsort(-final, kind="stable")
         return items[order], final[order]
 
     def evidence(items: np.ndarray, whole: bool) -> EvidenceRows:
-        rows = _rows(functions.evidence(items))
+        rows = _rows(functions.evidence(items[~functions.is_resident(items)]))
         return rows if whole else {"log_popularity": rows["log_popularity"]}
 
     return CloudFunctions(
@@ -212,21 +206,23 @@ def _user_abstract(functions: RequestFunctions, released: UplinkFields, num_attr
     )
 
 
+def _pool(
+    functions: RequestFunctions, items: np.ndarray, scores: np.ndarray, sent: EvidenceRows, embedding: CachedEmbedding | None
+) -> CandidatePool:
+    """Candidates with a row for each in every field that was ``sent``: zeros where the item is resident."""
+    missing = np.flatnonzero(~functions.is_resident(items))
+    if any(len(column) != len(missing) for column in sent.values()):
+        told = {name: len(column) for name, column in sent.items()}
+        raise ValueError(f"records came for {told} items, expected {len(missing)}: those that are not resident")
+    evidence = {}
+    for name, column in sent.items():
+        evidence[name] = np.zeros((len(items), *column.shape[1:]), column.dtype)
+        evidence[name][missing] = column
+    return CandidatePool(items=items, scores=scores, evidence=evidence, embedding=embedding)
+
+
 def _cached_candidates(cache: CandidatePool, semantic: Placement) -> CandidatePool:
-    if semantic is Placement.REUSE:
-        return cache
-    return CandidatePool(
-        items=cache.items,
-        scores=np.zeros_like(cache.scores),
-        present=np.zeros_like(cache.present),
-        evidence=cache.evidence,
-        age_events=0,
-        level=EgressLevel.NOTHING,
-    )
-
-
-def _candidates(items: np.ndarray, scores: np.ndarray) -> Candidates:
-    return Candidates(items=items[None, :], scores=scores[None, :])
+    return replace(cache, by_semantics=semantic is Placement.REUSE)
 
 
 def _rows(evidence: Evidence) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from cda4rec_jax.messages import Evidence
 from cda4rec_jax.privacy.gate import GatedUplink
 from cda4rec_jax.privacy.levels import RequestId, UplinkFields
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 EVIDENCE_FIELDS = frozenset(each.name for each in dataclasses.fields(Evidence))
 
 _Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
@@ -66,7 +66,9 @@ class RetrieveResponse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     scores: Tensor  # float32 [c]
     ranked: bool
     semantic: Tensor | None  # float32 [d]; a fresh embedding, for the device to keep
-    evidence: dict[str, Tensor]  # fields of ``messages.Evidence`` by name, [c] or [c, ...]
+    evidence: dict[
+        str, Tensor
+    ]  # fields of ``messages.Evidence`` by name, [n] or [n, ...]: of the items that are not resident, in order
     times: StageTimes
 
 
@@ -129,7 +131,7 @@ def decode_reply(payload: bytes, codec: Codec = Codec.MSGPACK) -> RetrieveRespon
 
 
 def candidates_of(response: RetrieveResponse) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:
-    """Items int32 [c], scores float32 [c] and evidence rows of a decoded response."""
+    """Items int32 [c], scores float32 [c] and evidence rows [n, ...] of a decoded response."""
     return unpack(response.items), unpack(response.scores), {name: unpack(rows) for name, rows in response.evidence.items()}
 
 
@@ -163,8 +165,10 @@ def _check_response(response: RetrieveResponse) -> None:
     unknown = sorted(set(evidence) - EVIDENCE_FIELDS)
     if unknown:
         raise WireError(f"unknown evidence {unknown}, expected {sorted(EVIDENCE_FIELDS)}")
-    short = sorted(name for name, rows in evidence.items() if rows.ndim == 0 or len(rows) != len(items))
-    if short:
-        raise WireError(f"evidence {short} does not have one row for each of {len(items)} items")
+    rows = {name: -1 if array.ndim == 0 else len(array) for name, array in evidence.items()}
+    if len(set(rows.values())) > 1 or any(not 0 <= count <= len(items) for count in rows.values()):
+        raise WireError(
+            f"evidence has {rows} rows, expected equally many of each field, and at most one for each of {len(items)} items"
+        )
     if response.semantic is not None and (response.semantic.dtype != "float32" or unpack(response.semantic).ndim != 1):
         raise WireError(f"semantic embedding is {response.semantic.dtype}{list(response.semantic.shape)}, expected float32 [d]")

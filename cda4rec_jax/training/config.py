@@ -43,5 +43,5 @@ class TrainConfig:
     entropy_end: float = 0.005  # ... to here
     practice_share: float = 0.5  # final lambda of rho = (1 - lambda) uniform + lambda pi
     final_steps: int = 300  # planner-only steps at the end, with frozen trunks
-    final_users: int = 8192  # withheld users whose candidates are kept in memory for them, about .12 MB each
+    final_users: int = 8192  # withheld users whose candidates are kept in memory for them, about .2 MB each
     final_users_per_step: int = 64

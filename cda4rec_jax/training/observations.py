@@ -63,7 +63,7 @@ class KeptObservations:
     Args:
         population: the users, and the compiled functions over them.
         weights: of the trunks (and of deciders, which are not read).
-        users, positions: the requests; each takes some .12 MB at 500 candidates.
+        users, positions: the requests; each takes some .2 MB at 500 candidates and 300 resident items.
         draw: of the contexts whose caches the pools follow.
         seed: of the order in which ``batch`` gives them.
         of_requests: what else ``observe`` is told.

@@ -1,5 +1,7 @@
 """Features of a candidate, by hand."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,11 +113,10 @@ def test_padding_of_the_history_changes_nothing():
 
 
 def cloud(present: list[float], age: float = 3.0) -> dict[str, np.ndarray]:
-    candidates = Candidates(items=np.asarray([[1, 2, 3]]), scores=np.asarray([[5.0, 4.0, 1.0]], np.float32))
+    found = Candidates.retrieved(np.asarray([[1, 2, 3]]), np.asarray([[5.0, 4.0, 1.0]], np.float32))
     features = cloud_features(
-        candidates,
+        replace(found, present=jnp.asarray([present])),
         jnp.asarray([[0.1, 0.2, 0.3]]),
-        present=jnp.asarray([present]),
         age_events=jnp.asarray([age]),
         level=jnp.asarray([2]),
     )

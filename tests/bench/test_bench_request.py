@@ -46,7 +46,7 @@ def test_the_command_measures_requests_branches_and_the_devices_part(
     assert [path["candidates"] for path in found["device_path"]] == [100, 112]
     for path in found["device_path"]:
         taken = {name: row["latency"]["p50_ms"] for name, row in path["systems"].items()}
-        assert list(taken)[:2] == [PATH, KERNELS] and len(taken) == 7
+        assert list(taken)[:2] == [PATH, KERNELS] and len(taken) == 8
         assert path["path_over_kernels"]["median"] > 0
         assert path["path_over_kernels_without_dispatch"] > taken[PATH] / taken[KERNELS]
     assert {"commit", "versions", "dataset_fingerprint"} <= set(found["provenance"])

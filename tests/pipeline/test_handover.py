@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cda4rec_jax.messages import Candidates, Evidence
+from cda4rec_jax.messages import Evidence
 from cda4rec_jax.pipeline.handover import Handover
 
 ROWS = 7
@@ -38,12 +38,11 @@ def records(*leading: int) -> Evidence:
 
 
 @pytest.fixture
-def given() -> tuple[Candidates, Evidence, np.ndarray]:
+def given() -> tuple[np.ndarray, np.ndarray, Evidence]:
     rng = np.random.default_rng(1)
     scores = rng.normal(size=(1, ROWS)).astype(np.float32)
-    scores[0, -1] = -np.inf
-    candidates = Candidates(items=rng.permutation(ROWS).astype(np.int32)[None, :], scores=scores)
-    return candidates, records(1, ROWS), (scores > 0).astype(np.float32)
+    scores[0, 0] = -np.inf
+    return rng.permutation(ROWS).astype(np.int32)[None, :], scores, records(1, ROWS)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -51,12 +50,15 @@ def test_what_is_joined_is_parted_again(given, whole: bool) -> None:
     handover = Handover(records(20))
     joined = handover.join(*given, whole=whole)
     assert len(joined) == (3 if whole else 1)
-    candidates, evidence, present = jax.jit(lambda joined: handover.part(joined, whole=whole))(joined)
-    np.testing.assert_array_equal(candidates.items, given[0].items)
-    np.testing.assert_array_equal(candidates.scores, given[0].scores)
-    np.testing.assert_array_equal(present, given[2])
+    candidates, evidence = jax.jit(lambda joined: handover.part(joined, whole=whole))(joined)
+    items, scores, _ = given
+    is_item = items > 0
+    np.testing.assert_array_equal(candidates.items, items)
+    np.testing.assert_array_equal(candidates.scores, np.where(is_item, scores, 0.0))
+    np.testing.assert_array_equal(candidates.present, is_item)
+    np.testing.assert_array_equal(candidates.ranks, np.arange(ROWS)[None])
     for each in fields(Evidence):
-        found, sent = getattr(evidence, each.name), getattr(given[1], each.name)
+        found, sent = getattr(evidence, each.name), getattr(given[2], each.name)
         assert found.dtype == sent.dtype
         if whole or each.name == "log_popularity":
             np.testing.assert_array_equal(found, sent)
@@ -66,9 +68,9 @@ def test_what_is_joined_is_parted_again(given, whole: bool) -> None:
 
 def test_arrays_of_jax_and_arrays_with_gaps_are_joined_like_others(given) -> None:
     handover = Handover(records(20))
-    candidates, evidence, present = given
+    items, scores, evidence = given
     expected = handover.join(*given, whole=True)
     with_gaps = jax.tree.map(lambda rows: np.repeat(rows, 2, axis=1)[:, ::2], evidence)
-    others = (jax.device_put(candidates), with_gaps, present.astype(np.float64))
+    others = (jax.device_put(items), scores.astype(np.float64), with_gaps)
     for ours, theirs in zip(expected, handover.join(*others, whole=True), strict=True):
         np.testing.assert_array_equal(ours, theirs)

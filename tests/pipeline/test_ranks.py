@@ -6,13 +6,16 @@ import numpy as np
 from cda4rec_jax.messages import EgressLevel, Placement
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
-from cda4rec_jax.pipeline.outcomes import GROUPS, LOCAL, Scores, View, fusion_cross_entropy, plan_group, plan_slates, target_ranks
+from cda4rec_jax.pipeline.outcomes import GROUPS, Scores, View, fusion_cross_entropy, plan_group, plan_slates, target_ranks
 from cda4rec_jax.pipeline.subtasks import rank_slate, unseen
 from cda4rec_jax.planner import PLANS, PlanSpace, fresh_plan, plan_index
 
 
-def views_and_scores(items, allowed, scores) -> tuple[dict[str, View], Scores]:
-    view = View(items=jnp.asarray(items), allowed=jnp.asarray(allowed), features=jnp.zeros((*np.shape(items), 1)))
+def views_and_scores(items, allowed, scores, places=None) -> tuple[dict[str, View], Scores]:
+    """The same view for every group of plans; the last items are resident ones, as many as have ``places``."""
+    places = np.zeros((len(items), 0), np.int32) if places is None else places
+    features = jnp.zeros((*np.shape(items), 1))
+    view = View(items=jnp.asarray(items), allowed=jnp.asarray(allowed), features=features, places=jnp.asarray(places))
     return {group.view: view for group in GROUPS}, {group: jnp.asarray(scores) for group in GROUPS}
 
 
@@ -40,15 +43,32 @@ def test_a_smaller_number_of_candidates_is_a_prefix():
     assert ranks[plan_index("fresh-full-500-device")] == 71
 
 
+def test_a_resident_item_is_ranked_by_the_device_wherever_the_candidates_end():
+    items = np.concatenate([np.arange(1, 121), [50, 200]])[None]  # item 50 is the 50th candidate as well
+    scores = np.concatenate([np.linspace(1, 0, 120), [0.9, 0.2]]).astype(np.float32)[None]
+    views, scores = views_and_scores(items, np.ones((1, 122), bool), scores, [[49, 120]])
+    for target, few, many, cloud in ((50, 13, 50, 50), (200, 22, 97, MISS_RANK), (110, MISS_RANK, MISS_RANK, MISS_RANK)):
+        ranks = np.asarray(target_ranks(scores, views, jnp.asarray([target])))[0]
+        assert ranks[plan_index("fresh-full-20-device")] == few
+        assert ranks[plan_index("fresh-full-100-device")] == ranks[plan_index("local-reuse-device")] == many
+        assert ranks[plan_index("cloud-full-cloud")] == cloud
+
+
 def test_slates_and_ranks_agree():
     rng = np.random.default_rng(0)
     items = np.stack([rng.permutation(np.arange(1, 41)) for _ in range(5)])
-    views, scores = views_and_scores(items, rng.random((5, 40)) < 0.7, rng.normal(size=(5, 40)).astype(np.float32))
+    items = np.concatenate([items, items[:, 15:18], np.arange(41, 46) + np.zeros((5, 1), int)], axis=1)
+    places = np.concatenate([np.arange(15, 18), np.full(5, 40)]) + np.zeros((5, 1), int)
+    allowed = rng.random((5, 48)) < 0.7
+    allowed[:, 40:43] = allowed[:, 15:18]
+    views, scores = views_and_scores(items, allowed, rng.normal(size=(5, 48)).astype(np.float32), places)
     slates = np.asarray(plan_slates(scores, views, 10))
     for user in range(5):
-        for place, item in enumerate(slates[user, 0]):
-            ranks = np.asarray(target_ranks(scores, views, jnp.full(5, item)))
-            assert item == 0 or ranks[user, 0] == place + 1
+        for plan in range(len(PLANS)):
+            assert len(set(slates[user, plan])) == 10
+            for place, item in enumerate(slates[user, plan]):
+                ranks = np.asarray(target_ranks(scores, views, jnp.full(5, item)))
+                assert ranks[user, plan] == place + 1
 
 
 def test_fusion_cross_entropy_is_that_of_the_allowed_candidates():
@@ -60,11 +80,17 @@ def test_fusion_cross_entropy_is_that_of_the_allowed_candidates():
 
 def test_every_plan_ranks_its_own_pool_with_its_own_scores():
     generator, names = np.random.default_rng(0), sorted({group.view for group in GROUPS})
-    views, scores = {}, {}
+    views, scores, resident = {}, {}, 40
     for name in names:
-        items = np.stack([generator.permutation(300)[: 150 if name == LOCAL else 250] + 1 for _ in range(8)])
-        allowed = jnp.asarray(generator.random(items.shape) < 0.9)
-        views[name] = View(items=jnp.asarray(items), allowed=allowed, features=jnp.zeros((*items.shape, 1)))
+        candidates = np.stack([generator.permutation(300)[:250] + 1 for _ in range(8)])
+        held = np.stack([generator.permutation(300)[:resident] + 1 for _ in range(8)])
+        places = np.full(held.shape, 250)
+        for user, column in np.ndindex(held.shape):
+            places[user, column] = next(iter(np.flatnonzero(candidates[user] == held[user, column])), 250)
+        items = np.concatenate([candidates, held], axis=1)
+        allowed = jnp.asarray(generator.random((8, 301)) < 0.9)[np.arange(8)[:, None], items]
+        features = jnp.zeros((*items.shape, 1))
+        views[name] = View(items=jnp.asarray(items), allowed=allowed, features=features, places=jnp.asarray(places))
     for group in GROUPS:
         scores[group] = jnp.asarray(generator.normal(size=views[group.view].items.shape), jnp.float32)
     targets = jnp.full(8, 7)
@@ -72,13 +98,16 @@ def test_every_plan_ranks_its_own_pool_with_its_own_scores():
     assert 0.2 < np.mean(np.asarray(present)) < 0.9
     for number, plan in enumerate(PLANS):
         view, logits = views[plan_group(plan).view], np.asarray(scores[plan_group(plan)], np.float64)
-        limit = None if plan.retrieval is Placement.DEVICE_CACHE else plan.num_candidates
         for user in range(8):
-            allowed = np.asarray(view.allowed)[user, :limit]
-            left, items = logits[user, :limit][allowed], np.asarray(view.items)[user, :limit][allowed]
-            assert present[user, number] == (7 in items)
-            own = left[items == 7][0] if 7 in items else 0.0
-            expected = (np.sum(left >= own), np.log(np.exp(left).sum()) - own) if 7 in items else (MISS_RANK, 0.0)
+            pool, limit = {}, plan.num_candidates
+            columns = list(range(min(limit, 250)))
+            columns += [column for column in range(250, 250 + resident) if plan.ranking is Placement.DEVICE]
+            for column in columns:
+                if view.allowed[user, column]:
+                    pool.setdefault(int(view.items[user, column]), logits[user, column])  # the cloud's copy comes first
+            assert present[user, number] == (7 in pool)
+            left = np.asarray(list(pool.values()))
+            expected = (np.sum(left >= pool[7]), np.log(np.exp(left).sum()) - pool[7]) if 7 in pool else (MISS_RANK, 0.0)
             assert ranks[user, number] == expected[0]
             np.testing.assert_allclose(losses[user, number], expected[1], rtol=1e-4, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -108,20 +109,21 @@ class FakeDevice:
 
     def cached_candidates(self, semantic: Placement) -> CandidatePool:
         items = np.arange(1, 11, dtype=np.int32)
-        reuse = semantic is Placement.REUSE
-        return CandidatePool(
-            items=items,
-            scores=np.linspace(1, 0, 10, dtype=np.float32) if reuse else np.zeros(10, np.float32),
-            present=np.full(10, float(reuse), np.float32),
-            evidence=evidence_of(items),
-            age_events=6 if reuse else 0,
-            level=EgressLevel.RECENT if reuse else EgressLevel.NOTHING,
-        )
+        kept = CachedEmbedding(values=embedding_of(1), level=EgressLevel.RECENT, age_events=6)
+        pool = self.complete(items, np.linspace(1, 0, 10, dtype=np.float32), evidence_of(items), kept)
+        return replace(pool, by_semantics=semantic is Placement.REUSE)
+
+    def complete(self, items, scores, evidence, embedding: CachedEmbedding | None) -> CandidatePool:
+        """As on a device that holds no records of its own."""
+        if any(len(rows) != len(items) for rows in evidence.values()):
+            raise ValueError("records are missing")
+        return CandidatePool(items=items, scores=scores, evidence=evidence, embedding=embedding)
 
     def rank(self, pool: CandidatePool, structured: object):
         self.pools.append(pool)
         self.states.append(structured)
-        order = np.argsort(-(pool.scores + pool.evidence["log_popularity"]), kind="stable")
+        scores = pool.scores if pool.by_semantics else np.zeros_like(pool.scores)
+        order = np.argsort(-(scores + pool.evidence["log_popularity"]), kind="stable")
         return finish(pool.items[order], pool.scores[order])
 
     def functions(self, **overrides) -> DeviceFunctions:
@@ -130,6 +132,7 @@ class FakeDevice:
             "structured": lambda: "device state",
             "cached_embedding": self.cached_embedding,
             "cached_candidates": self.cached_candidates,
+            "complete": self.complete,
             "rank": self.rank,
             "finish": finish,
         }

@@ -158,8 +158,8 @@ def test_an_embedding_that_is_not_kept_cannot_be_reused(shop):
     device = device_functions(shop.functions, shop.states[-1], K)
     assert device.cached_embedding() is None
     pool = device.cached_candidates(Placement.REUSE)
-    assert not pool.present.any()
-    assert pool.items.any()
+    assert pool.embedding is None and not pool.items.any()
+    assert device.rank(pool, None)[0].all()
 
 
 def test_places_that_an_index_left_empty_do_not_reach_the_slate(shop):

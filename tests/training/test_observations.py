@@ -45,7 +45,7 @@ def test_they_are_the_withheld_events_with_the_features_of_their_candidates(trai
     assert np.array_equal(batch.history.targets, corpus.interactions.items[corpus.interactions.offsets[users] + last])
     assert np.array_equal(batch.history.total_lengths, last) and np.any(batch.context.cache_age_events > 0)
     popularity = np.asarray(trainer.population.catalogue(trainer.weights()).evidence.log_popularity)
-    assert {"full", "recent", "profile", "reuse", "local"} == batch.views.keys()
+    assert {"full", "recent", "profile", "reuse"} == batch.views.keys()
     for view in batch.views.values():
         assert view.features.dtype == np.float16
         column = view.features[..., FEATURES.index("popularity")]

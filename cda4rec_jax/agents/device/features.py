@@ -53,19 +53,12 @@ _CATEGORY_CODES = 256  # categories travel as one byte
 
 
 def cloud_features(
-    candidates: Candidates,
-    popularity: Float[Array, "b c"],
-    *,
-    present: Float[Array, "b c"],
-    age_events: Float[Array, "b"],
-    level: Lengths,
+    candidates: Candidates, popularity: Float[Array, "b c"], *, age_events: Float[Array, "b"], level: Lengths
 ) -> Float[Array, "b c f"]:
-    """What is known without structured user modelling, in the order of ``CLOUD_FEATURES``.
-
-    ``present`` is 1 where a candidate has a semantic score and 0 where it has none.
-    """
+    """What is known without structured user modelling, in the order of ``CLOUD_FEATURES``."""
+    present = candidates.present
     score = (candidates.scores - candidates.scores[:, :1]) * present / 2.0
-    log_rank = jnp.log1p(jnp.arange(present.shape[1], dtype=jnp.float32))[None, :] / _LOG_OF_MAX_RANK * present
+    log_rank = jnp.log1p(candidates.ranks) / _LOG_OF_MAX_RANK * present
     log_age = jnp.log1p(age_events)[:, None] * present
     levels = [(level == chosen).astype(jnp.float32)[:, None] * present for chosen in (1, 2, EgressLevel.FULL.value)]
     return jnp.stack([score, log_rank, present, log_age, score * log_age, *levels, popularity], axis=-1)
