@@ -124,15 +124,15 @@ def _kernels(
     num_items, without, held = recommender.functions.num_items, config.without_features, recommender.functions.held
     assert pool.embedding is not None
 
-    def search(found: Candidates, sent: Evidence, semantic: Any, state: Any, held: Held) -> tuple[Candidates, Evidence]:
+    def search(found: Candidates, sent: Evidence, semantic: Any, own: StructuredState, held: Held) -> tuple[Candidates, Evidence]:
         known = jnp.ones(1, bool)
-        candidates = each_once(*with_residents(found, semantic, known, state, held.residents, num_items))
+        candidates = each_once(*with_residents(found, semantic, known, own, held.residents, num_items))
         return candidates, held.records(candidates.items, sent)
 
     sent = {name: values[None, ...] for name, values in pool.evidence.items()}
     found = Candidates.retrieved(pool.items[None, :], pool.scores[None, :])
     of_cloud = jax.device_put((found, Evidence(**sent), pool.embedding.values[None, :]))
-    candidates, evidence = result("resident items", jax.jit(search), *of_cloud, state, held)
+    candidates, evidence = result("resident items", jax.jit(search), *of_cloud, own, held)
     features = jax.jit(
         lambda candidates, evidence, own, age, level: score_features(
             candidates, evidence, own, age_events=age, level=level, num_items=num_items, without=without

@@ -39,12 +39,19 @@ class ItemTables:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Residents:
-    """The resident items, which every device holds: they say nothing about its user. Vectors follow a row of padding."""
+    """The resident items, which every device holds: they say nothing about its user. Their tables follow a row of padding."""
 
     items: Int[Array, "r"]  # the most popular one first
+    in_order: Int[Array, "r"]  # the same items, the lowest index first, ...
+    rows_in_order: Int[Array, "r"]  # ... and the row of each
     vectors: Float[Array, "padded d"]  # of the cloud's index, rounded to 8 bits
     own_vectors: Float[Array, "padded e"]  # of the device agent, as in the records
     share: Float[Array, ""]  # of all training events
+
+    def rows_of(self, items: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Row of each item in the tables of resident items; 0 where it is none of them."""
+        places = jnp.minimum(jnp.searchsorted(self.in_order, items), len(self.in_order) - 1)
+        return jnp.where(self.in_order[places] == items, self.rows_in_order[places], 0)
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +97,7 @@ def build_catalogue(cloud: CloudAgent, device: DeviceAgent, tables: ItemTables) 
     vectors = cloud.items.vectors()
     device_vectors, vector_scales = quantise_rows(device.item_vectors(vectors))
     text, text_scales = quantise_rows(tables.text)
-    padded = jnp.pad(tables.resident_items, (1, 0))
+    padded, order = jnp.pad(tables.resident_items, (1, 0)), jnp.argsort(tables.resident_items)
     evidence = Evidence(
         vectors=device_vectors,
         vector_scales=vector_scales,
@@ -111,6 +118,8 @@ def build_catalogue(cloud: CloudAgent, device: DeviceAgent, tables: ItemTables) 
         categories=tables.categories,
         residents=Residents(
             items=tables.resident_items,
+            in_order=tables.resident_items[order],
+            rows_in_order=1 + order,
             vectors=dequantise_rows(*quantise_rows(vectors[padded])),
             own_vectors=dequantise_rows(device_vectors[padded], vector_scales[padded]),
             share=tables.train_counts[tables.resident_items].sum() / jnp.maximum(tables.train_counts.sum(), 1),

@@ -145,7 +145,7 @@ def compute_views(
     structured = _repeat(model_structure(device, full, abstract_evidence(catalogue, full)), len(names))
     found = retrieve(catalogue.vectors, semantic, pool_size)
     found = replace(found, items=jnp.where(known[:, None], found.items, 0))
-    candidates, places = with_residents(found, semantic, known, structured.state, catalogue.residents, catalogue.num_items)
+    candidates, places = with_residents(found, semantic, known, structured, catalogue.residents, catalogue.num_items)
     stacked = View(
         items=candidates.items,
         allowed=unseen(candidates.items, _repeat(history.seen, len(names)), catalogue.num_items),

@@ -57,7 +57,7 @@ class RequestFunctions:
         # Rows for one request are gathered on the host, where they become bytes anyway.
         self._evidence = jax.tree.map(np.asarray, catalogue.evidence)
         self.held = Held.of(catalogue)
-        self._is_resident = np.asarray(self.held.rows) > 0
+        self._is_resident = np.isin(np.arange(self.num_items + 1), catalogue.residents.items)
         sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
         self._release = jax.jit(partial(release, **sizes), static_argnames="max_items")
         self._semantic = _flat(system.cloud, lambda cloud, vectors, abstract: model_semantics(cloud, vectors, abstract))
@@ -169,24 +169,19 @@ def _state(weights: RankerWeights, prefix: np.ndarray, full: UserAbstract, evide
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What every device holds of the catalogue. The row of item i in its tables is ``rows[i]``; row 0 is of no item."""
+    """What every device holds of the catalogue."""
 
     residents: Residents
-    evidence: Evidence
-    rows: Int[Array, "i"]
+    evidence: Evidence  # of the resident items, after a row of padding
 
     @classmethod
     def of(cls, catalogue: Catalogue) -> "Held":
-        items = catalogue.residents.items
-        return cls(
-            residents=catalogue.residents,
-            evidence=gather_evidence(catalogue, jnp.pad(items, (1, 0))),
-            rows=jnp.zeros(catalogue.num_items + 1, jnp.int32).at[items].set(1 + jnp.arange(len(items))),
-        )
+        padded = jnp.pad(catalogue.residents.items, (1, 0))
+        return cls(residents=catalogue.residents, evidence=gather_evidence(catalogue, padded))
 
     def records(self, items: Int[Array, "1 n"], sent: Evidence) -> Evidence:
         """Records of items, of which the first were sent; no other record is on the device."""
-        rows = self.rows[items]
+        rows = self.residents.rows_of(items)
 
         def column(held: Array, came: Array) -> Array:
             if not came.size:
@@ -221,8 +216,7 @@ def _rank(
     k: int,
 ) -> Slate:
     sent, records = handover.part(joined, whole=structured is not None)
-    state, known = None if structured is None else structured.state, described[2:3] > 0
-    candidates = each_once(*with_residents(sent, semantic, known, state, held.residents, num_items))
+    candidates = each_once(*with_residents(sent, semantic, described[2:3] > 0, structured, held.residents, num_items))
     given = {"age_events": described[:1], "level": described[1:2].astype(jnp.int32)}
     evidence = held.records(candidates.items, records)
     features = score_features(candidates, evidence, structured, **given, num_items=num_items, without=without)

@@ -204,8 +204,7 @@ def _rank_users(
         full = told if plan.level is EgressLevel.FULL else abstract(EgressLevel.FULL)
         structured = model_structure(device, full, rows(tables.evidence, full.items))
     if plan.ranking is Placement.DEVICE:
-        state = None if structured is None else structured.state
-        candidates = each_once(*with_residents(candidates, semantic, told.level > 0, state, residents, num_items))
+        candidates = each_once(*with_residents(candidates, semantic, told.level > 0, structured, residents, num_items))
     features = score_features(
         candidates,
         rows(tables.evidence, candidates.items),

@@ -22,7 +22,7 @@ from cda4rec_jax.data.profiles import length_bucket, prefix_features, quantise_s
 from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, SequenceBatch, Slate, UserAbstract
 from cda4rec_jax.nn import dequantise_rows, last_hidden
 from cda4rec_jax.pipeline.catalogue import Catalogue, Residents
-from cda4rec_jax.planner import OWN_CANDIDATES, RESIDENT_CANDIDATES
+from cda4rec_jax.planner import NEIGHBOUR_EVENTS, OWN_CANDIDATES, RESIDENT_CANDIDATES
 from cda4rec_jax.retrieval.exact import exact_search
 
 RECENT_ITEMS = 10
@@ -120,40 +120,47 @@ def with_residents(
     found: Candidates,
     semantic: SemanticEmbeddings,
     known: Bool[Array, "b"],
-    state: Float[Array, "b e"] | None,
+    structured: StructuredState | None,
     residents: Residents,
     num_items: int,
 ) -> tuple[Candidates, Int[Array, "b m"]]:
     """What a device ranks: the ``c`` candidates that it was sent, and what it finds for itself among the resident items.
 
-    First the best ``RESIDENT_CANDIDATES`` for the embedding, or the most popular ones where none is ``known``; then the best
-    ``OWN_CANDIDATES`` by the device user state, if there is one. Each has a semantic score. Its place among the resident items tells its
-    expected place in a catalogue of ``num_items``, of which any may be resident; those found by the state come after all others.
+    First the best ``RESIDENT_CANDIDATES`` for the embedding, or the most popular ones where none is ``known``. Then, with structured user
+    modelling, the best ``OWN_CANDIDATES`` by the device user state, and what occurs beside the last ``NEIGHBOUR_EVENTS`` events. Each
+    has a semantic score. Its place among the resident items tells its expected place in a catalogue of ``num_items``, of which any may
+    be resident; those found by the history come after all others.
 
     Returns:
-        All of them, and the place of each resident item among the candidates: ``c`` where it is none of them, -1 where it is resident
-        item a second time.
+        All of them, and the place of each resident item among the candidates: ``c`` where it is none of them, -1 where it stands among
+        the resident ones before.
     """
     count, kept = residents.items.shape[0], known[:, None]
     number = min(RESIDENT_CANDIDATES, count)
     rows, scores = _search(residents.vectors, semantic, number)
     rows = jnp.where(kept, rows, 1 + jnp.arange(number))
     ranks = (1.0 + jnp.arange(number)) * ((num_items + 1) / (count + 1)) - 1.0
-    more = min(OWN_CANDIDATES, count - number) if state is not None else 0
-    if more:
-        own, _ = _search(residents.own_vectors, state, more)
-        rows, ranks = jnp.concatenate([rows, own], axis=1), jnp.pad(ranks, (0, more), mode="edge")
-        scores = jnp.concatenate([scores, jnp.einsum("bd,bmd->bm", semantic, residents.vectors[own])], axis=1)
+    if structured is not None and count > number:
+        by_state, _ = _search(residents.own_vectors, structured.state, min(OWN_CANDIDATES, count - number))
+        more = jnp.concatenate([by_state, residents.rows_of(_neighbours(structured))], axis=1)
+        rows, ranks = jnp.concatenate([rows, more], axis=1), jnp.pad(ranks, (0, more.shape[1]), mode="edge")
+        scores = jnp.concatenate([scores, jnp.einsum("bd,bmd->bm", semantic, residents.vectors[more])], axis=1)
     resident = Candidates(
-        items=residents.items[rows - 1],
+        items=jnp.where(rows > 0, residents.items[rows - 1], 0),
         scores=jnp.where(kept, scores, 0.0),
         present=jnp.broadcast_to(kept.astype(jnp.float32), rows.shape),
         ranks=jnp.broadcast_to(ranks, rows.shape),
     )
-    places = places_among(resident.items, found.items, num_items)
-    again = places_among(resident.items[:, number:], resident.items[:, :number], num_items) < number
-    places = jnp.where(jnp.pad(again, ((0, 0), (number, 0))), -1, places)
+    is_first = places_among(resident.items, resident.items, num_items) == jnp.arange(rows.shape[1])[None, :]
+    places = jnp.where(is_first, places_among(resident.items, found.items, num_items), -1)
     return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), found, resident), places
+
+
+def _neighbours(structured: StructuredState) -> Int[Array, "b m"]:
+    """Items that most often occur in one history with the newest events, from the records of these; 0 where there are fewer."""
+    newest = structured.lengths[:, None] - 1 - jnp.arange(NEIGHBOUR_EVENTS)[None, :]
+    rows = jnp.take_along_axis(structured.evidence.cooccurring_items, jnp.maximum(newest, 0)[..., None], axis=1)
+    return jnp.where(newest[..., None] >= 0, rows, 0).reshape(len(newest), -1)
 
 
 def places_among(items: Int[Array, "b m"], candidates: CandidateItems, num_items: int) -> Int[Array, "b m"]:

@@ -33,6 +33,7 @@ from cda4rec_jax.planner.explain import Decision, PlanTerms, explain_decision, r
 from cda4rec_jax.planner.extension import OwnPlanner, blank_requests
 from cda4rec_jax.planner.plan_space import (
     CACHED_CANDIDATES,
+    NEIGHBOUR_EVENTS,
     NUM_PLANS,
     OWN_CANDIDATES,
     PLANS,
@@ -55,6 +56,7 @@ from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, expected_
 
 __all__ = [
     "CACHED_CANDIDATES",
+    "NEIGHBOUR_EVENTS",
     "NUM_CONTEXT_FEATURES",
     "NUM_PLANS",
     "OWN_CANDIDATES",

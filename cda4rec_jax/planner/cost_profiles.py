@@ -12,6 +12,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.planner.plan_space import (
     CACHED_CANDIDATES,
     CANDIDATE_COUNTS,
+    NEIGHBOUR_EVENTS,
     OWN_CANDIDATES,
     RELEASING_LEVELS,
     RESIDENT_CANDIDATES,
@@ -103,6 +104,7 @@ class Workload:
     device_planning_ms: tuple[float, float, float] = (0.09, 0.04, 0.02)
     ranking_flops_per_candidate: float = 2.0 * 4 * 64 * 200
     search_flops_per_item: float = 2.0 * 64  # of the device among the resident items
+    item_neighbours: int = 24  # in the record of an item
     resident_items: int = 100  # whose records the device holds; it ranks some of them, piece by piece: they need no more memory
 
 
@@ -115,8 +117,8 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
     dispatch_ms = jnp.asarray(declared.device_dispatch_ms)
     pools = jnp.asarray((*CANDIDATE_COUNTS, CACHED_CANDIDATES), jnp.float32)
     # Without and with structured user modelling, by whose result the device searches the resident items a second time.
-    found = jnp.asarray([[RESIDENT_CANDIDATES], [RESIDENT_CANDIDATES + OWN_CANDIDATES]])
-    ranked = pools[None, :] + jnp.minimum(declared.resident_items, found)
+    by_history = OWN_CANDIDATES + NEIGHBOUR_EVENTS * declared.item_neighbours
+    ranked = pools[None, :] + jnp.minimum(declared.resident_items, RESIDENT_CANDIDATES + jnp.asarray([[0], [by_history]]))
     searched = declared.resident_items * jnp.asarray([[1.0], [2.0]])
     ranking_flops = declared.ranking_flops_per_candidate * ranked + declared.search_flops_per_item * searched
     ranking_ms = dispatch_ms[:, None, None] + 1e3 * ranking_flops[None] / device_flops[:, None, None]

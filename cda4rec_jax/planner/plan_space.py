@@ -21,6 +21,7 @@ CANDIDATE_COUNTS = (20, 100, 500)
 CACHED_CANDIDATES = 100  # that a device keeps from its last call, beside the resident items, whose records it always holds
 RESIDENT_CANDIDATES = 100  # that a device finds for an embedding among the resident items
 OWN_CANDIDATES = 200  # that it finds there by its own user state
+NEIGHBOUR_EVENTS = 5  # newest events, whose neighbours it looks for there
 
 # Free memory a plan needs on the device: weights and activations of a .3B-parameter model at 4 bits (150 MB of weights), and the
 # activations of ranking 500 candidates at once; smaller candidate sets fit in what the app holds anyway.
