@@ -71,16 +71,16 @@ def test_a_user_state_finds_items_that_the_embedding_does_not():
     vectors, own_vectors = generator.normal(size=(count, 8)), generator.normal(size=(count, 4))
     semantic, state = generator.normal(size=(1, 8)).astype(np.float32), generator.normal(size=(1, 4)).astype(np.float32)
     held = residents(2 * np.arange(count) + 1, vectors.astype(np.float32), own_vectors.astype(np.float32))
-    # Two records of each event: one resident item of its own, one that is not resident; older events are not looked at.
-    beside = np.asarray([[1, 2]] + [[1201 + 2 * event, 4] for event in range(NEIGHBOUR_EVENTS)])
+    # Beside each event: a resident item of its own, one that is not resident, and none; older events are not looked at.
+    beside = np.asarray([[1, 2, 0]] + [[1201 + 2 * event, 4, 0] for event in range(NEIGHBOUR_EVENTS)])
     own = structure(jnp.asarray(state), beside)
     found, places = with_residents(SENT, jnp.asarray(semantic), KNOWN, own, held, 2000)
     products = vectors @ semantic[0]
     by_semantics, by_state = np.argsort(-products)[:number], np.argsort(-(own_vectors @ state[0]))[:more]
     by_history = np.concatenate([by_state, np.flip(beside[1:, 0]) // 2])
     rows = np.concatenate([by_semantics, by_history])
-    is_resident = np.ones(2 + number + more + 2 * NEIGHBOUR_EVENTS, bool)
-    is_resident[3 + number + more :: 2] = False
+    is_resident = np.ones(2 + number + more + 3 * NEIGHBOUR_EVENTS, bool)
+    is_resident[2 + number + more :].reshape(-1, 3)[:, 1:] = False
     np.testing.assert_array_equal(found.items[0, is_resident][2:], 2 * rows + 1)
     assert not np.any(np.asarray(found.items)[0, ~is_resident])
     np.testing.assert_allclose(found.scores[0, is_resident][2:], products[rows], rtol=1e-4, atol=1e-5)
