@@ -147,8 +147,8 @@ class Train:
     seed: int | None = None
     """Of the weights, the order of the data and all draws; the preset's (0) if not given."""
     resident_items: int | None = None
-    """Most popular items whose records every device holds, so that it can recommend them without asking; the preset's (100) if not
-    given. All of a small catalogue, where a device has room: each takes some hundred bytes."""
+    """Most popular items whose records every device holds and searches for itself whenever it ranks; the preset's (100) if not given.
+    All of a small catalogue, where a device has room: each takes some hundred bytes."""
     k_core: int | None = None
     """Events that every user and every item must have; the preset's (5) if not given."""
     rows_per_batch: int | None = None

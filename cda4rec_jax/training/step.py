@@ -82,16 +82,25 @@ def trunk_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def optimizers(config: TrainConfig, num_steps: int) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """AdamW with clipping for the trunks; Adam with clipping for the deciders. Vectors and scales are not decayed."""
+    """AdamW with clipping for the trunks; Adam with clipping for the deciders. Vectors and scales are not decayed.
+
+    Head and policy are clipped apart: where the cloud brings little, dQ is small, and the policy's loss, which is in units of it, large.
+    """
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    def clip(of_policy: bool) -> optax.GradientTransformation:
+        def chosen(params: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(lambda path, _: ("policy" in _names(path)) is of_policy, params)
+
+        return optax.masked(optax.clip_by_global_norm(config.clip_norm), chosen)
 
     trunk = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(trunk_schedule(config, num_steps), b2=0.98, weight_decay=config.weight_decay, mask=matrices),
     )
-    deciders = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(config.decider_learning_rate, b2=0.98))
+    deciders = optax.chain(clip(False), clip(True), optax.adam(config.decider_learning_rate, b2=0.98))
     return trunk, deciders
 
 
@@ -102,11 +111,15 @@ def compute_dtype(name: ComputeDtype) -> Any:
     return jnp.dtype(name)
 
 
+def _names(path: tuple) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+
 def in_compute_dtype(trunk: Any, dtype: Any) -> Any:
     """The decoders' matrices in ``dtype``. Vectors (scales of norms), the item table and its projections stay as they are."""
 
     def convert(path: tuple, leaf: Array) -> Array:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        names = _names(path)
         return leaf.astype(dtype) if leaf.ndim > 1 and ("decoder" in names or "prefix" in names) else leaf
 
     return trunk if dtype == jnp.float32 else jax.tree_util.tree_map_with_path(convert, trunk)

@@ -16,7 +16,7 @@ from cda4rec_jax.training import RunConfig, StepConfig, Trainer
 from cda4rec_jax.training.batches import TrainingSource, micro_batch, pad_rows
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.mesh import make_mesh
-from cda4rec_jax.training.step import compute_dtype, trunk_gradient
+from cda4rec_jax.training.step import compute_dtype, optimizers, trunk_gradient
 
 
 @pytest.fixture
@@ -83,6 +83,25 @@ def test_compute_is_float32_on_a_cpu_unless_told_otherwise() -> None:
     assert TrainConfig(epochs=1, rows_per_batch=1, learning_rate=1.0).compute_dtype == "auto"
     assert compute_dtype("auto") == jnp.float32
     assert compute_dtype("bfloat16") == jnp.bfloat16
+
+
+def test_a_large_gradient_of_the_policy_does_not_slow_the_head() -> None:
+    _, deciders = optimizers(TrainConfig(epochs=1, rows_per_batch=1, learning_rate=1.0), 10)
+    params = {"device": {"head": {"linear": jnp.ones(3)}}, "policy": {"tower": jnp.ones((2, 2))}}
+
+    def moved(of_policy: tuple[float, float]) -> Any:
+        """How far the head moves in a second step."""
+        state, updates = deciders.init(params), None
+        for policy_gradient, head_gradient in zip(of_policy, (0.1, 1.0), strict=True):
+            gradient = {
+                "device": {"head": {"linear": jnp.full(3, head_gradient)}},
+                "policy": {"tower": jnp.full((2, 2), policy_gradient)},
+            }
+            updates, state = deciders.update(gradient, state, params)
+        assert updates is not None
+        return updates["device"]["head"]["linear"]
+
+    np.testing.assert_array_equal(moved((0.1, 0.1)), moved((0.1, 1e3)))
 
 
 def test_a_step_takes_over_the_memory_of_its_state(make_trainer: Any) -> None:
