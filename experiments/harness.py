@@ -23,6 +23,7 @@ from cda4rec_jax.evaluation.accuracy import METRICS
 from cda4rec_jax.evaluation.conditions import can_be_stale, plan_ranks
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.metrics import paired_intervals
+from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import plan_index
 from cda4rec_jax.presets import preset, sasrec
 from cda4rec_jax.runs import RunDirectory, provenance
@@ -247,8 +248,10 @@ def configured(preset_name: str, data: str, text: Path | None) -> RunConfig:
 
 
 def named(dataset: str, config: RunConfig) -> str:
-    """What results on a dataset are called: its name, and that of the text file if there is one."""
-    return dataset if config.text_file is None else f"{dataset}-{Path(config.text_file).stem}"
+    """What results on a dataset are called: its name, the text file's if there is one, and how many items devices hold if not as usual."""
+    text = "" if config.text_file is None else f"-{Path(config.text_file).stem}"
+    held = config.system.resident_items
+    return f"{dataset}{text}" + ("" if held == SystemConfig.resident_items else f"-resident-{held}")
 
 
 def run_name(run: RunDirectory) -> str:

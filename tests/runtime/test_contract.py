@@ -47,6 +47,7 @@ CONFIG = SystemConfig(
     device=DeviceConfig(decoder=decoder(8), history_length=12),
     profile_events=20,
     max_cache_age=6,
+    resident_items=150,  # more than a device finds by the embedding, fewer than there are
     planner=OwnPlanner.find("tests.planner.own_planner:Priced", PolicyConfig()),  # so that plans of a user's own are among them
 )
 PLANS = CONFIG.space.plans
@@ -55,7 +56,7 @@ PLANS = CONFIG.space.plans
 @pytest.fixture(scope="module")
 def shop() -> SimpleNamespace:
     """Untrained agents over a small world, everything that serves it, and the slates that outcomes promises."""
-    world = synthetic_world(SyntheticConfig(num_users=60, num_items=120))
+    world = synthetic_world(SyntheticConfig(num_users=60, num_items=200))
     corpus = build_corpus(world.interactions, TfidfSvd(dimensions=8))
     system = System(CONFIG, jnp.asarray(corpus.text), corpus.prefix_size, rngs=nnx.Rngs(0))
     assert system.device is not None
@@ -116,6 +117,23 @@ def test_the_plans_differ(shop):
     """Otherwise the contract above would say little."""
     slates = {shop.expected[:, index].tobytes() for index in range(len(PLANS))}
     assert len(slates) > 20
+
+
+def test_the_cloud_sends_the_records_of_items_that_no_device_holds(shop):
+    items, _ = shop.cloud.retrieve(np.ones(shop.cloud.embedding_size, np.float32), 100)
+    held = shop.functions.is_resident(items)
+    assert 20 < held.sum() < 100 and shop.functions.is_resident(np.arange(201)).sum() == CONFIG.resident_items
+    sent = shop.cloud.evidence(items, True)
+    whole = shop.functions.evidence(items[~held])
+    for name, rows in sent.items():
+        np.testing.assert_array_equal(rows, getattr(whole, name))
+    device, embedding = device_functions(shop.functions, shop.states[2], K), shop.states[2].embedding
+    pool = device.complete(items, np.zeros(100, np.float32), sent, embedding)
+    np.testing.assert_array_equal(pool.evidence["vectors"][~held], sent["vectors"])
+    with pytest.raises(ValueError, match=f"expected {np.sum(~held)}"):
+        device.complete(
+            items, np.zeros(100, np.float32), shop.cloud.evidence(items[1:], True) | {"words": sent["words"][:1]}, embedding
+        )
 
 
 def test_slates_hold_nothing_that_the_user_has_seen(shop):

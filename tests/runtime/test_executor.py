@@ -170,6 +170,28 @@ def test_a_cloud_that_talks_nonsense_is_answered_locally(failure):
     assert answer.trace.executed_plan == local()
 
 
+def without_embedding(reply: dict) -> dict:
+    return {**reply, "semantic": None}
+
+
+def with_fewer_records(reply: dict) -> dict:
+    def shorter(tensor: dict) -> dict:
+        rows, *width = tensor["shape"]
+        return {**tensor, "shape": [rows - 1, *width], "data": tensor["data"][: len(tensor["data"]) * (rows - 1) // rows]}
+
+    return {**reply, "evidence": {name: shorter(tensor) for name, tensor in reply["evidence"].items()}}
+
+
+@pytest.mark.parametrize("spoil", [without_embedding, with_fewer_records])
+def test_a_reply_that_the_device_cannot_complete_is_answered_locally(spoil):
+    def wrap(handle):
+        return lambda payload: msgspec.msgpack.encode(spoil(msgspec.msgpack.decode(handle(payload))))
+
+    with Setting(wrap=wrap) as setting:
+        answer = setting.run(fresh())
+    assert answer.trace.flags == ("cloud_failed",) and answer.trace.executed_plan == local()
+
+
 def test_a_resend_is_the_same_bytes_one_release_and_two_sends():
     failures = iter([True, False])
 

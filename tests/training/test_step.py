@@ -87,18 +87,18 @@ def test_compute_is_float32_on_a_cpu_unless_told_otherwise() -> None:
 
 def test_a_large_gradient_of_the_policy_does_not_slow_the_head() -> None:
     _, deciders = optimizers(TrainConfig(epochs=1, rows_per_batch=1, learning_rate=1.0), 10)
-    params = {"device": {"head": {"linear": jnp.ones(3)}}, "policy": {"tower": jnp.ones((2, 2))}}
+    params: Any = {"device": {"head": {"linear": jnp.ones(3)}}, "policy": {"tower": jnp.ones((2, 2))}}
 
     def moved(of_policy: tuple[float, float]) -> Any:
         """How far the head moves in a second step."""
-        state, updates = deciders.init(params), None
+        state: Any = deciders.init(params)
+        updates: Any = None
         for policy_gradient, head_gradient in zip(of_policy, (0.1, 1.0), strict=True):
             gradient = {
                 "device": {"head": {"linear": jnp.full(3, head_gradient)}},
                 "policy": {"tower": jnp.full((2, 2), policy_gradient)},
             }
             updates, state = deciders.update(gradient, state, params)
-        assert updates is not None
         return updates["device"]["head"]["linear"]
 
     np.testing.assert_array_equal(moved((0.1, 0.1)), moved((0.1, 1e3)))
