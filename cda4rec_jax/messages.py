@@ -242,9 +242,7 @@ class Candidates:
     items: CandidateItems
     scores: CandidateScores  # dot product with the semantic embedding; 0 where there is none
     present: Float[Array, "b c"]  # 1 where there is such a product
-    ranks: Float[
-        Array, "b c"
-    ]  # place in the catalogue's order by that product, from 0; estimated where not the whole of it was searched
+    ranks: Float[Array, "b c"]  # place in the catalogue by that product, from 0; expected, where a part of it was searched
 
     @classmethod
     def retrieved(cls, items: CandidateItems, scores: CandidateScores) -> "Candidates":

@@ -53,7 +53,7 @@ class View:
     features: CandidateFeatures  # all of them; ``Group`` says which of them a plan ranks by
     places: Int[
         Array, "b m"
-    ]  # of the resident items among the candidates; c where one is none of them, -1 where it is there twice
+    ]  # of the resident items among the candidates: c where one is none of them, -1 where it is a second time
 
     @property
     def num_candidates(self) -> int:
