@@ -14,9 +14,9 @@ from cda4rec_jax.messages import EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import target_rank
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.full_ranking import device_full_ranks
-from cda4rec_jax.pipeline.outcomes import REUSE, compute_views, outcomes, plan_pool
+from cda4rec_jax.pipeline.outcomes import REUSE, compute_views, outcomes, plan_group, plan_pool, score_views, target_ranks
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import PLANS, plan_index
+from cda4rec_jax.planner import PLANS, PlanSpace, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
 Progress = Callable[[int, int], None]
@@ -37,19 +37,26 @@ def plan_ranks(
     *,
     age_events: int = 0,
     level: EgressLevel = EgressLevel.FULL,
+    by_cache_alone: bool = False,
     progress: Progress | None = None,
 ) -> Int[np.ndarray, "n p"]:
     """Rank of each target under every plan, where the device's cached embedding was made ``age_events`` ago at ``level``.
 
-    Plans that ask the cloud anew do not depend on the condition. A plan that the context would forbid has ranks too.
+    Plans that ask the cloud anew do not depend on the condition, and are left out with ``by_cache_alone``: what remains are the plans
+    of ``cache_plans``. A plan that the context would forbid has ranks too.
 
     Raises:
         ValueError: the age is above the ``max_cache_age`` of the system, or a past is too short for it.
     """
     _check(trained.config, positions, age_events)
     condition = (jnp.asarray(int(level), jnp.int32), jnp.asarray(age_events, jnp.float32))
-    function = _function(_plan_ranks, trained.config)
+    function = _function(_cache_plan_ranks if by_cache_alone else _plan_ranks, trained.config)
     return trained.population.over_users(function, _weights(trained), users, positions, *condition, progress=progress)
+
+
+def cache_plans(space: PlanSpace) -> Int[np.ndarray, "q"]:
+    """Plans whose answer depends on what the device has kept."""
+    return np.flatnonzero([plan_group(plan).view == REUSE for plan in space.plans])
 
 
 def device_alone_ranks(
@@ -105,6 +112,15 @@ def _plan_ranks(
     return outcomes(system.cloud, system.device, catalogue, history, levels, ages, config).ranks
 
 
+def _cache_plan_ranks(
+    system: System, catalogue: Catalogue, history: HistoryBatch, level: Array, age_events: Array, *, config: SystemConfig
+) -> PlanRanks:
+    assert system.device is not None
+    levels, ages = jnp.broadcast_to(level, history.lengths.shape), jnp.broadcast_to(age_events, history.lengths.shape)
+    views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config, (REUSE,))
+    return target_ranks(score_views(system.device.head, views), views, history.targets, config.space)
+
+
 def _device_alone(system: System, catalogue: Catalogue, history: HistoryBatch, *, config: SystemConfig) -> Int[Array, "b"]:
     assert system.device is not None
     return device_full_ranks(system.device, catalogue, history, config)
@@ -116,8 +132,7 @@ def _mixture_ranks(
     assert system.device is not None
     levels = jnp.full(history.lengths.shape, EgressLevel.FULL.value, jnp.int32)
     ages = jnp.broadcast_to(age_events, history.lengths.shape)
-    views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config)
-    view = views[REUSE]
+    view = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config, (REUSE,))[REUSE]
     features, pool = view.features, plan_pool(_POOL_OF, view).mask(view.num_candidates, view.places)
     allowed = view.allowed & pool
     scored = allowed & (features[..., FEATURES.index("cloud_present")] > 0)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.array_typing import Array, PlanRanks
 from cda4rec_jax.evaluation.answers import happened_latency_ms
-from cda4rec_jax.evaluation.conditions import plan_ranks
+from cda4rec_jax.evaluation.conditions import cache_plans, plan_ranks
 from cda4rec_jax.links import LinkConfig
 from cda4rec_jax.messages import Context, EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import hit_rate, ndcg
@@ -121,14 +121,16 @@ def cached_ranks(
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[np.ndarray, "levels ages n steps p"]:
     """Rank under every plan for every cache that the requests may find: before request t, ages 1 to t + 1."""
-    steps = positions.shape[1]
+    steps, plans = positions.shape[1], cache_plans(trained.config.space)
     found = np.zeros((len(CACHE_LEVELS), steps, *positions.shape, trained.config.space.num_plans), np.int32)
+    every = plan_ranks(trained, np.repeat(users, steps), positions.ravel(), age_events=1).reshape(*positions.shape, -1)
     for level_place, level in enumerate(CACHE_LEVELS):
         for age in range(1, steps + 1):
             asked = positions[:, age - 1 :]
             who = np.repeat(users, asked.shape[1])
-            ranks = plan_ranks(trained, who, asked.ravel(), age_events=age, level=level)
-            found[level_place, age - 1, :, age - 1 :] = ranks.reshape(*asked.shape, -1)
+            ranks = plan_ranks(trained, who, asked.ravel(), age_events=age, level=level, by_cache_alone=True)
+            found[level_place, age - 1, :, age - 1 :] = every[:, age - 1 :]
+            found[level_place, age - 1, :, age - 1 :, plans] = np.moveaxis(ranks.reshape(*asked.shape, -1), -1, 0)
             if progress:
                 progress(level_place * steps + age, len(CACHE_LEVELS) * steps)
     return found

@@ -41,6 +41,7 @@ from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import PLANS, RESIDENT_CANDIDATES, STANDARD, PlanSpace
 
 REUSE = "reuse"  # the view through the embedding that the device keeps
+VIEWS = (*(level.name.lower() for level in list(EgressLevel)[1:]), REUSE)
 
 
 @jax.tree_util.register_dataclass
@@ -121,15 +122,16 @@ def compute_views(
     cache_level: Lengths,
     cache_age_events: Float[Array, "b"],
     config: SystemConfig,
+    names: tuple[str, ...] = VIEWS,
 ) -> dict[str, View]:
-    """All views of a batch. Retrieval runs once for each semantic view, at the largest K; smaller K are prefixes."""
+    """Views of a batch: all, or those of these names. Retrieval runs once for each, at the largest K; smaller K are prefixes."""
     num_users, pool_size = history.items.shape[0], min(config.space.max_candidates, catalogue.num_items)
     sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
     now = jnp.zeros((num_users,), jnp.int32)
     age = jnp.minimum(cache_age_events.astype(jnp.int32), config.max_cache_age)
-    fresh = {level.name.lower(): jnp.full((num_users,), level.value, jnp.int32) for level in list(EgressLevel)[1:]}
-    sources = {name: (level, now) for name, level in fresh.items()} | {REUSE: (cache_level, age)}
-    names = tuple(sources)
+    at_level = {level.name.lower(): jnp.full((num_users,), level.value, jnp.int32) for level in list(EgressLevel)[1:]}
+    sources = {name: (level, now) for name, level in at_level.items()} | {REUSE: (cache_level, age)}
+    sources = {name: sources[name] for name in VIEWS if name in names}
 
     def semantics(names: tuple[str, ...], max_items: int) -> SemanticEmbeddings:
         level, ages = (jnp.concatenate(column) for column in zip(*(sources[name] for name in names), strict=True))
@@ -137,18 +139,22 @@ def compute_views(
         return model_semantics(cloud, catalogue.vectors, abstract)
 
     # Views are rows of one batch wherever their shapes agree: one program to compile, and the catalogue is read once.
-    short = semantics(names[:2], released_items(EgressLevel.RECENT, config.history_length))
-    semantic = jnp.concatenate([short, semantics(names[2:], config.history_length)])
+    short = tuple(name for name in sources if name in VIEWS[:2])
+    widths = {
+        short: released_items(EgressLevel.RECENT, config.history_length),
+        tuple(sources)[len(short) :]: config.history_length,
+    }
+    semantic = jnp.concatenate([semantics(few, width) for few, width in widths.items() if few])
     levels, ages = (jnp.concatenate(column) for column in zip(*sources.values(), strict=True))
     known = levels > EgressLevel.NOTHING  # the level of a cached embedding, where there is none
-    full = release(history, catalogue.categories, fresh["full"], now, max_items=config.history_length, **sizes)
-    structured = _repeat(model_structure(device, full, abstract_evidence(catalogue, full)), len(names))
+    full = release(history, catalogue.categories, at_level["full"], now, max_items=config.history_length, **sizes)
+    structured = _repeat(model_structure(device, full, abstract_evidence(catalogue, full)), len(sources))
     found = retrieve(catalogue.vectors, semantic, pool_size)
     found = replace(found, items=jnp.where(known[:, None], found.items, 0))
     candidates, places = with_residents(found, semantic, known, structured, catalogue.residents, catalogue.num_items)
     stacked = View(
         items=candidates.items,
-        allowed=unseen(candidates.items, _repeat(history.seen, len(names)), catalogue.num_items),
+        allowed=unseen(candidates.items, _repeat(history.seen, len(sources)), catalogue.num_items),
         features=score_features(
             candidates,
             gather_evidence(catalogue, candidates.items),
@@ -160,7 +166,7 @@ def compute_views(
         ),
         places=places,
     )
-    rows = {name: slice(number * num_users, (number + 1) * num_users) for number, name in enumerate(names)}
+    rows = {name: slice(number * num_users, (number + 1) * num_users) for number, name in enumerate(sources)}
     return {name: jax.tree.map(lambda leaf, here=here: leaf[here], stacked) for name, here in rows.items()}
 
 
@@ -171,12 +177,12 @@ def _repeat(tree: Any, times: int) -> Any:
 
 def score_views(head: FusionHead, views: dict[str, View]) -> Scores:
     """Scores of every group of plans; once each, whatever the number of plans."""
-    return {group: head(group.read(views[group.view].features)) for group in GROUPS}
+    return {group: head(group.read(views[group.view].features)) for group in GROUPS if group.view in views}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rankings:
-    """The views that ``g`` groups of plans score, stacked, and what each of the ``p`` plans ranks of them.
+    """The views that ``g`` groups of plans score, stacked, and what each of the ``p`` plans of these groups ranks of them.
 
     Plans go through one operation together: what is traced and compiled is the number of operations, and one for each plan and pool made
     up a third of a decider step.
@@ -192,14 +198,14 @@ class _Rankings:
 
     @classmethod
     def of(cls, scores: Scores, views: dict[str, View], space: PlanSpace) -> "_Rankings":
-        groups = list(scores)
+        groups, plans = list(scores), [plan for plan in space.plans if plan_group(plan) in scores]
         width = views[groups[0].view].num_candidates
         stacked = {
             name: jnp.stack([getattr(views[group.view], name) for group in groups]) for name in ("items", "allowed", "places")
         }
         return cls(
-            groups=np.asarray([groups.index(plan_group(plan)) for plan in space.plans]),
-            pools=tuple(plan_pool(plan, views[plan_group(plan).view]) for plan in space.plans),
+            groups=np.asarray([groups.index(plan_group(plan)) for plan in plans]),
+            pools=tuple(plan_pool(plan, views[plan_group(plan).view]) for plan in plans),
             num_candidates=width,
             scores=jnp.stack([scores[group] for group in groups]),
             **stacked,
@@ -220,6 +226,7 @@ def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths, space
     """``1 + #{j != target: s_j >= s_target}`` among each plan's allowed candidates; ``MISS_RANK`` where the target is none.
 
     An item that is a candidate and resident, too, is in a view twice, and in a pool once. Its own score there is the one that counts.
+    Of some views alone there are ranks of the plans alone that rank one of these, in their order.
     """
     rankings = _Rankings.of(scores, views, space)
     is_target = rankings.is_target(targets)

@@ -10,7 +10,14 @@ import pytest
 
 from cda4rec_jax.agents.device.features import STRUCTURED_FEATURES
 from cda4rec_jax.data import Split
-from cda4rec_jax.evaluation.conditions import CLOUD_WEIGHTS, can_be_stale, device_alone_ranks, mixture_ranks, plan_ranks
+from cda4rec_jax.evaluation.conditions import (
+    CLOUD_WEIGHTS,
+    cache_plans,
+    can_be_stale,
+    device_alone_ranks,
+    mixture_ranks,
+    plan_ranks,
+)
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.planner import PLANS, plan_index
@@ -48,6 +55,14 @@ def test_a_view_of_now_retrieves_what_asking_anew_does(trained: TrainedSystem, a
         np.testing.assert_array_equal(ranks[:, plan_index(f"reuse-100-{kind}")], ranks[:, plan_index(f"fresh-full-100-{kind}")])
     stale = plan_ranks(trained, *asked, age_events=10)
     assert np.any(stale[:, plan_index("reuse-100-device")] != ranks[:, plan_index("reuse-100-device")])
+
+
+def test_plans_of_the_cache_alone_have_the_ranks_that_they_have_among_all(trained: TrainedSystem, asked):
+    chosen, condition = cache_plans(trained.config.space), {"age_events": 2, "level": EgressLevel.RECENT}
+    names = [trained.config.space.names[plan] for plan in chosen]
+    assert names == [name for name in trained.config.space.names if name.startswith(("reuse-", "local-"))]
+    alone = plan_ranks(trained, *asked, **condition, by_cache_alone=True)
+    np.testing.assert_array_equal(alone, plan_ranks(trained, *asked, **condition)[:, chosen])
 
 
 def test_the_cloud_alone_with_an_old_view_is_the_cloud_before_those_events(trained: TrainedSystem, asked):
