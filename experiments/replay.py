@@ -12,7 +12,7 @@ calls. A price of a call brings each one to the budget. Prices, plans and values
 measured on the other, and the other way round.
 
 ``--resident-items`` asks the same of devices that hold the records of more (or fewer) items than those of the run: on its trunks, head and
-policy are trained again with the larger local pool. Writes ``replay-<dataset>[-resident-<items>].json``, ``.md``, ``.png``.
+policy are trained again with what such devices find. Writes ``replay-<dataset>[-resident-<items>].json``, ``.md``, ``.png``.
 """
 
 from dataclasses import dataclass, replace
@@ -40,7 +40,6 @@ from harness import (
 
 from cda4rec_jax.data import before_last, write_prepared
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.evaluation.conditions import plan_ranks
 from cda4rec_jax.evaluation.replay import ReplayRecords, Scheduler, cached_ranks, play, record_replay, replay_positions
 from cda4rec_jax.evaluation.schedulers import (
     Priced,
@@ -159,23 +158,16 @@ def _over_seeds(
         held = "" if setting.resident_items is None else f"-resident-{setting.resident_items}"
         name = f"{OURS}-{seed}-replay{setting.steps}-ranks{held}"
         ranks = study.cell(name, lambda trained=trained: {"ranks": cached_ranks(trained, users, positions)})["ranks"]
-        renewed = study.cell(f"{name}-renewed", lambda trained=trained: {"ranks": _renewed_ranks(trained, users, positions)})
         with study.console.status(f"replaying, seed {seed}"):
             world = trained.world()
             records = record_replay(trained, world, users, positions, ranks, setting.draws)
             of_seeds.append(_cross_fitted(trained, world, records, setting))
-        tables.append((renewed["ranks"], ranks[EgressLevel.FULL - 1]))
+        tables.append(ranks[EgressLevel.FULL - 1])
     found = {
         key: {name: np.stack([of_seed[key][name] for of_seed in of_seeds], axis=1) for name in (*QUANTITIES, LAST)}
         for key in of_seeds[0]
     }
     return found, _gaps_by_age(tables)
-
-
-def _renewed_ranks(trained: TrainedSystem, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Rank [n, steps, p] under every plan where the kept embedding has just been made at FULL: what is lost is then not its age."""
-    ranks = plan_ranks(trained, np.repeat(users, positions.shape[1]), positions.ravel(), age_events=0, level=EgressLevel.FULL)
-    return ranks.reshape(*positions.shape, -1)
 
 
 def _trained(study: Study, seed: int, setting: Setting) -> TrainedSystem:
@@ -328,16 +320,15 @@ def _at_budget(found: dict[Key, Columns]) -> list[dict[str, Any]]:
     return rows
 
 
-def _gaps_by_age(tables: list[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
+def _gaps_by_age(tables: list[np.ndarray]) -> list[dict[str, Any]]:
     """hit_rate@10 of plans that reuse an embedding of level FULL, minus that of a fresh one, on the same requests, by its age.
 
     Args:
-        tables: of each seed, ranks with an embedding that is renewed each time [n, steps, p], and with one of each age [ages, n, steps, p].
+        tables: of each seed, ranks [ages, n, steps, p].
     """
     fresh, rows = plan_index("fresh-full-100-device"), []
-    for age in range(len(tables[0][1]) + 1):
-        found = [aged[age - 1, :, age - 1 :] if age else renewed for renewed, aged in tables]
-        hits = [np.asarray(hit_rate(ranks, 10), np.float64) for ranks in found]
+    for age in range(1, len(tables[0]) + 1):
+        hits = [np.asarray(hit_rate(ranks[age - 1, :, age - 1 :], 10), np.float64) for ranks in tables]
         columns = {
             name: np.stack([(one[..., plan_index(name)] - one[..., fresh]).mean(axis=1) for one in hits], axis=1)
             for name in CACHED_PLANS
@@ -408,8 +399,8 @@ def page(result: dict[str, Any]) -> str:
     columns = ["age of the cache, events", "fresh", *(f"{name} - fresh" for name in CACHED_PLANS)]
     lines += ["## What staleness costs, hit_rate@10 on the same requests", "", *markdown_table(columns, rows)]
     lines += [
-        "Fresh is fresh-full-100-device, which ranks what the cloud sends. A kept embedding ranks what the device holds: where "
-        "that is much of the catalogue, it finds items that the cloud did not send, and age 0 shows what this alone is worth.",
+        "Fresh is fresh-full-100-device. What the device finds among the items that it holds is ranked in either case, so that with an "
+        "embedding that has just been made they are the same.",
         "",
     ]
     return markdown_page(result, "Sequential replay", lines)
