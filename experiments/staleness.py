@@ -119,8 +119,8 @@ def _bytes(study: Study) -> dict[str, Any]:
     record, num_resident = record_bytes(catalogue) + 8, len(catalogue.residents.items)  # with id and score
     return {
         "record_bytes": int(record),
-        "fused_pool_items": CACHED_CANDIDATES + num_resident,
-        "fused_pool_kb": (record * CACHED_CANDIDATES + resident_item_bytes(catalogue) * num_resident) / 1e3,
+        "resident_items": num_resident,
+        "held_kb": (record * CACHED_CANDIDATES + resident_item_bytes(catalogue) * num_resident) / 1e3,
         "catalogue_mb": record * study.interactions.num_items / 1e6,
         "catalogue_mb_at_items": {str(count): record * count / 1e6 for count in OTHER_CATALOGUES},
         "limit_mb": MAX_DEVICE_MB,
@@ -156,9 +156,10 @@ def page(result: dict[str, Any]) -> str:
     larger = ", ".join(f"{float(mb):,.0f} MB at {int(count):,} items" for count, mb in weights["catalogue_mb_at_items"].items())
     held = "" if "device" in systems else f" That is above {weights['limit_mb']:.0f} MB, so the device alone was not evaluated."
     note = (
-        f"One record with its id and score has {weights['record_bytes']:,} bytes. The pool of the fused plan (`{result['fused_plan']}`, "
-        f"up to {weights['fused_pool_items']:,} items, whose share of targets is the recall) has {weights['fused_pool_kb']:,.0f} KB; "
-        f"the whole catalogue, which the device alone would hold, {weights['catalogue_mb']:,.1f} MB ({larger}).{held}"
+        f"Recall: the share of targets in the pool of the fused plan (`{result['fused_plan']}`). One record with its id and score has "
+        f"{weights['record_bytes']:,} bytes. For that plan the device holds those of {weights['resident_items']:,} resident items, and of the "
+        f"{CACHED_CANDIDATES} last candidates where they are none of these, {weights['held_kb']:,.0f} KB at most; the whole catalogue, which the "
+        f"device alone would hold, has {weights['catalogue_mb']:,.1f} MB ({larger}).{held}"
     )
     return markdown_page(result, "Staleness", [*markdown_table(columns, rows), note, ""])
 
