@@ -157,9 +157,9 @@ def page(result: dict[str, Any]) -> str:
     held = "" if "device" in systems else f" That is above {weights['limit_mb']:.0f} MB, so the device alone was not evaluated."
     note = (
         f"Recall: the share of targets in the pool of the fused plan (`{result['fused_plan']}`). One record with its id and score has "
-        f"{weights['record_bytes']:,} bytes. For that plan the device holds those of {weights['resident_items']:,} resident items, and of the "
-        f"{CACHED_CANDIDATES} last candidates where they are none of these, {weights['held_kb']:,.0f} KB at most; the whole catalogue, which the "
-        f"device alone would hold, has {weights['catalogue_mb']:,.1f} MB ({larger}).{held}"
+        f"{weights['record_bytes']:,} bytes. For that plan the device holds those of {weights['resident_items']:,} resident items, and "
+        f"of the {CACHED_CANDIDATES} last candidates where they are none of these, {weights['held_kb']:,.0f} KB at most; the whole "
+        f"catalogue, which the device alone would hold, has {weights['catalogue_mb']:,.1f} MB ({larger}).{held}"
     )
     return markdown_page(result, "Staleness", [*markdown_table(columns, rows), note, ""])
 
