@@ -102,13 +102,18 @@ def in_words(plan: Plan, cache_level: EgressLevel) -> str:
     """What a plan does, as a sentence."""
     if not plan.uses_link:
         scores = "with the scores of the kept embedding" if plan.semantic is Placement.REUSE else "by popularity alone"
-        return f"Nothing leaves: the device ranks the candidates that it keeps, {scores}; {_STRUCTURED[plan.structured]}."
+        ranked = "the candidates that it keeps and what it finds among the items that it holds"
+        return f"Nothing leaves: the device ranks {ranked}, {scores}; {_STRUCTURED[plan.structured]}."
     if plan.semantic is Placement.REUSE:
         asked = f"The device sends back its kept embedding (made from {_RELEASED.get(cache_level, 'nothing')})"
     else:
         asked = f"The device sends {_RELEASED[plan.level]}; the cloud models the user from it"
-    ranks = "cloud" if plan.ranking is Placement.CLOUD else "device"
-    return f"{asked} and finds {plan.num_candidates} candidates; {_STRUCTURED[plan.structured]}; the {ranks} ranks."
+    ranks = (
+        "the cloud ranks"
+        if plan.ranking is Placement.CLOUD
+        else "the device ranks, with what it finds among the items that it holds"
+    )
+    return f"{asked} and finds {plan.num_candidates} candidates; {_STRUCTURED[plan.structured]}; {ranks}."
 
 
 def _reasons(decision: Decision) -> Table:
