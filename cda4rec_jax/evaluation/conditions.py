@@ -14,7 +14,7 @@ from cda4rec_jax.messages import EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import target_rank
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.full_ranking import device_full_ranks
-from cda4rec_jax.pipeline.outcomes import REUSE, compute_views, outcomes, plan_group, plan_pool, score_views, target_ranks
+from cda4rec_jax.pipeline.outcomes import REUSE, VIEWS, compute_views, plan_group, plan_pool, score_views, target_ranks
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import PLANS, PlanSpace, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
@@ -50,7 +50,7 @@ def plan_ranks(
     """
     _check(trained.config, positions, age_events)
     condition = (jnp.asarray(int(level), jnp.int32), jnp.asarray(age_events, jnp.float32))
-    function = _function(_cache_plan_ranks if by_cache_alone else _plan_ranks, trained.config)
+    function = _function(_plan_ranks, trained.config, names=(REUSE,) if by_cache_alone else VIEWS)
     return trained.population.over_users(function, _weights(trained), users, positions, *condition, progress=progress)
 
 
@@ -88,9 +88,9 @@ def mixture_ranks(
 
 
 @lru_cache(maxsize=64)
-def _function(function: Callable, config: SystemConfig) -> Callable:
+def _function(function: Callable, config: SystemConfig, **static: object) -> Callable:
     """One object for each function and configuration, so that its compiled program is found again."""
-    return partial(function, config=config)
+    return partial(function, config=config, **static)
 
 
 def _weights(trained: TrainedSystem) -> object:
@@ -105,19 +105,18 @@ def _check(config: SystemConfig, positions: Int[np.ndarray, "n"], age_events: in
 
 
 def _plan_ranks(
-    system: System, catalogue: Catalogue, history: HistoryBatch, level: Array, age_events: Array, *, config: SystemConfig
+    system: System,
+    catalogue: Catalogue,
+    history: HistoryBatch,
+    level: Array,
+    age_events: Array,
+    *,
+    config: SystemConfig,
+    names: tuple[str, ...],
 ) -> PlanRanks:
     assert system.device is not None
     levels, ages = jnp.broadcast_to(level, history.lengths.shape), jnp.broadcast_to(age_events, history.lengths.shape)
-    return outcomes(system.cloud, system.device, catalogue, history, levels, ages, config).ranks
-
-
-def _cache_plan_ranks(
-    system: System, catalogue: Catalogue, history: HistoryBatch, level: Array, age_events: Array, *, config: SystemConfig
-) -> PlanRanks:
-    assert system.device is not None
-    levels, ages = jnp.broadcast_to(level, history.lengths.shape), jnp.broadcast_to(age_events, history.lengths.shape)
-    views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config, (REUSE,))
+    views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config, names)
     return target_ranks(score_views(system.device.head, views), views, history.targets, config.space)
 
 

@@ -195,7 +195,7 @@ def _rank_users(
 
     told = abstract(plan.level)
     semantic = model_semantics(cloud, _by_place(rows(tables.vectors, told.items)), replace(told, items=_places(told.items)))
-    # Without the barrier XLA on a CPU fuses the search into what reads its results (`outcomes.compute_views`).
+    # Without the barrier XLA on a CPU fuses the search into what reads its results (`subtasks.retrieve`).
     candidates = Candidates.retrieved(
         *jax.lax.optimization_barrier(search(tables.vectors, semantic, min(plan.num_candidates, num_items)))
     )

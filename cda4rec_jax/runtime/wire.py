@@ -66,9 +66,7 @@ class RetrieveResponse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     scores: Tensor  # float32 [c]
     ranked: bool
     semantic: Tensor | None  # float32 [d]; a fresh embedding, for the device to keep
-    evidence: dict[
-        str, Tensor
-    ]  # fields of ``messages.Evidence`` by name, [n] or [n, ...]: of the items that are not resident, in order
+    evidence: dict[str, Tensor]  # fields of ``messages.Evidence``, [n] or [n, ...]: of the items that are not resident, in order
     times: StageTimes
 
 

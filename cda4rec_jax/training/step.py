@@ -100,7 +100,7 @@ def optimizers(config: TrainConfig, num_steps: int) -> tuple[optax.GradientTrans
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(trunk_schedule(config, num_steps), b2=0.98, weight_decay=config.weight_decay, mask=matrices),
     )
-    deciders = optax.chain(clip(False), clip(True), optax.adam(config.decider_learning_rate, b2=0.98))
+    deciders = optax.chain(optax.chain(clip(False), clip(True)), optax.adam(config.decider_learning_rate, b2=0.98))
     return trunk, deciders
 
 
