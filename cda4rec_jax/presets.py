@@ -56,7 +56,15 @@ def joint(
 def ml_1m() -> RunConfig:
     """MovieLens-1M: long histories, few items."""
     train = TrainConfig(
-        epochs=24, rows_per_batch=20, learning_rate=5e-3, ema_decay=0.998, withheld_share=0.5, patience=4, final_steps=1000
+        epochs=24,
+        rows_per_batch=20,
+        learning_rate=5e-3,
+        ema_decay=0.998,
+        withheld_share=1.0,
+        withheld_events=2,
+        patience=4,
+        final_steps=1500,
+        final_events=12_288,
     )
     sizes = {"width": 128, "history_length": 200, "row_tokens": 201}
     return joint(**sizes, dropout_rate=0.2, text_dimensions=64, id_scale=1.0, text_scale=0.5, train=train)
@@ -70,7 +78,7 @@ def amazon_beauty() -> RunConfig:
 
 def synthetic() -> RunConfig:
     """The synthetic world, in about a minute on two cores."""
-    train = TrainConfig(epochs=7, rows_per_batch=32, learning_rate=4e-3, final_steps=100, final_users_per_step=32)
+    train = TrainConfig(epochs=7, rows_per_batch=32, learning_rate=4e-3, final_steps=100, final_events_per_step=32)
     return joint(width=32, device_width=16, dropout_rate=0.2, text_dimensions=32, train=train)
 
 
@@ -84,7 +92,7 @@ def tiny() -> RunConfig:
         decider_interval=1,
         context_draws=2,
         final_steps=6,
-        final_users_per_step=8,
+        final_events_per_step=8,
         validation_users=128,
     )
     return joint(width=16, device_width=8, history_length=15, row_tokens=16, text_dimensions=16, dropout_rate=0.1, train=train)

@@ -126,7 +126,7 @@ def test_a_run_of_another_version_is_refused_and_stays(command: str, refused: Ca
     config = json.loads((run_copy / "config.json").read_text())
     (run_copy / "config.json").write_text(json.dumps(config | {"format_version": 99}))
     before = contents(run_copy)
-    assert "has run format 99, this version of cda4rec_jax reads format 1" in refused(*command.split(), run_copy)
+    assert "has run format 99, this version of cda4rec_jax reads format 2" in refused(*command.split(), run_copy)
     assert contents(run_copy) == before
 
 

@@ -49,7 +49,7 @@ class Corpus:
         return int(np.diff(self.interactions.offsets).max())
 
     def statistics(self, held_out: np.ndarray | None = None) -> ItemStatistics:
-        """Item statistics of the training events, less the last ``held_out[u]`` (0 or 1) of each user."""
+        """Item statistics of the training events, less the last ``held_out[u]`` of each user."""
         lengths = train_lengths(self.interactions) - (0 if held_out is None else held_out)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)

@@ -30,7 +30,7 @@ from cda4rec_jax.runs.checkpoints import Checkpoint, CheckpointStore
 from cda4rec_jax.runs.processes import is_first
 from cda4rec_jax.runs.provenance import package_versions
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _T = TypeVar("_T")

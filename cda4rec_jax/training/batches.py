@@ -6,6 +6,7 @@ import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.data.packing import PackedEpoch, PackingConfig
@@ -13,7 +14,7 @@ from cda4rec_jax.data.splits import train_lengths
 from cda4rec_jax.messages import HistoryBatch, SequenceBatch
 from cda4rec_jax.pipeline.corpus import Corpus
 
-MIN_EVENTS_TO_WITHHOLD = 3  # training events below which a user's last one is needed for the trunks
+MIN_EVENTS_KEPT = 2  # training events of a user that the trunks need at least
 
 
 @jax.tree_util.register_dataclass
@@ -26,10 +27,26 @@ class TrainingBatch:
     withheld: HistoryBatch | None
 
 
-def withheld_users(corpus: Corpus, share: float, seed: int) -> np.ndarray:
-    """1 for a seeded share of the users with enough events: their last training event teaches the head and the planner only."""
-    draw = np.random.default_rng([seed, 17]).random(corpus.interactions.num_users)
-    return ((draw < share) & (train_lengths(corpus.interactions) >= MIN_EVENTS_TO_WITHHOLD)).astype(np.int64)
+@dataclass(frozen=True, kw_only=True)
+class WithheldEvents:
+    """The newest training events of some users, which teach the head and the planner only."""
+
+    counts: Int[np.ndarray, "users"]  # of each user of the corpus
+    users: Int[np.ndarray, "n"]  # of each event
+    positions: Int[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+def withheld_events(corpus: Corpus, share: float, per_user: int, seed: int) -> WithheldEvents:
+    """The last ``per_user`` training events of a seeded share of the users; fewer of those with few events."""
+    lengths = train_lengths(corpus.interactions)
+    drawn = np.random.default_rng([seed, 17]).random(len(lengths)) < share
+    counts = np.where(drawn, np.clip(lengths - MIN_EVENTS_KEPT, 0, per_user), 0)
+    users = np.repeat(np.arange(len(lengths)), counts)
+    place = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return WithheldEvents(counts=counts, users=users, positions=lengths[users] - 1 - place)
 
 
 def micro_batch(batch: SequenceBatch, part: Array | int, parts: int) -> SequenceBatch:
@@ -73,17 +90,17 @@ class TrainingSource:
         rows_per_batch: int,
         epochs: int,
         seed: int,
-        withheld: np.ndarray | None,
+        withheld: WithheldEvents | None,
         withheld_per_step: int,
         decider_interval: int,
         stored_events: int,
         rows_multiple: int = 1,
     ):
         self._corpus, self._packing, self._rows, self._seed = corpus, packing, rows_per_batch, seed
-        self._withheld = None if withheld is None else np.flatnonzero(withheld)
+        self._withheld = withheld
         self._withheld_per_step, self._decider_interval = withheld_per_step, decider_interval
         self._stored_events, self._rows_multiple = stored_events, rows_multiple
-        self._histories = corpus.training_histories(withheld)
+        self._histories = corpus.training_histories(None if withheld is None else withheld.counts)
         self._category_counts = self._histories.category_counts()
         self._epoch: tuple[int, PackedEpoch, PackedEpoch | None] | None = None
         cloud, device = self._packed(0)
@@ -110,11 +127,10 @@ class TrainingSource:
         return pad_rows(device.batch(place * self._device_rows, self._device_rows), self._rows_multiple)
 
     def withheld_batch(self, step: int, size: int) -> HistoryBatch:
-        """Pasts of ``size`` withheld users before their withheld event; drawn for each step alone."""
+        """Pasts of users before ``size`` withheld events; drawn for each step alone."""
         assert self._withheld is not None
-        users = np.random.default_rng([self._seed, 29, step]).choice(self._withheld, size)
-        positions = train_lengths(self._corpus.interactions)[users] - 1
-        return self._corpus.histories(users, positions, self._stored_events)
+        drawn = np.random.default_rng([self._seed, 29, step]).choice(len(self._withheld), size)
+        return self._corpus.histories(self._withheld.users[drawn], self._withheld.positions[drawn], self._stored_events)
 
     def _packed(self, epoch: int) -> tuple[PackedEpoch, PackedEpoch | None]:
         if self._epoch is None or self._epoch[0] != epoch:

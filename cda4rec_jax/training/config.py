@@ -31,7 +31,8 @@ class TrainConfig:
     checkpoint_minutes: float = 2.0  # 0 saves after every step
 
     decider_learning_rate: float = 4e-3
-    withheld_share: float = 0.3  # of the users
+    withheld_share: float = 0.3  # of the users whose newest training events teach the deciders and no trunk ...
+    withheld_events: int = 1  # ... so many of each
     refit_trunks: bool = False  # train the trunks again in the end, on withheld events too, under the deciders that were trained
     withheld_per_step: int = 16
     decider_interval: int = 4  # joint steps from one that moves the deciders to the next; their part costs as much as the trunks'
@@ -43,5 +44,5 @@ class TrainConfig:
     entropy_end: float = 0.005  # ... to here
     practice_share: float = 0.5  # final lambda of rho = (1 - lambda) uniform + lambda pi
     final_steps: int = 300  # planner-only steps at the end, with frozen trunks
-    final_users: int = 8192  # withheld users whose candidates are kept in memory for them, about .2 MB each
-    final_users_per_step: int = 64
+    final_events: int = 8192  # withheld events whose candidates are kept in memory for them, about .2 MB each
+    final_events_per_step: int = 64

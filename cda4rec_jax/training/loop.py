@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cda4rec_jax.data.packing import PackingConfig
-from cda4rec_jax.data.splits import Split, train_lengths
+from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.metrics import hit_rate, ndcg
 from cda4rec_jax.pipeline.corpus import Corpus
@@ -26,13 +26,13 @@ from cda4rec_jax.pipeline.system import System
 from cda4rec_jax.planner import WeightScales, Workload, deployment_profile
 from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.processes import any_process, from_first
-from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_users
+from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_events
 from cda4rec_jax.training.mesh import Layout, rows_multiple
 from cda4rec_jax.training.observations import KeptObservations
 from cda4rec_jax.training.step import StepConfig, TrainState, jitted_steps, optimizers, split_system
 
 LOG_EVERY_STEPS = 10
-SCALE_USERS = 1024  # validation users from whom weight scales and mean plan qualities are measured
+SCALE_EVENTS = 1024  # withheld events from which weight scales and mean plan qualities are measured
 
 
 class Interrupted(Exception):
@@ -89,7 +89,8 @@ class Trainer:
         self._trunk_phase = "joint" if withhold else "refit"
         train, joint = config.train, config.system.device is not None
         self.layout = Layout(mesh, num_rows=corpus.text.shape[0])
-        withheld = withheld_users(corpus, train.withheld_share if withhold else 0.0, train.seed) if joint else None
+        share = train.withheld_share if withhold else 0.0
+        withheld = withheld_events(corpus, share, train.withheld_events, train.seed) if joint else None
         self.source = TrainingSource(
             corpus,
             packing,
@@ -102,9 +103,11 @@ class Trainer:
             stored_events=config.system.stored_events,
             rows_multiple=rows_multiple(mesh, train.rows_per_batch, train.accumulation_steps),
         )
-        self._withheld = None if withheld is None else np.flatnonzero(withheld)
+        self._withheld = withheld
         # While the deciders learn, tables must not know the withheld events; they would give the targets away.
-        self.tables = corpus.tables(corpus.statistics(withheld), config.system.resident_items)
+        self.tables = corpus.tables(
+            corpus.statistics(None if withheld is None else withheld.counts), config.system.resident_items
+        )
         self.num_steps = len(self.source)
         system = System(config.system, jnp.asarray(corpus.text), corpus.prefix_size, rngs=nnx.Rngs(train.seed))
         self.graph, trunk, deciders, self.frozen = split_system(system)
@@ -115,7 +118,6 @@ class Trainer:
         users = np.random.default_rng(train.seed).permutation(corpus.interactions.num_users)
         self._validation_users = np.sort(users[: train.validation_users])
         self._positions = corpus.target_positions(Split.VALIDATION)
-        self._train_positions = train_lengths(corpus.interactions) - 1
         start = self._start(trunk, deciders)
         self._shapes = jax.eval_shape(lambda: start)  # without the padding of a mesh
         self.state = self.layout.place(start)
@@ -266,7 +268,8 @@ class Trainer:
         """What the deciders see of withheld positions through the final trunks."""
         assert self._world is not None and self._withheld is not None
         train = self.config.train
-        users = np.sort(np.random.default_rng([train.seed, 37]).permutation(self._withheld)[: train.final_users])
+        drawn = np.random.default_rng([train.seed, 37]).permutation(len(self._withheld))[: train.final_events]
+        kept = np.sort(drawn)
 
         def tell(done: int, total: int) -> None:
             self.watch(Progress(phase="observing", step=done, num_steps=total))
@@ -274,8 +277,8 @@ class Trainer:
         return KeptObservations(
             self.population,
             self.weights(),
-            users,
-            self._train_positions[users],
+            self._withheld.users[kept],
+            self._withheld.positions[kept],
             self.tables,
             self._world,
             self.num_steps,
@@ -289,7 +292,7 @@ class Trainer:
         started = saved - self.position.elapsed_s
         kept = self._keep_observations() if kept is None else kept
         for step in range(int(self.state.step), train.final_steps):
-            observation = self.layout.place_batch(kept.batch(step, train.final_users_per_step))
+            observation = self.layout.place_batch(kept.batch(step, train.final_events_per_step))
             draw = self.layout.place(jnp.asarray(self.num_steps + step, jnp.int32))
             frozen, _, world = self._constants
             self.state, values = self._decide(self.state, observation, frozen, world, draw)
@@ -304,8 +307,8 @@ class Trainer:
     def _measure_scales(self) -> None:
         """Moments of the head's features, dQ, dC and the mean quality of each plan on withheld positions, which no trunk has seen."""
         assert self._world is not None and self._withheld is not None
-        users = np.random.default_rng(self.config.train.seed).permutation(self._withheld)[:SCALE_USERS]
-        asked = (self._world, users, self._train_positions[users])
+        drawn = np.random.default_rng(self.config.train.seed).permutation(len(self._withheld))[:SCALE_EVENTS]
+        asked = (self._world, self._withheld.users[drawn], self._withheld.positions[drawn])
         self._standardise(*self.population.feature_moments(self.weights(), *asked))
         records = self.population.records(self.weights(), *asked, draws=1)
         requests = jax.tree.map(lambda leaf: leaf[0], records.requests)

@@ -22,6 +22,7 @@ class Case:
     tokens: int
     candidates: int
     features: int = 26
+    moderating: int = 6
     head_hidden: int = 32
 
 
@@ -40,6 +41,7 @@ CONTRACT_CASES = (
         tokens=1,
         candidates=1,
         features=1,
+        moderating=1,
         head_hidden=1,
     ),
     Case(
@@ -53,6 +55,7 @@ CONTRACT_CASES = (
         tokens=19,
         candidates=37,
         features=5,
+        moderating=2,
         head_hidden=13,
     ),
     replace(_TWO_LAYERS, name="whole vectors, a full window"),
@@ -104,6 +107,8 @@ def random_weights(case: Case, seed: int = 0) -> RankerWeights:
         down=normal(n, case.mlp_hidden, e),
         final_norm=1 + 0.1 * normal(e),
         linear=normal(f),
+        moderators=normal(case.moderating, f),
+        moderating=draws.permutation(f)[: case.moderating].astype(np.int32),
         hidden=normal(f, case.head_hidden),
         bias=normal(case.head_hidden),
         out_units=normal(case.head_hidden),

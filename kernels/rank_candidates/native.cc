@@ -218,9 +218,9 @@ void extend(const Decoder& d, const float* weights, const float* tokens, int64_t
 }
 
 struct Head {
-  const float *score_scale, *linear, *mean, *inverse_deviation, *bias, *out, *hidden;
-  const int32_t* gates;
-  int64_t features, units, score_feature;
+  const float *score_scale, *linear, *mean, *inverse_deviation, *moderators, *bias, *out, *hidden;
+  const int32_t *gates, *moderating;
+  int64_t features, num_moderating, units, score_feature;
 };
 
 // GCC takes __builtin_convertvector of bytes apart, number by number.
@@ -254,6 +254,17 @@ Vector hidden_units(const Head& head, const Vector* known, int64_t unit, Vector 
   return result;
 }
 
+// result += x[moderating] M x.
+Vector moderated(const Head& head, const Vector* known, Vector result) {
+  for (int64_t r = 0; r < head.num_moderating; ++r) {
+    const float* weights = head.moderators + r * head.features;
+    Vector sums = {};
+    for (int64_t f = 0; f < head.features; ++f) sums += known[f] * weights[f];
+    result += sums * known[head.moderating[r]];
+  }
+  return result;
+}
+
 // The head, with one candidate in each lane.
 void score(const Head& head, int64_t candidates, int64_t width, const float* state, const int8_t* vectors, const float* scales,
            const float* features, float* scores) {
@@ -276,6 +287,7 @@ void score(const Head& head, int64_t candidates, int64_t width, const float* sta
       known[f] = standard * load(raw + head.gates[f] * kLanes);
       result += known[f] * head.linear[f];
     }
+    result = moderated(head, known, result);
     int64_t unit = 0;
     for (; unit + 8 <= head.units; unit += 8) result = hidden_units<8>(head, known, unit, result);
     for (; unit < head.units; ++unit) result = hidden_units<1>(head, known, unit, result);
@@ -283,16 +295,18 @@ void score(const Head& head, int64_t candidates, int64_t width, const float* sta
   }
 }
 
-Head head_of(const float* weights, int64_t size, const int32_t* gates, int64_t features, int64_t score_feature) {
-  int64_t units = (size - 1 - 3 * features) / (features + 2);
-  const float *linear = weights + 1, *mean = linear + features, *inverse = mean + features, *bias = inverse + features;
-  const float* out = bias + units;
-  return {weights, linear, mean, inverse, bias, out, out + units, gates, features, units, score_feature};
-}
-
 using Floats = ffi::Buffer<ffi::F32>;
 using Wholes = ffi::Buffer<ffi::S32>;
 using NewFloats = ffi::ResultBuffer<ffi::F32>;
+
+Head head_of(const Floats& weights, const Wholes& gates, const Wholes& moderating, int64_t score_feature) {
+  int64_t features = gates.element_count(), moderators = moderating.element_count();
+  int64_t units = (int64_t(weights.element_count()) - 1 - (3 + moderators) * features) / (features + 2);
+  const float *scale = weights.typed_data(), *linear = scale + 1, *mean = linear + features, *inverse = mean + features;
+  const float *by = inverse + features, *bias = by + moderators * features, *out = bias + units;
+  return {scale, linear, mean, inverse, by, bias, out, out + units, gates.typed_data(), moderating.typed_data(),
+          features, moderators, units, score_feature};
+}
 
 ffi::Error extend_history(int64_t heads, int64_t head_size, int64_t mlp_hidden, int64_t window, Floats weights, Floats keys,
                           Floats values, Wholes length, Floats tokens, Wholes count, NewFloats new_keys, NewFloats new_values,
@@ -303,9 +317,9 @@ ffi::Error extend_history(int64_t heads, int64_t head_size, int64_t mlp_hidden, 
   return ffi::Error::Success();
 }
 
-ffi::Error score_candidates(int64_t score_feature, Floats weights, Wholes gates, Floats state, ffi::Buffer<ffi::S8> vectors,
-                            Floats scales, Floats features, NewFloats scores) {
-  Head head = head_of(weights.typed_data(), weights.element_count(), gates.typed_data(), features.dimensions()[1], score_feature);
+ffi::Error score_candidates(int64_t score_feature, Floats weights, Wholes gates, Wholes moderating, Floats state,
+                            ffi::Buffer<ffi::S8> vectors, Floats scales, Floats features, NewFloats scores) {
+  Head head = head_of(weights, gates, moderating, score_feature);
   score(head, features.dimensions()[0], vectors.dimensions()[1], state.typed_data(), vectors.typed_data(), scales.typed_data(),
         features.typed_data(), scores->typed_data());
   return ffi::Error::Success();
@@ -315,14 +329,15 @@ ffi::Error score_candidates(int64_t score_feature, Floats weights, Wholes gates,
 // is there to be aliased with it.
 ffi::Error rank_request(int64_t layers, int64_t width, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t mlp_hidden,
                         int64_t window, int64_t score_feature, int64_t num_tokens, int64_t candidates, Floats weights,
-                        Floats head_weights, Wholes gates, Floats cache, Floats request, NewFloats new_cache, NewFloats scores) {
+                        Floats head_weights, Wholes gates, Wholes moderating, Floats cache, Floats request, NewFloats new_cache,
+                        NewFloats scores) {
   Decoder d{layers, width, heads, kv_heads, head_size, mlp_hidden, window};
   const float *header = request.typed_data(), *tokens = header + 2, *scales = tokens + num_tokens * width;
   const float *features = scales + candidates, *codes = features + candidates * int64_t(gates.element_count());
   float *keys = new_cache->typed_data(), *values = keys + layers * kv_heads * head_size * d.places();
   std::vector<float> state(d.x());
   extend(d, weights.typed_data(), tokens, num_tokens, int64_t(header[0]), int64_t(header[1]), keys, values, state.data());
-  Head head = head_of(head_weights.typed_data(), head_weights.element_count(), gates.typed_data(), gates.element_count(), score_feature);
+  Head head = head_of(head_weights, gates, moderating, score_feature);
   score(head, candidates, width, state.data(), reinterpret_cast<const int8_t*>(codes), scales, features, scores->typed_data());
   return ffi::Error::Success();
 }
@@ -350,6 +365,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScoreCandidates, score_candidates,
                                   .Attr<int64_t>("score_feature")
                                   .Arg<Floats>()
                                   .Arg<Wholes>()
+                                  .Arg<Wholes>()
                                   .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<Floats>()
@@ -370,6 +386,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RankRequest, rank_request,
                                   .Attr<int64_t>("candidates")
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Wholes>()
                                   .Arg<Wholes>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

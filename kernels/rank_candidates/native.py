@@ -51,8 +51,8 @@ def score_candidates_native(
     result = jax.ShapeDtypeStruct(vector_scales.shape, jnp.float32)
     call = jax.ffi.ffi_call(_SCORE, result, vmap_method="sequential")
     with jax.ensure_compile_time_eval():
-        packed, gates = _packed_head(weights), weights.gates.astype(jnp.int32)
-    return call(packed, gates, state, vectors, vector_scales, features, score_feature=np.int64(weights.score_feature))
+        head = _packed_head(weights)
+    return call(*head, state, vectors, vector_scales, features, score_feature=np.int64(weights.score_feature))
 
 
 def rank_request_native(
@@ -64,9 +64,9 @@ def rank_request_native(
 ) -> tuple[Float[Array, "c"], Float[Array, "cache"]]:
     """The whole of one request that ``serving`` has packed, and the cache with its tokens, written in the place of ``cache``."""
     with jax.ensure_compile_time_eval():
-        packed, head, gates = _packed_decoder(weights), _packed_head(weights), weights.gates.astype(jnp.int32)
+        packed, head = _packed_decoder(weights), _packed_head(weights)
     results = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (cache_size(weights), num_candidates)]
-    call = jax.ffi.ffi_call(_REQUEST, results, input_output_aliases={} if cache is None else {3: 0})
+    call = jax.ffi.ffi_call(_REQUEST, results, input_output_aliases={} if cache is None else {4: 0})
     sizes = {
         "layers": weights.num_layers,
         "width": weights.width,
@@ -80,7 +80,7 @@ def rank_request_native(
         "candidates": num_candidates,
     }
     given = jnp.zeros(0) if cache is None else cache
-    cache, scores = call(packed, head, gates, given, request, **{name: np.int64(size) for name, size in sizes.items()})
+    cache, scores = call(packed, *head, given, request, **{name: np.int64(size) for name, size in sizes.items()})
     return scores, cache
 
 
@@ -110,9 +110,11 @@ def _packed_decoder(weights: RankerWeights) -> Float[Array, "packed"]:
     return jnp.concatenate([by_layer.ravel(), weights.final_norm, jnp.cos(angles).ravel(), jnp.sin(angles).ravel()])
 
 
-def _packed_head(weights: RankerWeights) -> Float[Array, "packed"]:
-    parts = [weights.score_scale[None], weights.linear, weights.mean, 1.0 / weights.deviation]
-    return jnp.concatenate([*parts, weights.bias, weights.out_units, weights.hidden.ravel()])
+def _packed_head(weights: RankerWeights) -> tuple[Float[Array, "packed"], Int[Array, "f"], Int[Array, "r"]]:
+    """Its numbers in the order in which they are read, and the features that gate and moderate."""
+    parts = [weights.score_scale[None], weights.linear, weights.mean, 1.0 / weights.deviation, weights.moderators.ravel()]
+    numbers = jnp.concatenate([*parts, weights.bias, weights.out_units, weights.hidden.ravel()])
+    return numbers, weights.gates.astype(jnp.int32), weights.moderating.astype(jnp.int32)
 
 
 def _padded(x: Array, axis: int) -> Array:

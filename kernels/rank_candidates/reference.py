@@ -37,7 +37,7 @@ def score_candidates_reference(
     vector_scales: Float[Array, "c"],
     features: Float[Array, "c f"],
 ) -> Float[Array, "c"]:
-    """``x . linear + silu(x W + bias) . out_units`` for each candidate, where x are its standardised features.
+    """``x . linear + x[moderating] M x + silu(x W + bias) . out_units`` for each candidate, where x are its standardised features.
 
     One of the features is ``score_scale (s . v_c - s . v_0)``, with the state s and the candidates' vectors v, the first candidate's
     among them. ``x_j = clip((feature_j - mean_j) / deviation_j, -8, 8) feature_gates(j)``: what a feature that says "absent" gates is 0.
@@ -47,7 +47,9 @@ def score_candidates_reference(
     features = features.at[:, weights.score_feature].set(differences)
     gates = jnp.concatenate([features, jnp.ones_like(features[:, :1])], axis=1)[:, weights.gates]
     standard = jnp.clip((features - weights.mean[None]) / weights.deviation[None], -LARGEST, LARGEST) * gates
-    return standard @ weights.linear + jax.nn.silu(standard @ weights.hidden + weights.bias[None]) @ weights.out_units
+    moderated = jnp.einsum("cr,rf,cf->c", standard[:, weights.moderating], weights.moderators, standard)
+    hidden = jax.nn.silu(standard @ weights.hidden + weights.bias[None])
+    return standard @ weights.linear + moderated + hidden @ weights.out_units
 
 
 def _normed(x: Float[Array, "t e"], scale: Float[Array, "e"]) -> Float[Array, "t e"]:

@@ -14,13 +14,15 @@ LANES = 16  # places and channels of a cache are padded to a multiple, so that n
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class RankerWeights:
-    """A decoder of ``n`` layers over tokens of width ``e``, and a head of ``u`` hidden units over ``f`` features.
+    """A decoder of ``n`` layers over tokens of width ``e``, and a head of ``u`` hidden units over ``f`` features, ``r`` of which
+    moderate what the others are worth.
 
     Attributes:
         attention_norm, mlp_norm, final_norm: scales of RMSNorm.
         qkv: queries of all heads, then keys, then values of the key-value heads.
         out, gate_up, down: other linear maps; gates come before what they let through.
-        linear, hidden, bias, out_units, mean, deviation: of the head, see ``reference``.
+        linear, moderators, hidden, bias, out_units, mean, deviation: of the head, see ``reference``.
+        moderating: the features that moderate.
         gates: for each feature the feature that it is multiplied with after standardising, or ``f`` for none.
         score_scale: what a difference of inner products is multiplied with to be a feature; 0 leaves it out.
         num_heads, num_kv_heads: of attention.
@@ -36,6 +38,8 @@ class RankerWeights:
     down: Float[Array, "n m e"]
     final_norm: Float[Array, "e"]
     linear: Float[Array, "f"]
+    moderators: Float[Array, "r f"]
+    moderating: Int[Array, "r"]
     hidden: Float[Array, "f u"]
     bias: Float[Array, "u"]
     out_units: Float[Array, "u"]

@@ -62,7 +62,9 @@ def score_candidates_xla(
     features = jnp.where(own[None], differences[:, None], features)
     gates = jnp.concatenate([features, jnp.ones_like(features[:, :1])], axis=1)[:, weights.gates]
     standard = jnp.clip((features - weights.mean[None]) / weights.deviation[None], -LARGEST, LARGEST) * gates
-    return standard @ weights.linear + jax.nn.silu(standard @ weights.hidden + weights.bias[None]) @ weights.out_units
+    moderated = jnp.sum(standard[:, weights.moderating] * (standard @ weights.moderators.T), axis=1)
+    hidden = jax.nn.silu(standard @ weights.hidden + weights.bias[None])
+    return standard @ weights.linear + moderated + hidden @ weights.out_units
 
 
 def _normed(x: Float[Array, "t e"], scale: Float[Array, "e"]) -> Float[Array, "t e"]:

@@ -21,12 +21,19 @@ def moments(given: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(given, (0, 1)), jnp.std(given, (0, 1))
 
 
+def drawn_head() -> FusionHead:
+    """Moderating weights start at 0, where nothing could be seen of them."""
+    head = FusionHead(8, rngs=nnx.Rngs(0))
+    head.by_request[...] = 0.2 * jax.random.normal(jax.random.key(7), head.by_request.shape)
+    return head
+
+
 def centred(scores: jax.Array) -> np.ndarray:
     return np.asarray(scores - scores.mean(axis=1, keepdims=True))
 
 
 def test_standardising_keeps_what_a_head_computes():
-    given, head = features(), FusionHead(8, rngs=nnx.Rngs(0))
+    given, head = features(), drawn_head()
     before = head(given)
     head.standardise(*moments(given))
     np.testing.assert_allclose(centred(head(given)), centred(before), atol=1e-5)
@@ -35,7 +42,7 @@ def test_standardising_keeps_what_a_head_computes():
 
 
 def test_the_hidden_layer_then_reads_features_of_one_scale():
-    given, head = features(), FusionHead(8, rngs=nnx.Rngs(0))
+    given, head = features(), drawn_head()
     head.standardise(*moments(given))
     known = (given - head.mean[...][None, None]) / head.deviation[...][None, None]
     varies = np.asarray([name not in ("cloud_present", "structured_present") for name in FEATURES])
@@ -43,7 +50,7 @@ def test_the_hidden_layer_then_reads_features_of_one_scale():
 
 
 def test_features_that_are_absent_count_nothing_after_standardising():
-    given, head = features(), FusionHead(8, rngs=nnx.Rngs(0))
+    given, head = features(), drawn_head()
     head.standardise(*moments(given))
     skipped = given.at[..., STRUCTURED_PRESENT:].set(0.0)
     other = skipped.at[..., STRUCTURED_PRESENT + 1 :].set(5.0)
@@ -51,7 +58,7 @@ def test_features_that_are_absent_count_nothing_after_standardising():
 
 
 def test_an_outlier_is_cut():
-    given, head = features(), FusionHead(8, rngs=nnx.Rngs(0))
+    given, head = features(), drawn_head()
     head.standardise(*moments(given))
     far = given.at[0, 0, FEATURES.index("popularity")].set(1e3)
     farther = given.at[0, 0, FEATURES.index("popularity")].set(1e6)

@@ -23,7 +23,19 @@ from cda4rec_jax.kernels.rank_candidates.reference import score_candidates_refer
 
 needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
 WAYS = ["xla", pytest.param("native", marks=needs_compiler)]
-SMALL = Case(name="small", layers=2, width=12, heads=2, kv_heads=1, mlp_hidden=10, window=9, tokens=7, candidates=5, features=4)
+SMALL = Case(
+    name="small",
+    layers=2,
+    width=12,
+    heads=2,
+    kv_heads=1,
+    mlp_hidden=10,
+    window=9,
+    tokens=7,
+    candidates=5,
+    features=4,
+    moderating=2,
+)
 
 
 @functools.cache

@@ -96,8 +96,8 @@ def test_open_refuses_what_is_missing_or_no_run(tmp_path: Path) -> None:
     [
         ("{", "cannot be read"),
         ("[]", "no format_version"),
-        ('{"format_version": 1}', "lacks config, kind, versions"),
-        ('{"format_version": 99, "versions": {"cda4rec_jax": "7.0"}}', r"format 99.*reads format 1.*7\.0"),
+        ('{"format_version": 2}', "lacks config, kind, versions"),
+        ('{"format_version": 99, "versions": {"cda4rec_jax": "7.0"}}', r"format 99.*reads format 2.*7\.0"),
     ],
 )
 def test_open_refuses_a_damaged_configuration_or_another_version(tmp_path: Path, content: str, message: str) -> None:

@@ -45,6 +45,8 @@ STRUCTURED_FEATURES = (
     "history_size",
 )
 FEATURES = CLOUD_FEATURES + STRUCTURED_FEATURES
+# What is known of the request: one value for all of its candidates. What a feature of a candidate is worth depends on these.
+REQUEST_FEATURES = ("cloud_log_age", "level_profile", "level_recent", "level_full", "structured_present", "history_size")
 SEMANTIC_FEATURES = tuple(name for name in CLOUD_FEATURES if name != "popularity")  # absent without a semantic score
 SHORT_DECAY, LONG_DECAY = 0.6, 0.95
 DEVICE_SCORE_SCALE = 0.5

@@ -5,7 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from cda4rec_jax.agents.device.features import DEVICE_SCORE_SCALE, FEATURES, SEMANTIC_FEATURES, STRUCTURED_FEATURES
+from cda4rec_jax.agents.device.features import (
+    DEVICE_SCORE_SCALE,
+    FEATURES,
+    REQUEST_FEATURES,
+    SEMANTIC_FEATURES,
+    STRUCTURED_FEATURES,
+)
 from cda4rec_jax.agents.device.modeling import DeviceAgent
 from cda4rec_jax.kernels.rank_candidates import RankerWeights
 
@@ -34,6 +40,8 @@ def ranker_weights(device: DeviceAgent, history_length: int, without: tuple[str,
         down=stacked(lambda block: block.mlp.down),
         final_norm=np.asarray(device.decoder.final_norm.scale[...]),
         linear=np.asarray(head.linear[...]),
+        moderators=np.asarray(head.by_request[...]),
+        moderating=np.asarray([FEATURES.index(name) for name in REQUEST_FEATURES], np.int32),
         hidden=np.asarray(head.hidden[...]),
         bias=np.asarray(head.bias[...]),
         out_units=np.asarray(head.out[...]),

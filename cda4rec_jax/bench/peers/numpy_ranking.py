@@ -35,7 +35,8 @@ class NumpyRanking:
         features[:, weights.score_feature] = weights.score_scale * (products - products[0])
         gates = np.concatenate([features, np.ones_like(features[:, :1])], axis=1)[:, weights.gates]
         standard = np.clip((features - weights.mean) / weights.deviation, -LARGEST, LARGEST) * gates
-        return standard @ weights.linear + _silu(standard @ weights.hidden + weights.bias) @ weights.out_units
+        moderated = np.sum(standard[:, weights.moderating] * (standard @ weights.moderators.T), axis=1)
+        return standard @ weights.linear + moderated + _silu(standard @ weights.hidden + weights.bias) @ weights.out_units
 
     def _state(self, x: np.ndarray) -> np.ndarray:
         weights, heads, kv_heads, size = (

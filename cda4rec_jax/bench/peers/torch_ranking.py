@@ -25,13 +25,15 @@ class _Ranker(torch.nn.Module):
             "down",
             "final_norm",
             "linear",
+            "moderators",
             "hidden",
             "bias",
             "out_units",
         )
         for name in (*names, "mean", "deviation", "score_scale"):
             self.register_buffer(name, torch.from_numpy(np.array(getattr(weights, name), np.float32)))
-        self.register_buffer("gates", torch.from_numpy(np.array(weights.gates, np.int64)))
+        for name in ("gates", "moderating"):
+            self.register_buffer(name, torch.from_numpy(np.array(getattr(weights, name), np.int64)))
         for name, table in zip(("cosines", "sines"), rotary_tables(num_tokens, weights.head_size), strict=True):
             self.register_buffer(name, torch.from_numpy(table))
         self.heads, self.kv_heads, self.size = weights.num_heads, weights.num_kv_heads, weights.head_size
@@ -61,7 +63,9 @@ class _Ranker(torch.nn.Module):
         features[:, self.score_feature] = self.score_scale * (products - products[0])
         gates = functional.pad(features, (0, 1), value=1.0)[:, self.gates]
         standard = torch.clamp((features - self.mean) / self.deviation, -LARGEST, LARGEST) * gates
-        return standard @ self.linear + functional.silu(torch.addmm(self.bias, standard, self.hidden)) @ self.out_units
+        moderated = (standard[:, self.moderating] * (standard @ self.moderators.T)).sum(1)
+        hidden = functional.silu(torch.addmm(self.bias, standard, self.hidden))
+        return standard @ self.linear + moderated + hidden @ self.out_units
 
     def _rotated(self, x: Any, start: int) -> Any:
         first, second = x.chunk(2, dim=-1)
