@@ -123,7 +123,8 @@ def _write(data: Interactions, report: PrepareReport, out: Path, progress: Progr
     data_folder.mkdir(parents=True)
     try:
         write_users(data, data_folder, progress)
-        metadata = metadata_of(data, data_folder.name) | {"report": asdict(report)}
+        kept = {name: value for name, value in asdict(report).items() if name != "out"}  # the folder may be moved
+        metadata = metadata_of(data, data_folder.name) | {"report": kept}
         (data_folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         (data_folder / METADATA).replace(out / METADATA)
     except BaseException:

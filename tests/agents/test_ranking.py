@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from cda4rec_jax.agents.device import FEATURES, FusionHead
+from cda4rec_jax.agents.device.features import REQUEST_FEATURES
 
 CLOUD_PRESENT, STRUCTURED_PRESENT = FEATURES.index("cloud_present"), FEATURES.index("structured_present")
 
@@ -63,3 +64,15 @@ def test_an_outlier_is_cut():
     far = given.at[0, 0, FEATURES.index("popularity")].set(1e3)
     farther = given.at[0, 0, FEATURES.index("popularity")].set(1e6)
     np.testing.assert_allclose(head(far), head(farther), atol=1e-6)
+
+
+def test_what_a_feature_is_worth_follows_the_request():
+    """The weight of the text under a PROFILE abstract alone moves the scores there and nowhere else."""
+    given, head = features(), FusionHead(8, rngs=nnx.Rngs(0))
+    levels = [FEATURES.index(name) for name in ("level_profile", "level_recent", "level_full")]
+    profile, full = (given.at[..., jnp.asarray(levels)].set(jnp.asarray(level)) for level in ([1.0, 0, 0], [0, 0, 1.0]))
+    before = head(profile), head(full)
+    row, column = REQUEST_FEATURES.index("level_profile"), FEATURES.index("text_last")
+    head.by_request[...] = head.by_request[...].at[row, column].set(2.0)
+    np.testing.assert_allclose(head(profile) - before[0], 2.0 * profile[..., column], atol=1e-5)
+    np.testing.assert_allclose(head(full), before[1], atol=1e-6)

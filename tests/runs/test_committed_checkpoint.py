@@ -1,5 +1,6 @@
 """The small run in checkpoints/ is read by this version: a change of format must not pass unseen."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ def test_it_is_small():
 
 def test_it_names_no_path_of_the_machine_that_wrote_it():
     assert not list(FOLDER.rglob("commit_success.txt"))
+    assert "out" not in json.loads((FOLDER / "data" / "metadata.json").read_text())["report"]
 
 
 def test_it_recommends():
