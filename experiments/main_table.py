@@ -3,7 +3,7 @@
     python experiments/main_table.py --data path/to/ml-100k --seeds 3
 
 Trains what is not there yet: each system and seed keeps its ranks in ``--work``, so a stopped table goes on where it was. Baselines have
-the sizes of the dataset's preset; each of those that are trained by gradients tries ``LEARNING_RATES`` with seed 0 and keeps the one with
+the sizes of the dataset's preset; each of those that are trained by gradients tries ``--learning-rates`` with seed 0 and keeps the one with
 the best validation ndcg@10, as does SASRec with full cross-entropy (ours keeps its preset). The row of the whole system answers by
 ``fresh-full-100-device``, or by the fresh plan that is surely better on validation. Writes ``results/table-<dataset>.json``, ``.md`` and
 ``.png``.
@@ -88,6 +88,7 @@ def main(
     data: str,
     seeds: int = 3,
     systems: tuple[str, ...] = SYSTEMS,
+    learning_rates: tuple[float, ...] = LEARNING_RATES,
     preset_name: str = "auto",
     text: Path | None = None,
     work: Path = WORK,
@@ -99,6 +100,7 @@ def main(
         data: any source that ``cda4rec train --data`` takes.
         seeds: seeds 0 to seeds - 1, each for the weights and the order of the data.
         systems: which of the systems to have in the table.
+        learning_rates: that baselines trained by gradients try; one where an earlier table has chosen it.
         preset_name: of ours, and of the sizes of the baselines.
         text: vectors that `cda4rec encode` wrote, for ours instead of TF-IDF; results are named after data and file.
         work: where runs and ranks are kept.
@@ -107,6 +109,8 @@ def main(
     unknown = set(systems) - set(SYSTEMS)
     if unknown or seeds < 1:
         raise UserError(f"got systems {sorted(unknown)} and {seeds} seeds: choose from {', '.join(SYSTEMS)}, and at least 1 seed")
+    if not learning_rates or min(learning_rates) <= 0:
+        raise UserError(f"got learning rates {learning_rates}: expected one or more above 0")
     console = Console(stderr=True)
     config = configured(preset_name, data, text)
     folder, prepared = prepared_folder(work, data, config, console)
@@ -114,9 +118,9 @@ def main(
     corpus = build_corpus(interactions, TfidfSvd(dimensions=config.text_dimensions or 64))
     cells: dict[str, list[Cell]] = {}
     for system in systems:
-        choose = _tuned(system, config, corpus, prepared, folder, console)
+        choose = _tuned(system, learning_rates, config, corpus, prepared, folder, console)
         cells[system] = [_cell(folder / f"{system}-{seed}.npz", partial(choose, seed), console) for seed in range(seeds)]
-    table = _table(cells, corpus, seeds)
+    table = _table(cells, corpus, seeds, learning_rates)
     write_results(out, f"table-{named(interactions.name, config)}", table, markdown(table), partial(_plot, table), console)
     return table
 
@@ -133,7 +137,13 @@ def _cell(path: Path, make: Callable[[], Cell], console: Console) -> Cell:
 
 
 def _tuned(
-    system: str, config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, console: Console
+    system: str,
+    learning_rates: tuple[float, ...],
+    config: RunConfig,
+    corpus: Corpus,
+    prepared: Path,
+    folder: Path,
+    console: Console,
 ) -> Callable[[int], Cell]:
     """Makes the cell of a seed, at the learning rate that seed 0 chose on validation where there is one to choose."""
     if system == OURS:
@@ -143,7 +153,7 @@ def _tuned(
         return lambda seed: make(seed, None)
     tried = {
         rate: _cell(folder / f"{system}-0-rate-{rate:g}.npz", partial(make, 0, rate), console).validation_ndcg
-        for rate in LEARNING_RATES
+        for rate in learning_rates
     }
     best = max(tried, key=lambda rate: tried[rate])
     return lambda seed: Cell.load(folder / f"{system}-0-rate-{best:g}.npz") if seed == 0 else make(seed, best)
@@ -252,7 +262,7 @@ def _curve(run_path: Path) -> list[tuple[float, float]]:
     return [(line["elapsed_s"], line["ndcg@10"]) for line in lines if line["phase"] == "validation"]
 
 
-def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int) -> dict[str, Any]:
+def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int, learning_rates: tuple[float, ...]) -> dict[str, Any]:
     """Means and deviations over seeds, and paired intervals of each row against SASRec with full cross-entropy."""
     rows = []
     for found in cells.values():
@@ -289,11 +299,17 @@ def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int) -> dict[str
         "protocol": (
             "leave-one-out in time (n-2 train, n-1 validation, n test); full catalogue; seen items removed; ties count against "
             "the target; mean and deviation over seeds; intervals paired by user over the means of seeds, 2000 resamples; "
-            f"learning rates of baselines from {LEARNING_RATES} by validation of seed 0"
+            + _told(learning_rates)
         ),
         "rows": sorted(written, key=lambda row: -row["mean"]["ndcg@10"]),
         "provenance": provenance(dataset_fingerprint=corpus.interactions.fingerprint),
     }
+
+
+def _told(learning_rates: tuple[float, ...]) -> str:
+    if len(learning_rates) == 1:
+        return f"baselines at a learning rate of {learning_rates[0]:g}, chosen before"
+    return f"learning rates of baselines from {learning_rates} by validation of seed 0"
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from harness import (
     OURS,
@@ -37,46 +36,41 @@ from harness import (
     with_interval,
     write_results,
 )
+from replay_lab import (
+    ALWAYS,
+    BUDGET,
+    LAST,
+    NEVER,
+    PLUG_IN,
+    POLICY,
+    PRICED,
+    QUANTITIES,
+    RANDOM,
+    RULES,
+    SHARES,
+    SPACED,
+    THIRD,
+    TIMED,
+    Key,
+    cross_fitted,
+)
 
 from cda4rec_jax.data import before_last, write_prepared
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.evaluation.replay import ReplayRecords, Scheduler, cached_ranks, play, record_replay, replay_positions
-from cda4rec_jax.evaluation.schedulers import (
-    Priced,
-    QualityByAge,
-    Schedule,
-    Worth,
-    calibrated_price,
-    evenly_spaced,
-    freshness_values,
-    no_freshness,
-    unpriced,
-)
+from cda4rec_jax.evaluation.replay import cached_ranks, record_replay, replay_positions
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.metrics import hit_rate
 from cda4rec_jax.pipeline.corpus import Corpus
-from cda4rec_jax.pipeline.decisions import PlanningWorld, resident_item_bytes
-from cda4rec_jax.pipeline.planners import PlugIn
-from cda4rec_jax.planner import CACHED_CANDIDATES, RulesPlanner, plan_index
+from cda4rec_jax.pipeline.decisions import resident_item_bytes
+from cda4rec_jax.planner import CACHED_CANDIDATES, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
 from cda4rec_jax.training import refit_deciders
 
 QUESTION = "When is a call to the cloud worth it, if a call saved today is a stale embedding tomorrow?"
 MIN_PAST = 5  # events before the first request
-BUDGET = 0.3  # of the calls of the planner that always calls: the share at which schedulers are compared
-SHARES = (0.1, 0.2, BUDGET, 0.4, 0.5, 0.7)
 TARGET = -0.03  # of relative hit_rate@10 at BUDGET
-ALWAYS, NEVER, THIRD, RULES = "always-cloud", "never", "every third request", "rules"
-SPACED, RANDOM, PLUG_IN, POLICY = "evenly spaced", "random", "plug-in", "policy"
-GAIN, BY_AGE = "largest predicted gain", "mean gain by age"
-FRESH = " + freshness"
-TIMED = (SPACED, RANDOM)
-PRICED = (PLUG_IN, POLICY, POLICY + FRESH, GAIN, GAIN + FRESH, BY_AGE + FRESH)
-QUANTITIES = ("hit_rate@10", "ndcg@10", "calls", "latency_ms", "exposure", "utility")
-LAST = "hit_rate@10 of the last"
 CACHED_PLANS = ("local-reuse-device", "reuse-100-device")
 
-Key = tuple[str, float | None]  # scheduler, and the share of calls that it was brought to
 Columns = dict[str, Values]  # by quantity
 
 
@@ -161,7 +155,7 @@ def _over_seeds(
         with study.console.status(f"replaying, seed {seed}"):
             world = trained.world()
             records = record_replay(trained, world, users, positions, ranks, setting.draws)
-            of_seeds.append(_cross_fitted(trained, world, records, setting))
+            of_seeds.append(cross_fitted(trained, world, records, setting.shares))
         tables.append(ranks[EgressLevel.FULL - 1])
     found = {
         key: {name: np.stack([of_seed[key][name] for of_seed in of_seeds], axis=1) for name in (*QUANTITIES, LAST)}
@@ -201,89 +195,6 @@ def _resident(study: Study, setting: Setting) -> dict[str, Any]:
     catalogue = _trained(study, 0, setting).catalogue
     count, record = len(catalogue.residents.items), resident_item_bytes(catalogue)
     return {"resident_items": count, "resident_kb": record * count / 1e3, "record_bytes": int(record)}
-
-
-def _cross_fitted(
-    trained: TrainedSystem, world: PlanningWorld, records: ReplayRecords, setting: Setting
-) -> dict[Key, dict[str, np.ndarray]]:
-    folds = np.random.default_rng(0).permutation(records.num_users) % 2
-    worths = _worths(trained)
-    merged: dict[Key, dict[str, np.ndarray]] = {}
-    for fold in (0, 1):
-        own, other = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        run = partial(play, world=world, max_cache_age=trained.config.max_cache_age)
-        schedulers = _Schedulers(records.of(other), run, worths)
-        measured = records.of(own)
-        for key, scheduler in schedulers.all(measured, setting.shares).items():
-            played = run(measured, scheduler=scheduler)
-            columns = {name: played.per_user(name) for name in QUANTITIES}
-            columns[LAST] = played.per_user("hit_rate@10", slice(-1, None))
-            place = merged.setdefault(key, {name: np.zeros(records.num_users) for name in columns})
-            for name, values in columns.items():
-                place[name][own] = values
-    return merged
-
-
-def _worths(trained: TrainedSystem) -> dict[str, Worth]:
-    """What planners expect of plans, in units of quality."""
-    policy = trained.system.policy
-    assert policy is not None
-
-    def worth(context: Any, costs: Any, mask: Any) -> Any:
-        return policy.logits(context, costs, mask) * policy.tau()
-
-    return {POLICY: worth, GAIN: unpriced(worth), RULES: RulesPlanner().logits}
-
-
-class _Schedulers:
-    """All schedulers, from the replay of users on whom nothing is measured."""
-
-    def __init__(self, calibration: ReplayRecords, run: Any, worths: dict[str, Worth]):
-        self._means = QualityByAge.of(calibration)
-        self._calling, self._local = self._means.best(calls=True), self._means.best(calls=False)
-        # Plug-in knows one mean for each plan: that of plans which reuse a cache is over the caches that calls at the budget leave.
-        self._run = partial(run, calibration)
-        spaced = self._run(scheduler=self._spaced(calibration, BUDGET))
-        known = self._means.over(spaced.cache_level, spaced.cache_age_events)[None, :]
-
-        def plug_in(context: Any, costs: Any, mask: Any) -> Any:
-            return PlugIn(quality=jnp.asarray(known, jnp.float32)).logits(context, costs, mask)
-
-        self._worths = worths | {PLUG_IN: plug_in, BY_AGE: self._means.worth}
-        always = self._timed(np.ones((calibration.num_steps, calibration.num_rows)))
-        self._all_calls = float(self._run(scheduler=always).values["calls"].mean())
-
-    def all(self, measured: ReplayRecords, shares: tuple[float, ...]) -> dict[Key, Scheduler]:
-        """By name and share of always-cloud's calls; None for those that cannot be brought to one."""
-        steps = measured.num_steps
-        found: dict[Key, Scheduler] = {
-            (ALWAYS, None): self._timed(np.ones((steps, measured.num_rows))),
-            (NEVER, None): self._timed(np.zeros((steps, measured.num_rows))),
-            (THIRD, None): self._timed(evenly_spaced(steps, 1 / 3, np.zeros(measured.num_rows))),
-            (RULES, None): Priced(worth=self._worths[RULES], price=0.0, freshness=no_freshness(self._means)),
-        }
-        for share in shares:
-            found[SPACED, share] = self._spaced(measured, share)
-            found[RANDOM, share] = self._timed(np.random.default_rng(0).random((steps, measured.num_rows)) < share)
-            for name in PRICED:
-                price = calibrated_price(partial(self._calls_at, name), share * self._all_calls)
-                found[name, share] = self._priced(name, price)
-        return found
-
-    def _calls_at(self, name: str, price: float) -> float:
-        return float(self._run(scheduler=self._priced(name, price)).values["calls"].mean())
-
-    def _timed(self, calls: np.ndarray) -> Schedule:
-        return Schedule(calls=calls.astype(bool), calling_plan=self._calling, other_plan=self._local)
-
-    def _spaced(self, records: ReplayRecords, share: float) -> Schedule:
-        phases = np.random.default_rng(1).random(records.num_rows)
-        return self._timed(evenly_spaced(records.num_steps, share, phases))
-
-    def _priced(self, name: str, price: float) -> Priced:
-        fresh = name.endswith(FRESH)
-        freshness = freshness_values(self._means, price) if fresh else no_freshness(self._means)
-        return Priced(worth=self._worths[name.removesuffix(FRESH)], price=price, freshness=freshness)
 
 
 def _relative(values: Values, reference: Values) -> Values:

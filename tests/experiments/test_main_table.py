@@ -17,7 +17,15 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
     del tiny_run
     work = {"work": tmp_path / "work", "out": tmp_path}
     flags = ["--data", SOURCE, "--preset-name", "tiny", "--seeds", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "experiments" / "main_table.py"), *flags, "--systems", *SYSTEMS]
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "main_table.py"),
+        *flags,
+        "--learning-rates",
+        "4e-3",
+        "--systems",
+        *SYSTEMS,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "table-synthetic.json").read_text())
@@ -27,7 +35,7 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
     assert "| ease |" in (tmp_path / "table-synthetic.md").read_text() and (tmp_path / "table-synthetic.png").exists()
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")}
     again = {"preset_name": "tiny", "seeds": 1, **work}
-    scripts("main_table").main(SOURCE, systems=("ease", "sasrec-ce"), **again)
+    scripts("main_table").main(SOURCE, systems=("ease", "sasrec-ce"), learning_rates=(4e-3,), **again)
     assert len(stored) >= 5 and all(path.stat().st_mtime_ns == time for path, time in stored.items() if "data" not in path.parts)
     other = [*command[:2], "--data", "synthetic:users=120,items=100", *flags[2:], "--systems", "ease"]
     refused = subprocess.run(other, capture_output=True, text=True)
