@@ -119,21 +119,27 @@ def sasrec(base: RunConfig) -> RunConfig:
     return RunConfig(system=system, packing=packing, train=train, text_dimensions=0, k_core=base.k_core)
 
 
+WITHHELD_EVENTS = 10_000  # that the deciders should have
+
+
 def default(interactions: Interactions) -> RunConfig:
     """For data without a preset, by two facts: events per user (how far back) and events per item (how much text counts)."""
     events = interactions.num_interactions
     long_histories, well_known_items = events >= 80 * interactions.num_users, events >= 40 * interactions.num_items
     history_length = 100 if long_histories else 50
     row_tokens = 101 if long_histories else 64
-    share = 0.5 if interactions.num_users < 10_000 else 0.3
-    withheld = share * interactions.num_users
+    # The head needs thousands of withheld events more than the trunks need the newest 3% of long histories (LOG).
+    share = float(np.clip(WITHHELD_EVENTS / interactions.num_users, 0.3, 1.0))
+    per_user = max(1, min(WITHHELD_EVENTS, round(0.03 * events)) // interactions.num_users)
+    withheld = share * per_user * interactions.num_users
     train = TrainConfig(
         epochs=int(np.clip(6_000_000 // events, 6, 25)),
         rows_per_batch=(4096 if events >= 300_000 else 1024) // row_tokens,
         learning_rate=4e-3 if well_known_items else 2e-3,
         patience=8,  # with few validation users, three evaluations without a better one come by chance (LOG)
         withheld_share=share,
-        # The deciders see each withheld user some 15 times, if there are many.
+        withheld_events=per_user,
+        # The deciders see each withheld event some 15 times, if there are many.
         final_steps=int(np.clip(withheld * 15 / 64, 300, 1500)),
         refit_trunks=withheld > 0.02 * events,
     )

@@ -30,6 +30,8 @@ def test_other_data_gets_a_preset_that_fits_its_size(tmp_path: Path) -> None:
     assert popular.system.cloud.history_length == 50 < long.system.cloud.history_length
     assert popular.packing.history_length == 50 and long.packing.history_length == long.system.cloud.history_length
     assert popular.train.epochs == 25, "little data is passed over many times"
+    assert popular.train.withheld_share == long.train.withheld_share == 1.0, "few users withhold all they can"
+    assert popular.train.withheld_events == 1 < long.train.withheld_events <= 4, "up to 3% of long histories"
     assert preset("sasrec", str(tmp_path / "long")) == sasrec(long)
 
 
