@@ -243,25 +243,29 @@ float inner_product(const int8_t* codes, const float* state, int64_t width) {
   return product;
 }
 
+// sums += x W for kUnits columns of W: so many sums at a time, since each waits for its own last addition.
+template <int kUnits>
+inline void add_products(const Vector* known, int64_t features, const float* weights, int64_t stride, Vector* sums) {
+  for (int64_t f = 0; f < features; ++f)
+    for (int j = 0; j < kUnits; ++j) sums[j] += known[f] * weights[f * stride + j];
+}
+
 // result += silu(x W + bias) . out for kUnits units of the hidden layer from `unit` on.
 template <int kUnits>
 Vector hidden_units(const Head& head, const Vector* known, int64_t unit, Vector result) {
   Vector sums[kUnits];
   for (int j = 0; j < kUnits; ++j) sums[j] = Vector{} + head.bias[unit + j];
-  for (int64_t f = 0; f < head.features; ++f)
-    for (int j = 0; j < kUnits; ++j) sums[j] += known[f] * head.hidden[f * head.units + unit + j];
+  add_products<kUnits>(known, head.features, head.hidden + unit, head.units, sums);
   for (int j = 0; j < kUnits; ++j) result += silu(sums[j]) * head.out[unit + j];
   return result;
 }
 
-// result += x[moderating] M x.
-Vector moderated(const Head& head, const Vector* known, Vector result) {
-  for (int64_t r = 0; r < head.num_moderating; ++r) {
-    const float* weights = head.moderators + r * head.features;
-    Vector sums = {};
-    for (int64_t f = 0; f < head.features; ++f) sums += known[f] * weights[f];
-    result += sums * known[head.moderating[r]];
-  }
+// result += x[moderating] (x M) for kUnits moderating features from `place` on.
+template <int kUnits>
+Vector moderated(const Head& head, const Vector* known, int64_t place, Vector result) {
+  Vector sums[kUnits] = {};
+  add_products<kUnits>(known, head.features, head.moderators + place, head.num_moderating, sums);
+  for (int j = 0; j < kUnits; ++j) result += sums[j] * known[head.moderating[place + j]];
   return result;
 }
 
@@ -287,8 +291,9 @@ void score(const Head& head, int64_t candidates, int64_t width, const float* sta
       known[f] = standard * load(raw + head.gates[f] * kLanes);
       result += known[f] * head.linear[f];
     }
-    result = moderated(head, known, result);
-    int64_t unit = 0;
+    int64_t place = 0, unit = 0;
+    for (; place + 6 <= head.num_moderating; place += 6) result = moderated<6>(head, known, place, result);
+    for (; place < head.num_moderating; ++place) result = moderated<1>(head, known, place, result);
     for (; unit + 8 <= head.units; unit += 8) result = hidden_units<8>(head, known, unit, result);
     for (; unit < head.units; ++unit) result = hidden_units<1>(head, known, unit, result);
     std::copy_n(reinterpret_cast<const float*>(&result), count, scores + begin);

@@ -112,7 +112,7 @@ def _packed_decoder(weights: RankerWeights) -> Float[Array, "packed"]:
 
 def _packed_head(weights: RankerWeights) -> tuple[Float[Array, "packed"], Int[Array, "f"], Int[Array, "r"]]:
     """Its numbers in the order in which they are read, and the features that gate and moderate."""
-    parts = [weights.score_scale[None], weights.linear, weights.mean, 1.0 / weights.deviation, weights.moderators.ravel()]
+    parts = [weights.score_scale[None], weights.linear, weights.mean, 1.0 / weights.deviation, weights.moderators.T.ravel()]
     numbers = jnp.concatenate([*parts, weights.bias, weights.out_units, weights.hidden.ravel()])
     return numbers, weights.gates.astype(jnp.int32), weights.moderating.astype(jnp.int32)
 
