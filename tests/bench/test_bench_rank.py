@@ -18,7 +18,19 @@ from cda4rec_jax.timing import TimingConfig
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
 FEW_ROUNDS = TimingConfig(rounds=3, block_seconds=1e-6, warm_up_turns=2, attempts=1)
-SMALL = Case(name="small", layers=2, width=12, heads=2, kv_heads=1, mlp_hidden=10, window=9, tokens=9, candidates=5, features=4)
+SMALL = Case(
+    name="small",
+    layers=2,
+    width=12,
+    heads=2,
+    kv_heads=1,
+    mlp_hidden=10,
+    window=9,
+    tokens=9,
+    candidates=5,
+    features=4,
+    moderating=2,
+)
 OURS = [
     f"ours, {implementation}, {what}"
     for implementation in (("native", "xla") if native_problem() is None else ("xla",))

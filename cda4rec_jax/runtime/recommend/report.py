@@ -126,6 +126,10 @@ def _reasons(decision: Decision) -> Table:
         row = [label.get(name, f"price of {name.replace('_', ' ')}"), _term(chosen, name)]
         row += [_term(other, name), f"{_gap(chosen, other, name):+.4f}"] if other else ["", ""]
         table.add_row(*row, style=style)
+    # On a narrow terminal the names of plans fold, and those of terms stay whole.
+    table.columns[0].min_width = max(len(str(cell)) for cell in table.columns[0].cells)
+    for column in table.columns[1:]:
+        column.no_wrap, column.overflow = False, "fold"
     return table
 
 
