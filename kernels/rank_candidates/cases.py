@@ -26,6 +26,19 @@ class Case:
     head_hidden: int = 32
 
 
+SMALL_CASE = Case(
+    name="small",
+    layers=2,
+    width=12,
+    heads=2,
+    kv_heads=1,
+    mlp_hidden=10,
+    window=9,
+    tokens=7,
+    candidates=5,
+    features=4,
+    moderating=2,
+)
 _TWO_LAYERS = Case(
     name="two layers of 64", layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=64, window=51, tokens=51, candidates=100
 )

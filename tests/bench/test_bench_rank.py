@@ -12,25 +12,13 @@ from cda4rec_jax.bench.rank_systems import case_setting
 from cda4rec_jax.bench.rank_systems import rank_systems as systems_of
 from cda4rec_jax.cli import main
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.kernels.rank_candidates.cases import Case
+from cda4rec_jax.kernels.rank_candidates.cases import SMALL_CASE
 from cda4rec_jax.kernels.rank_candidates.native import native_problem
 from cda4rec_jax.timing import TimingConfig
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
 FEW_ROUNDS = TimingConfig(rounds=3, block_seconds=1e-6, warm_up_turns=2, attempts=1)
-SMALL = Case(
-    name="small",
-    layers=2,
-    width=12,
-    heads=2,
-    kv_heads=1,
-    mlp_hidden=10,
-    window=9,
-    tokens=9,
-    candidates=5,
-    features=4,
-    moderating=2,
-)
+SMALL = dataclasses.replace(SMALL_CASE, tokens=9)
 OURS = [
     f"ours, {implementation}, {what}"
     for implementation in (("native", "xla") if native_problem() is None else ("xla",))

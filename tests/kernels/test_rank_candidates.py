@@ -18,24 +18,11 @@ from cda4rec_jax.kernels.rank_candidates import (
     rank_candidates,
     score_candidates,
 )
-from cda4rec_jax.kernels.rank_candidates.cases import CONTRACT_CASES, Case, random_inputs, random_weights
+from cda4rec_jax.kernels.rank_candidates.cases import CONTRACT_CASES, SMALL_CASE, Case, random_inputs, random_weights
 from cda4rec_jax.kernels.rank_candidates.reference import score_candidates_reference, user_state_reference
 
 needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
 WAYS = ["xla", pytest.param("native", marks=needs_compiler)]
-SMALL = Case(
-    name="small",
-    layers=2,
-    width=12,
-    heads=2,
-    kv_heads=1,
-    mlp_hidden=10,
-    window=9,
-    tokens=7,
-    candidates=5,
-    features=4,
-    moderating=2,
-)
 
 
 @functools.cache
@@ -92,7 +79,7 @@ def test_a_cached_history_equals_a_full_pass_however_it_is_cut(case, implementat
 
 
 @pytest.mark.parametrize("implementation", WAYS)
-@pytest.mark.parametrize("case", (SMALL, CONTRACT_CASES[2]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (SMALL_CASE, CONTRACT_CASES[2]), ids=lambda case: case.name)
 def test_serving_equals_the_reference_whole_and_step_by_step(case, implementation):
     ranker, inputs = ServedRanker(random_weights(case), implementation=implementation), random_inputs(case)
     given, expected = candidates_of(case), expected_by_hand(case)[1]
@@ -109,8 +96,8 @@ def test_serving_equals_the_reference_whole_and_step_by_step(case, implementatio
 
 @pytest.mark.parametrize("implementation", WAYS)
 def test_a_history_beyond_the_window_has_no_scores(implementation):
-    weights, tokens = random_weights(SMALL), np.ones((2, SMALL.width), np.float32)
-    vectors, scales, features = candidates_of(SMALL)
+    weights, tokens = random_weights(SMALL_CASE), np.ones((2, SMALL_CASE.width), np.float32)
+    vectors, scales, features = candidates_of(SMALL_CASE)
 
     @jax.jit
     def program(cache, tokens, count):
@@ -122,7 +109,7 @@ def test_a_history_beyond_the_window_has_no_scores(implementation):
         assert np.isfinite(program(cache, tokens, np.int32(count))).all() == fits, (length, count)
     ranker = ServedRanker(weights, implementation=implementation)
     with pytest.raises(UserError, match="2 of 2 tokens after 8 do not fit into a window of 9"):
-        ranker(tokens, *candidates_of(SMALL), known=KnownHistory(jnp.zeros(0), 8))
+        ranker(tokens, *candidates_of(SMALL_CASE), known=KnownHistory(jnp.zeros(0), 8))
 
 
 @pytest.mark.parametrize("implementation", WAYS)
@@ -140,14 +127,14 @@ def test_a_score_does_not_depend_on_the_candidates_behind(implementation):
 
 @pytest.mark.parametrize("implementation", WAYS)
 def test_a_state_that_is_not_a_number_gives_no_number(implementation):
-    weights = random_weights(SMALL)
-    state = np.full(SMALL.width, np.nan, np.float32)
-    assert np.isnan(score_candidates(weights, state, *candidates_of(SMALL), implementation=implementation)).all()
+    weights = random_weights(SMALL_CASE)
+    state = np.full(SMALL_CASE.width, np.nan, np.float32)
+    assert np.isnan(score_candidates(weights, state, *candidates_of(SMALL_CASE), implementation=implementation)).all()
 
 
 @needs_compiler
 def test_native_runs_agree_bit_for_bit_and_leave_a_kept_cache_as_it_was():
-    weights, tokens = random_weights(SMALL), random_inputs(SMALL).tokens
+    weights, tokens = random_weights(SMALL_CASE), random_inputs(SMALL_CASE).tokens
     cache = jax.jit(lambda given: extend_history(weights, empty_cache(weights), given, 4))(tokens)[1]
     before = jax.tree.map(np.array, cache)
     step = jax.jit(lambda *given: extend_history(weights, *given, implementation="native"))
@@ -159,11 +146,11 @@ def test_native_runs_agree_bit_for_bit_and_leave_a_kept_cache_as_it_was():
 
 @pytest.mark.parametrize("implementation", WAYS)
 def test_vmap_equals_a_loop(implementation):
-    weights = random_weights(SMALL)
-    tokens = np.stack([random_inputs(SMALL, seed).tokens[: SMALL.tokens] for seed in (1, 2)])
+    weights = random_weights(SMALL_CASE)
+    tokens = np.stack([random_inputs(SMALL_CASE, seed).tokens[: SMALL_CASE.tokens] for seed in (1, 2)])
 
     def state(given):
-        return extend_history(weights, empty_cache(weights), given, SMALL.tokens, implementation=implementation)[0]
+        return extend_history(weights, empty_cache(weights), given, SMALL_CASE.tokens, implementation=implementation)[0]
 
     alone = jax.jit(state)
     for row, actual in enumerate(jax.jit(jax.vmap(state))(tokens)):
@@ -172,27 +159,27 @@ def test_vmap_equals_a_loop(implementation):
 
 def test_xla_computes_in_float64_where_inputs_are():
     with jax.enable_x64(True):
-        weights, inputs = random_weights(SMALL), random_inputs(SMALL)
+        weights, inputs = random_weights(SMALL_CASE), random_inputs(SMALL_CASE)
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64 if leaf.dtype == np.float32 else None), weights)
         tokens = jnp.asarray(inputs.tokens, jnp.float64)
-        state, _ = jax.jit(extend_history)(wide, empty_cache(wide), tokens, SMALL.tokens)
+        state, _ = jax.jit(extend_history)(wide, empty_cache(wide), tokens, SMALL_CASE.tokens)
         assert state.dtype == jnp.float64
-        np.testing.assert_allclose(state, expected_by_hand(SMALL)[0], rtol=1e-12)
+        np.testing.assert_allclose(state, expected_by_hand(SMALL_CASE)[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("platform", ("cuda", "tpu"))
 def test_it_lowers_for_accelerators_without_the_hardware(platform):
-    weights, tokens = random_weights(SMALL), jnp.zeros((SMALL.window, SMALL.width))
+    weights, tokens = random_weights(SMALL_CASE), jnp.zeros((SMALL_CASE.window, SMALL_CASE.width))
 
     def program(tokens, *given):
         return rank_candidates(weights, empty_cache(weights), tokens, 3, *given, implementation="xla")
 
-    traced = jax.jit(program).trace(tokens, *map(jnp.asarray, candidates_of(SMALL)))
+    traced = jax.jit(program).trace(tokens, *map(jnp.asarray, candidates_of(SMALL_CASE)))
     assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_none_chooses_native_where_it_can_be_had(monkeypatch):
-    weights = random_weights(SMALL)
+    weights = random_weights(SMALL_CASE)
 
     def program():
         return str(jax.make_jaxpr(lambda tokens: extend_history(weights, empty_cache(weights), tokens, 1))(jnp.ones((1, 12))))
@@ -205,10 +192,10 @@ def test_none_chooses_native_where_it_can_be_had(monkeypatch):
 
 
 def test_bad_arguments_raise_a_user_error():
-    weights, cache = random_weights(SMALL), empty_cache(random_weights(SMALL))
+    weights, cache = random_weights(SMALL_CASE), empty_cache(random_weights(SMALL_CASE))
     with pytest.raises(UserError, match="expected one or more of width 12"):
         extend_history(weights, cache, jnp.ones((1, 11)), 1)
     with pytest.raises(UserError, match="a candidate has 3 features; the head takes 4"):
-        score_candidates(weights, jnp.ones(12), *candidates_of(SMALL)[:2], jnp.ones((5, 3)))
+        score_candidates(weights, jnp.ones(12), *candidates_of(SMALL_CASE)[:2], jnp.ones((5, 3)))
     with pytest.raises(UserError, match="'native' takes float32"):
         extend_history(weights, cache, jnp.ones((1, 12), jnp.bfloat16), 1, implementation="native")

@@ -22,6 +22,7 @@ from cda4rec_jax.planner import (
     predicted_transfer,
     subtask_ms,
 )
+from tests.times_0_1 import TIMES_0_1
 
 TIMES = MeasuredTimes(
     planning_ms=1.0,
@@ -37,16 +38,6 @@ TIMES = MeasuredTimes(
     ranking_skip_ms={"20": 3.0, "100": 4.0, "500": 5.0, "cache": 5.5},
     ranking_cloud_ms={"skip": 11.0, "cloud": 13.0},
 )
-TIMES_0_1 = {  # as version 0.1 stored them
-    "planning_ms": 1.0,
-    "abstract_ms": 2.0,
-    "semantic_ms": {"profile": 10.0, "recent": 20.0, "full": 40.0},
-    "retrieval_ms": {"20": 3.0, "100": 4.0, "500": 5.0},
-    "cache_retrieval_ms": 6.0,
-    "structured_ms": 200.0,
-    "ranking_ms": {"20": 7.0, "100": 8.0, "500": 9.0},
-    "ranking_cloud_ms": 11.0,
-}
 PROFILE = measured_profile(TIMES)
 EXPOSURE = jnp.asarray([0.0, 0.1, 0.3, 0.8])
 SIZES = PayloadSizes(

@@ -19,20 +19,10 @@ from cda4rec_jax.runs.artifacts import load_trained
 from cda4rec_jax.runtime.calibration import Agreement, Comparison, calibrate, request_parts
 from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.runtime.recommend.planning import Situation
+from tests.times_0_1 import TIMES_0_1
 
 COMMITTED = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
-VERSION_0_1 = {
-    "times": {
-        "planning_ms": 0.023,
-        "abstract_ms": 0.033,
-        "semantic_ms": {"profile": 0.025, "recent": 0.031, "full": 0.049},
-        "retrieval_ms": {"20": 0.013, "100": 0.015, "500": 0.014},
-        "cache_retrieval_ms": 0.015,
-        "structured_ms": 0.085,
-        "ranking_ms": {"20": 0.13, "100": 0.53, "500": 0.15},
-        "ranking_cloud_ms": 0.53,
-    }
-}
+VERSION_0_1 = {"times": TIMES_0_1}
 ROUNDS = 3
 ONE_OF_EACH_KIND = [
     plan_index(name)
@@ -173,7 +163,7 @@ def test_what_a_person_sees_names_plans_links_and_both_controls(calibrated):
 
 
 def test_profiles_of_version_0_1_still_load():
-    times = MeasuredTimes.from_json(VERSION_0_1["times"])
+    times = MeasuredTimes.from_json(TIMES_0_1)
     assert times.abstract_ms["reuse"] == 0.0 and times.ranking_ms["cache"] == times.ranking_skip_ms["100"]
     assert measured_profile(times).ranking_ms.shape == (len(DeviceTier), 2, 4)
 
