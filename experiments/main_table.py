@@ -308,7 +308,7 @@ def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int, learning_ra
 
 def _told(learning_rates: tuple[float, ...]) -> str:
     if len(learning_rates) == 1:
-        return f"baselines at a learning rate of {learning_rates[0]:g}, chosen before"
+        return f"baselines at a learning rate of {learning_rates[0]:g}"
     return f"learning rates of baselines from {learning_rates} by validation of seed 0"
 
 

@@ -291,7 +291,7 @@ void score(const Head& head, int64_t candidates, int64_t width, const float* sta
       known[f] = standard * load(raw + head.gates[f] * kLanes);
       result += known[f] * head.linear[f];
     }
-    int64_t place = 0, unit = 0;
+    int64_t place = 0, unit = 0;  // six features moderate in the agents' head
     for (; place + 6 <= head.num_moderating; place += 6) result = moderated<6>(head, known, place, result);
     for (; place < head.num_moderating; ++place) result = moderated<1>(head, known, place, result);
     for (; unit + 8 <= head.units; unit += 8) result = hidden_units<8>(head, known, unit, result);
