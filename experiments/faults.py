@@ -49,7 +49,7 @@ METHOD = (
 )
 
 
-def main(options: Options, requests: int = 300, link_factor: float = 5.0, slowdown: int = 20) -> dict[str, Any]:
+def main(options: Options, requests: int = 300, link_factor: float = 5.0, slowdown: int = 50) -> dict[str, Any]:
     """Flags, utility and latency under every fault.
 
     Args:
