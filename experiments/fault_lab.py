@@ -1,6 +1,7 @@
 """Requests that are asked again under every fault: what ``faults.py`` runs."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -120,8 +121,10 @@ class Lab:
             for row in range(len(self._histories.lengths)):
                 status.update(f"request {row + 1:,} of {len(self._histories.lengths):,}, {len(found)} scenarios each")
                 state = self._state(row)
-                for name, results in found.items():
-                    results.append(self._ask(row, state, name))
+                healthy = self._ask(row, state, NONE)
+                found[NONE].append(healthy)
+                for name in SCENARIOS:
+                    found[name].append(self._ask(row, state, name, healthy))
         return found
 
     def _state(self, row: int) -> DeviceState:
@@ -130,7 +133,8 @@ class Lab:
         level, age = EgressLevel(int(context.cache_level[row])), int(context.cache_age_events[row])
         return device_state(self._recommender.functions, self._recommender.cloud, history, level, age)
 
-    def _ask(self, row: int, state: DeviceState, scenario: str) -> Found:
+    def _ask(self, row: int, state: DeviceState, scenario: str, healthy: Found | None = None) -> Found:
+        """One request in one scenario; ``healthy`` is the same without a fault."""
         index = self._allocate(row, scenario)
         plan, fallback = self._plans[index], self._plans[int(self.asked.fallback[row, index])]
         consent = EgressLevel(int(self.asked.context.consent[row]))
@@ -144,7 +148,7 @@ class Lab:
         return Found(
             trace=trace,
             has_slate=_is_slate(items, state.history, self._k),
-            meets=self._meets(row, index, scenario),
+            meets=self._meets(row, index, scenario, trace, healthy),
             utility=self._utility(row, index, items, trace),
             regret=float(self.asked.regret[row, index]),
         )
@@ -158,7 +162,7 @@ class Lab:
             return int(np.random.default_rng([0, row]).choice(others)) if len(others) else best
         return int(np.nanargmin(worth)) if scenario == WORST else best
 
-    def _meets(self, row: int, index: int, scenario: str) -> bool:
+    def _meets(self, row: int, index: int, scenario: str, trace: Trace, healthy: Found | None) -> bool:
         plan = self._plans[index]
         if scenario in (POOR, WORST):
             return index != self._allocate(row, NONE)
@@ -167,14 +171,8 @@ class Lab:
         if scenario == MEMORY:
             return plan.structured is Placement.DEVICE
         if scenario == SLOW:
-            times = dict(zip(Subtask, self.asked.subtask_ms[row, index].tolist(), strict=True))
-            placed = ((Subtask.ABSTRACT, plan.semantic is Placement.CLOUD), (Subtask.RETRIEVAL, not plan.uses_link))
-            placed += (
-                (Subtask.STRUCTURED, plan.structured is Placement.DEVICE),
-                (Subtask.RANKING, plan.ranking is Placement.DEVICE),
-            )
-            expected_ms = sum(times[subtask] for subtask, on_device in placed if on_device)
-            return (self._slowdown - 1) * expected_ms > ExecutorConfig().surprise_margin_ms
+            assert healthy is not None
+            return _device_ms(trace) - _device_ms(healthy.trace) > ExecutorConfig().surprise_margin_ms
         return True
 
     def _execute(self, functions: DeviceFunctions, consent: EgressLevel, request: Request) -> tuple[np.ndarray, Trace]:
@@ -257,6 +255,13 @@ def _asked(trained: TrainedSystem, history: HistoryBatch) -> Asked:
         met=realise(context, history.event_ids, 0, measured.profile.queue_ms, LinkConfig()),
     )
     return jax.tree.map(np.asarray, found)
+
+
+def _device_ms(trace: Trace) -> float:
+    """Time of the sub-tasks on the device but for planning, which no fault slows."""
+    on_device = (Placement.DEVICE, Placement.DEVICE_CACHE)
+    spans = [span for span in trace.spans if span.placement in on_device and span.subtask is not Subtask.PLANNING]
+    return math.fsum(span.end_ms - span.start_ms for span in spans)
 
 
 def _is_slate(items: np.ndarray, history: HistoryBatch, k: int) -> bool:

@@ -137,9 +137,9 @@ def page(result: dict[str, Any]) -> str:
         "(detection), and the row without a fault has the false alarms. A change of context: the link takes "
         f"{result['link_factor']:g} times as long as it would. A slow device does its work {result['slowdown']} times. `regret_high` is "
         "raised where the plan was expected to be worth less than the best allowed one by more than "
-        f"{result['high_regret']:g} dQ. A slow device counts where it adds more than "
-        f"{ExecutorConfig().surprise_margin_ms:g} ms. Links of contexts v1 vary without a fault too, and some take twice their estimate: "
-        "those are false alarms of `context_shift`, by definition of the fault."
+        f"{result['high_regret']:g} dQ. A slow device counts where it made the device take more than "
+        f"{ExecutorConfig().surprise_margin_ms:g} ms longer. Links of contexts v1 vary without a fault too, and some take twice "
+        "their estimate: those are false alarms of `context_shift`, by definition of the fault."
     )
     lines = [*markdown_table(rates[0], rates[1:]), said, "", *markdown_table(prices[0], prices[1:])]
     return markdown_page(result, "Faults", lines)
