@@ -109,7 +109,7 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
     means, bars = error_bars([row["ndcg@10"]["lost"] for row in rows])
     stale.errorbar(lags, means, bars, color="tab:red", marker="o", capsize=3)
     stale.set_title("lost without the device, by staleness")
-    stale.set_ylabel("ndcg@10, with minus without, 95% paired by user")
+    stale.set_ylabel("ndcg@10 lost without, 95% by user")
     groups = [result["overall"], *result["by_history_length"]]
     means, bars = error_bars([row["ndcg@10"]["lost"] for row in groups])
     names = [row["condition"].replace(" events", "").replace(" and more", "+").replace("all users", "all") for row in groups]
