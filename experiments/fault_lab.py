@@ -1,7 +1,6 @@
 """Requests that are asked again under every fault: what ``faults.py`` runs."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -37,7 +36,6 @@ from cda4rec_jax.runtime import (
     DeviceClient,
     DeviceFunctions,
     Executor,
-    ExecutorConfig,
     LinkRealisation,
     Prediction,
     Request,
@@ -121,10 +119,8 @@ class Lab:
             for row in range(len(self._histories.lengths)):
                 status.update(f"request {row + 1:,} of {len(self._histories.lengths):,}, {len(found)} scenarios each")
                 state = self._state(row)
-                healthy = self._ask(row, state, NONE)
-                found[NONE].append(healthy)
-                for name in SCENARIOS:
-                    found[name].append(self._ask(row, state, name, healthy))
+                for name, results in found.items():
+                    results.append(self._ask(row, state, name))
         return found
 
     def _state(self, row: int) -> DeviceState:
@@ -133,8 +129,7 @@ class Lab:
         level, age = EgressLevel(int(context.cache_level[row])), int(context.cache_age_events[row])
         return device_state(self._recommender.functions, self._recommender.cloud, history, level, age)
 
-    def _ask(self, row: int, state: DeviceState, scenario: str, healthy: Found | None = None) -> Found:
-        """One request in one scenario; ``healthy`` is the same without a fault."""
+    def _ask(self, row: int, state: DeviceState, scenario: str) -> Found:
         index = self._allocate(row, scenario)
         plan, fallback = self._plans[index], self._plans[int(self.asked.fallback[row, index])]
         consent = EgressLevel(int(self.asked.context.consent[row]))
@@ -148,7 +143,7 @@ class Lab:
         return Found(
             trace=trace,
             has_slate=_is_slate(items, state.history, self._k),
-            meets=self._meets(row, index, scenario, trace, healthy),
+            meets=self._meets(row, index, scenario),
             utility=self._utility(row, index, items, trace),
             regret=float(self.asked.regret[row, index]),
         )
@@ -162,7 +157,7 @@ class Lab:
             return int(np.random.default_rng([0, row]).choice(others)) if len(others) else best
         return int(np.nanargmin(worth)) if scenario == WORST else best
 
-    def _meets(self, row: int, index: int, scenario: str, trace: Trace, healthy: Found | None) -> bool:
+    def _meets(self, row: int, index: int, scenario: str) -> bool:
         plan = self._plans[index]
         if scenario in (POOR, WORST):
             return index != self._allocate(row, NONE)
@@ -171,8 +166,7 @@ class Lab:
         if scenario == MEMORY:
             return plan.structured is Placement.DEVICE
         if scenario == SLOW:
-            assert healthy is not None
-            return _device_ms(trace) - _device_ms(healthy.trace) > ExecutorConfig().surprise_margin_ms
+            return plan.ranking is Placement.DEVICE
         return True
 
     def _execute(self, functions: DeviceFunctions, consent: EgressLevel, request: Request) -> tuple[np.ndarray, Trace]:
@@ -255,13 +249,6 @@ def _asked(trained: TrainedSystem, history: HistoryBatch) -> Asked:
         met=realise(context, history.event_ids, 0, measured.profile.queue_ms, LinkConfig()),
     )
     return jax.tree.map(np.asarray, found)
-
-
-def _device_ms(trace: Trace) -> float:
-    """Time of the sub-tasks on the device but for planning, which no fault slows."""
-    on_device = (Placement.DEVICE, Placement.DEVICE_CACHE)
-    spans = [span for span in trace.spans if span.placement in on_device and span.subtask is not Subtask.PLANNING]
-    return math.fsum(span.end_ms - span.start_ms for span in spans)
 
 
 def _is_slate(items: np.ndarray, history: HistoryBatch, k: int) -> bool:

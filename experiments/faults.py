@@ -7,8 +7,8 @@ the paper's failure signatures. A poor allocator takes an allowed plan at random
 returns nothing; the link takes a multiple of what it would; the device computes a multiple of the time; structured modelling finds no
 memory. Each has a flag that its traces must raise. What a request meets on the link is the same in every scenario, but for its fault.
 
-A fault counts only where the plan meets it: a local plan does not notice the link, and a device that is slow where it has next to nothing
-to compute surprises nobody. Compute is timed on this machine, so a busy one raises false alarms.
+A fault counts only where the plan meets it: a local plan does not notice the link, and a device that is slow where the cloud ranks has next
+to nothing to compute. Compute is timed on this machine, so a busy one raises false alarms.
 
 Trains the system where ``--work`` does not have it, or takes ``--run``. Writes ``faults-<dataset>.json``, ``.md``, ``.png``.
 """
@@ -137,9 +137,8 @@ def page(result: dict[str, Any]) -> str:
         "(detection), and the row without a fault has the false alarms. A change of context: the link takes "
         f"{result['link_factor']:g} times as long as it would. A slow device does its work {result['slowdown']} times. `regret_high` is "
         "raised where the plan was expected to be worth less than the best allowed one by more than "
-        f"{result['high_regret']:g} dQ. A slow device counts where it made the device take more than "
-        f"{ExecutorConfig().surprise_margin_ms:g} ms longer. Links of contexts v1 vary without a fault too, and some take twice "
-        "their estimate: those are false alarms of `context_shift`, by definition of the fault."
+        f"{result['high_regret']:g} dQ. A slow device counts where it ranks. Links of contexts v1 vary without a "
+        "fault too, and some take twice their estimate: those are false alarms of `context_shift`, by definition of the fault."
     )
     lines = [*markdown_table(rates[0], rates[1:]), said, "", *markdown_table(prices[0], prices[1:])]
     return markdown_page(result, "Faults", lines)
