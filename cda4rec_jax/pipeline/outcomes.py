@@ -41,6 +41,7 @@ from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import PLANS, RESIDENT_CANDIDATES, STANDARD, PlanSpace
 
 REUSE = "reuse"  # the view through the embedding that the device keeps
+SMOOTH_RANK_TEMPERATURE = 0.5  # in logits
 VIEWS = (*(level.name.lower() for level in list(EgressLevel)[1:]), REUSE)
 
 
@@ -271,16 +272,26 @@ def outcomes(
     return Outcomes(ranks=target_ranks(scores, views, history.targets, space), slates=slates)
 
 
-def fusion_cross_entropy(
-    scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD
+def fusion_losses(
+    scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD, ndcg_weight: float = 0.0
 ) -> tuple[Float[Array, "b p"], Bool[Array, "b p"]]:
-    """Cross-entropy of the target among each plan's allowed candidates, and where there is one (a retrieval miss has none)."""
+    """What the fusion head is to minimise for each plan, and where there is anything (a retrieval miss has none).
+
+    Cross-entropy of the target among the plan's allowed candidates, less ``ndcg_weight`` times its smoothed ndcg ``1 / log2(1 + r)``, of
+    ``r = 1 + sum_j sigmoid((s_j - s_target) / T)`` over the other ones (ApproxNDCG: Qin, Liu and Li, Information Retrieval 13, 2010).
+    Cross-entropy looks at targets far down as well, which no slate shows; ndcg alone would have no gradient for them at all.
+    """
     rankings = _Rankings.of(scores, views, space)
     is_target = rankings.is_target(targets)
 
     def loss(pool: Bool[Array, "g b w"]) -> Float[Array, "g b"]:
         own = is_target & pool
-        total = jax.nn.logsumexp(jnp.where(pool, rankings.scores, -1e9), axis=2)
-        return jnp.where(jnp.any(own, axis=2), total - jnp.sum(jnp.where(own, rankings.scores, 0.0), axis=2), 0.0)
+        target_score = jnp.sum(jnp.where(own, rankings.scores, 0.0), axis=2)
+        value = jax.nn.logsumexp(jnp.where(pool, rankings.scores, -1e9), axis=2) - target_score
+        if ndcg_weight:
+            above = jax.nn.sigmoid((rankings.scores - target_score[..., None]) / SMOOTH_RANK_TEMPERATURE)
+            rank = 1.0 + jnp.sum(jnp.where(pool & ~own, above, 0.0), axis=2)
+            value = value - ndcg_weight / jnp.log2(1.0 + rank)
+        return jnp.where(jnp.any(own, axis=2), value, 0.0)
 
     return rankings.over_pools(loss), rankings.over_pools(lambda pool: jnp.any(is_target & pool, axis=2))

@@ -46,3 +46,4 @@ class TrainConfig:
     final_steps: int = 300  # planner-only steps at the end, with frozen trunks
     final_events: int = 8192  # withheld events whose candidates are kept in memory for them, about .2 MB each
     final_events_per_step: int = 64
+    final_ndcg_weight: float = 15.0  # of a smoothed ndcg beside the fusion head's cross-entropy in them

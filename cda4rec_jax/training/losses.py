@@ -190,7 +190,7 @@ def _weighted_mean(losses: Float[Array, "t"], targets: Int[Array, "t"], weights:
 def fusion_loss(
     losses: PlanValues, present: Bool[Array, "b p"], probabilities: PlanValues, practice: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """``sum_p rho(p) CE(p)``, mean over users, with ``rho = (1 - practice) / P + practice * stop_gradient(pi)``.
+    """``sum_p rho(p) L(p)``, mean over users, with ``rho = (1 - practice) / P + practice * stop_gradient(pi)``.
 
     The head practises the plans that are used, and no plan starves. A retrieval miss counts nothing.
     """

@@ -1,6 +1,6 @@
 """The joint step: both trunks, the fusion head and the planner in one jitted function.
 
-``L = L_cloud + L_device + sum_p rho(p) CE_fusion(p) - m(t) E_pi[U] - beta(t) H(pi)``
+``L = L_cloud + L_device + sum_p rho(p) L_fusion(p) - m(t) E_pi[U] - beta(t) H(pi)``
 
 Catalogue losses move the trunks (the two decoders and the item table) only. The head and the policy (the deciders) learn on withheld
 positions only, from trunks taken as given, so that the scores they see are as honest as at test time.
@@ -21,7 +21,7 @@ from cda4rec_jax.links import LinkConfig
 from cda4rec_jax.messages import SequenceBatch
 from cda4rec_jax.pipeline.catalogue import ItemTables, build_catalogue
 from cda4rec_jax.pipeline.decisions import PlanningWorld, redraw_requests
-from cda4rec_jax.pipeline.outcomes import fusion_cross_entropy, score_views, target_ranks
+from cda4rec_jax.pipeline.outcomes import fusion_losses, score_views, target_ranks
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import ContextConfig, plan_quality
 from cda4rec_jax.training.batches import TrainingBatch, micro_batch
@@ -164,6 +164,7 @@ def decider_loss(
     draw: Array,
     progress: Float[Array, ""],
     config: StepConfig,
+    ndcg_weight: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Fusion head and policy on withheld positions.
 
@@ -172,6 +173,7 @@ def decider_loss(
         observation: requests at the withheld positions, seen through trunks taken as given.
         draw: number of the contexts; each draws ``config.train.context_draws`` of them.
         progress: share of the joint steps that are done; 1 in the final, planner-only phase.
+        ndcg_weight: of the smoothed ndcg in the head's loss, see ``fusion_losses``.
     """
     train, policy = config.train, system.policy
     assert system.device is not None and policy is not None
@@ -180,7 +182,7 @@ def decider_loss(
     history, views = observation.history, observation.views
     scores = score_views(system.device.head, views)
     quality = jax.lax.stop_gradient(plan_quality(target_ranks(scores, views, history.targets, world.space)))
-    losses, present = fusion_cross_entropy(scores, views, history.targets, world.space)
+    losses, present = fusion_losses(scores, views, history.targets, world.space, ndcg_weight)
 
     gap = world.scales.quality_gap
     started = (progress >= train.planner_start_share).astype(jnp.float32)
@@ -305,8 +307,9 @@ def decider_step(
 
     def loss(deciders: Any) -> tuple[Array, dict[str, Array]]:
         system = nnx.merge(graph, state.average, deciders, frozen)  # whose trunks are not read
-        progress = jnp.ones(()) if practised is None else practised
-        return decider_loss(system, observation, world, draw, progress, config)
+        if practised is None:
+            return decider_loss(system, observation, world, draw, jnp.ones(()), config, config.train.final_ndcg_weight)
+        return decider_loss(system, observation, world, draw, practised, config)
 
     (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.deciders)
     optimizer = optimizers(config.train, num_steps)[1]

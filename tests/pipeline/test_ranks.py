@@ -1,12 +1,23 @@
 """Ranks of targets and slates: by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cda4rec_jax.array_typing import Array
 from cda4rec_jax.messages import EgressLevel, Placement
-from cda4rec_jax.metrics import MISS_RANK
+from cda4rec_jax.metrics import MISS_RANK, ndcg
 from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
-from cda4rec_jax.pipeline.outcomes import GROUPS, Scores, View, fusion_cross_entropy, plan_group, plan_slates, target_ranks
+from cda4rec_jax.pipeline.outcomes import (
+    GROUPS,
+    SMOOTH_RANK_TEMPERATURE,
+    Scores,
+    View,
+    fusion_losses,
+    plan_group,
+    plan_slates,
+    target_ranks,
+)
 from cda4rec_jax.pipeline.subtasks import rank_slate, unseen
 from cda4rec_jax.planner import PLANS, PlanSpace, fresh_plan, plan_index
 
@@ -71,11 +82,44 @@ def test_slates_and_ranks_agree():
                 assert ranks[user, plan] == place + 1
 
 
-def test_fusion_cross_entropy_is_that_of_the_allowed_candidates():
+def test_the_fusion_loss_is_the_cross_entropy_of_the_allowed_candidates():
     views, scores = views_and_scores([[4, 2, 9]], [[True, True, False]], [[1.0, 2.0, 50.0]])
-    losses, present = fusion_cross_entropy(scores, views, jnp.asarray([4]))
+    losses, present = fusion_losses(scores, views, jnp.asarray([4]))
     assert np.all(np.asarray(present))
     np.testing.assert_allclose(losses, np.full((1, len(PLANS)), np.log(np.e + np.e**2) - 1), rtol=1e-5)
+
+
+def test_the_fusion_loss_rewards_the_smoothed_ndcg_of_the_allowed_candidates():
+    views, scores = views_and_scores([[4, 2, 9, 3]], [[True, True, False, True]], [[1.0, 2.0, 50.0, 0.5]])
+    plain, present = fusion_losses(scores, views, jnp.asarray([4]))
+    rewarded, still_present = fusion_losses(scores, views, jnp.asarray([4]), ndcg_weight=3.0)
+    rank = 1 + sum(1 / (1 + np.exp(-difference / SMOOTH_RANK_TEMPERATURE)) for difference in (2.0 - 1.0, 0.5 - 1.0))
+    np.testing.assert_allclose(plain - rewarded, np.full((1, len(PLANS)), 3 / np.log2(1 + rank)), rtol=1e-5)
+    np.testing.assert_array_equal(present, still_present)
+
+
+def test_the_smoothed_ndcg_is_the_ndcg_of_scores_far_apart():
+    scores = 100.0 * np.random.default_rng(0).permutation(40)[None].astype(np.float32)
+    views, grouped = views_and_scores(np.arange(1, 41)[None], np.ones((1, 40), bool), scores)
+    targets, weight = jnp.asarray([17]), 1e4
+    losses = [fusion_losses(grouped, views, targets, ndcg_weight=given)[0] for given in (0.0, weight)]
+    quality = ndcg(np.asarray(target_ranks(grouped, views, targets)), 40)
+    assert 0.1 < np.mean(np.asarray(quality)) < 0.9
+    np.testing.assert_allclose((losses[0] - losses[1]) / weight, quality, rtol=1e-3)
+
+
+def test_a_miss_sends_no_gradient_and_a_hit_a_finite_one():
+    items, allowed = np.asarray([[4, 2, 9], [5, 6, 7]]), np.ones((2, 3), bool)
+    views, scores = views_and_scores(items, allowed, np.zeros((2, 3), np.float32))
+
+    def total(moved: Array) -> Array:
+        moved_scores = {group: given + moved for group, given in scores.items()}
+        losses, present = fusion_losses(moved_scores, views, jnp.asarray([4, 1]), ndcg_weight=15.0)
+        return jnp.sum(jnp.where(present, losses, 0.0))
+
+    gradient = np.asarray(jax.grad(total)(jnp.zeros((2, 3))))
+    assert np.all(np.isfinite(gradient)) and gradient[0, 0] < 0 < gradient[0, 1]
+    np.testing.assert_array_equal(gradient[1], 0.0)
 
 
 def test_every_plan_ranks_its_own_pool_with_its_own_scores():
@@ -94,7 +138,7 @@ def test_every_plan_ranks_its_own_pool_with_its_own_scores():
     for group in GROUPS:
         scores[group] = jnp.asarray(generator.normal(size=views[group.view].items.shape), jnp.float32)
     targets = jnp.full(8, 7)
-    ranks, (losses, present) = target_ranks(scores, views, targets), fusion_cross_entropy(scores, views, targets)
+    ranks, (losses, present) = target_ranks(scores, views, targets), fusion_losses(scores, views, targets)
     assert 0.2 < np.mean(np.asarray(present)) < 0.9
     for number, plan in enumerate(PLANS):
         view, logits = views[plan_group(plan).view], np.asarray(scores[plan_group(plan)], np.float64)
