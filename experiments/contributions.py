@@ -2,10 +2,10 @@
 
     python experiments/contributions.py --data DATA/ml-100k
 
-First, cloud on or off x device on or off, all over 100 candidates. Cloud on: retrieval by the semantic embedding, whose score ranks;
-off: the popular items, without any semantic score and with an empty cache. Device on: structured user modelling and its features;
-off: skipped. The main effects and the interaction, ``both - cloud - device + neither``, are paired by user: by the level of consent
-(plans ``fresh-LEVEL-100-*``), and by how many events the cloud's view lags (plans ``reuse-100-*``).
+First, cloud on or off x device on or off, all over 100 candidates and the items that the device holds. Cloud on: retrieval by the
+semantic embedding, whose score ranks; off: the popular items, without any semantic score and with an empty cache. Device on: structured
+user modelling and its features; off: skipped. The main effects and the interaction, ``both - cloud - device + neither``, are paired by
+user: by the level of consent (plans ``fresh-LEVEL-100-*``), and by how many events the cloud's view lags (plans ``reuse-100-*``).
 
 Second, one part removed at a time, by the accuracy of ``fresh-full-100-device``: *text* (trained without text vectors), *joint* (deciders
 trained after the trunks, see ``joint_vs_separate.py``), *packing* (each training row holds one history and padding, at equally many

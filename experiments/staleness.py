@@ -4,9 +4,9 @@
 
 The cloud's view of every user is made from the history as it was n = 0, 1, 3, 5, 10 events before the target. On the users whose past is
 long enough: the cloud alone over the whole catalogue; the fused plan ``local-reuse-device``, which ranks that view's best 100 and the
-popular 100 with the full history; the device alone over the whole catalogue, were it to hold the records of all items (only where these
-are small enough, and the bytes are told); and the weight of the cloud's score, chosen on validation, that is best in a plain weighted
-sum with the device's own score.
+popular items that the device holds with the full history; the device alone over the whole catalogue, were it to hold the records of
+all items (only where these are small enough, and the bytes are told); and the weight of the cloud's score, chosen on validation, that
+is best in a plain weighted sum with the device's own score.
 
 Trains the system where ``--work`` does not have it, or takes ``--run``. Writes ``staleness-<dataset>.json``, ``.md``, ``.png``.
 """

@@ -1,11 +1,11 @@
-"""How much accuracy is lost when nothing is processed on the device?
+"""How much accuracy is lost when the device models nothing of the user?
 
     python experiments/without_device.py --data DATA/ml-100k
 
-Compared are the best plan that skips structured user modelling (the cloud's scores and popularity decide) and the best plan that does
-it on the device, each chosen on validation: overall, by the length of the user's history, and by how many events the cloud's view
-lags behind. A third way gives the cloud the whole history and lets it do the device's part (plan ``cloud-full-cloud``): as accurate
-by construction, at the price of FULL consent in every request.
+Compared are the best plan that skips structured user modelling (the cloud's scores and popularity decide, also among the items that
+the device holds) and the best plan that does it on the device, each chosen on validation: overall, by the length of the user's history,
+and by how many events the cloud's view lags behind. A third way gives the cloud the whole history and lets it do the device's part
+(plan ``cloud-full-cloud``): as accurate by construction, at the price of FULL consent in every request.
 
 Trains the system where ``--work`` does not have it, or takes ``--run``. Writes ``without-device-<dataset>.json``, ``.md``, ``.png``.
 """
@@ -34,11 +34,11 @@ from cda4rec_jax.evaluation.conditions import can_be_stale
 from cda4rec_jax.messages import Placement
 from cda4rec_jax.planner import PLANS
 
-QUESTION = "How much accuracy is lost when device-side processing is off?"
+QUESTION = "How much accuracy is lost when structured user modelling on the device is off?"
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Accuracy of the best plan without and with device-side processing."""
+    """Accuracy of the best plan without and with structured user modelling on the device."""
     study = Study(options)
     positions = study.of_split(Split.TEST)[1]
     rows = [_compared(study, f"cloud's view {age} events old", age, can_be_stale(positions, age)) for age in AGES]
@@ -69,7 +69,7 @@ def families(age: int) -> tuple[list[str], list[str]]:
 
 
 def _compared(study: Study, condition: str, age: int, users: np.ndarray) -> dict[str, Any]:
-    """Accuracy of these users without and with device-side processing, and the difference."""
+    """Accuracy of these users without and with structured user modelling on the device, and the difference."""
     without, with_device = (study.best_plan(names, age) for names in families(age))
     row: dict[str, Any] = {"condition": condition, "plan_without": without, "plan_with": with_device, "users": int(users.sum())}
     for metric in ("ndcg@10", "hit_rate@10"):

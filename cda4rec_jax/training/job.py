@@ -32,7 +32,7 @@ from cda4rec_jax.runs.artifacts import (
     save_measured_times,
     save_weights,
 )
-from cda4rec_jax.runs.processes import first_does, is_first
+from cda4rec_jax.runs.processes import any_process, first_does, is_first
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.loop import Progress, Trainer
 from cda4rec_jax.training.mesh import rows_multiple
@@ -130,7 +130,8 @@ def _refit(
     deciders stay and trunks are replaced, as in stacking (Wolpert, 1992).
     """
     folder = run.path / "refit"
-    resume = (folder / "config.json").exists()
+    # The first process looks, and all hear of it: another one may look when the folder has just been made.
+    resume = any_process(is_first() and (folder / "config.json").exists())[0]
     if not resume:
         first_does(lambda: RunDirectory.create(folder, {}, run.kind))
     trainer = Trainer(corpus, step, packing, None, RunDirectory.open(folder), watch, mesh, withhold=False)

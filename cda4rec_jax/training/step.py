@@ -1,6 +1,6 @@
 """The joint step: both trunks, the fusion head and the planner in one jitted function.
 
-``L = L_cloud + L_device + sum_p rho(p) L_fusion(p) - m(t) E_pi[U] - beta(t) H(pi)``
+``L = L_cloud + L_device + sum_p rho(p) L_fusion(p) + m(t) (-E_pi[U] / dQ - beta(t) H(pi) + c error(q))``
 
 Catalogue losses move the trunks (the two decoders and the item table) only. The head and the policy (the deciders) learn on withheld
 positions only, from trunks taken as given, so that the scores they see are as honest as at test time.

@@ -24,6 +24,4 @@ rows=(--rows-per-batch "$((16 * devices))")
 case " $* " in *" --resume "*) rows=() ;; esac # goes on with the rows it began with
 "$bin/cda4rec" train --data "$data" --out "$run" --mesh "data=$devices" "${rows[@]}" "$@"
 "$bin/cda4rec" evaluate --run "$run"
-if "$bin/cda4rec" bench train --help > /dev/null 2>&1; then
-    "$bin/cda4rec" bench train
-fi
+"$bin/cda4rec" bench train --preset gpu-256

@@ -33,6 +33,4 @@ if [ "$hosts" -gt 1 ]; then
     exit 0
 fi
 "$bin/cda4rec" evaluate --run "$run"
-if "$bin/cda4rec" bench train --help > /dev/null 2>&1; then
-    "$bin/cda4rec" bench train
-fi
+"$bin/cda4rec" bench train

@@ -38,13 +38,13 @@ def commands(script: str, folder: Path, *arguments: str, **environment: str) -> 
         stand_ins / "python3": "",
         tools
         / "python": "case \"$*\" in *device_count*) echo 8 ;; *default_backend*) echo gpu ;; *'-m pytest'*) exit $TESTS_EXIT ;; esac",
-        tools / "cda4rec": f'[ "$1" != "$UNLOGGED" ] && printf "%q " "$@" >> {log} && echo >> {log}',
+        tools / "cda4rec": f'printf "%q " "$@" >> {log} && echo >> {log}',
     }
     for path, body in bodies.items():
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
     path = f"{stand_ins}:{os.environ['PATH']}"
-    environment = {"UNLOGGED": "bench", "TESTS_EXIT": "0"} | environment | {"PATH": path}
+    environment = {"TESTS_EXIT": "0"} | environment | {"PATH": path}
     done = subprocess.run(["bash", str(copy), *arguments], cwd=folder, env=os.environ | environment)
     assert done.returncode == int(environment["TESTS_EXIT"])
     return [shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -52,10 +52,11 @@ def commands(script: str, folder: Path, *arguments: str, **environment: str) -> 
 
 @pytest.mark.parametrize("script", ["gpu.sh", "tpu.sh"])
 def test_the_accelerator_scripts_train_over_all_devices_and_evaluate(script: str, tmp_path: Path) -> None:
-    train, evaluate = map(
+    train, evaluate, bench = map(
         parse, commands(script, tmp_path, "my data/shop", "my run", "--epochs", "3", "--mesh", "data=4,items=2")
     )
     assert isinstance(train, Train) and isinstance(evaluate, Evaluate)
+    assert isinstance(bench, Bench) and isinstance(bench.benchmark, BenchTrain)
     assert (train.data, train.out, train.epochs, train.mesh, train.rows_per_batch) == (
         "my data/shop",
         Path("my run"),
@@ -80,7 +81,7 @@ def test_hosts_of_one_tpu_slice_train_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tests_exit", ["0", "1"])
 def test_the_kernels_are_measured_on_a_gpu_also_where_a_test_fails(tests_exit: str, tmp_path: Path) -> None:
-    kernels, train = map(parse, commands("gpu_bench.sh", tmp_path, "my results", UNLOGGED="", TESTS_EXIT=tests_exit))
+    kernels, train = map(parse, commands("gpu_bench.sh", tmp_path, "my results", TESTS_EXIT=tests_exit))
     assert isinstance(kernels, Bench) and isinstance(kernels.benchmark, BenchKernels)
     assert isinstance(train, Bench) and isinstance(train.benchmark, BenchTrain) and train.benchmark.preset == "gpu-256"
     assert kernels.benchmark.out == train.benchmark.out == tmp_path / "my results"
