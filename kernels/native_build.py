@@ -1,6 +1,7 @@
 """C++ custom calls: compiled when they are first wanted, where there is a compiler, and kept for later processes."""
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -24,6 +25,8 @@ _logger = logging.getLogger(__name__)
 def provide(source: Path, targets: Mapping[str, str]) -> str | None:
     """Make the custom calls of one source available on the CPU. Compiles for some seconds once for each machine and version.
 
+    Logs what stands in the way, once a process: who leaves the choice to an operation hears of it nowhere else.
+
     Args:
         source: a C++ file; it may include the headers beside it and those of ``kernels``.
         targets: names for ``jax.ffi.ffi_call``, and the handler's symbol in the source for each.
@@ -33,7 +36,7 @@ def provide(source: Path, targets: Mapping[str, str]) -> str | None:
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
-        return "there is no C++ compiler (looked for $CXX, g++, c++ and clang++)"
+        return _told("there is no C++ compiler (looked for $CXX, g++, c++ and clang++)")
     try:
         library = _library(source, compiler)
         if not library.is_file():
@@ -42,10 +45,20 @@ def provide(source: Path, targets: Mapping[str, str]) -> str | None:
         symbols = {target: getattr(loaded, symbol) for target, symbol in targets.items()}
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
-        return f"{source.name} cannot be compiled or loaded ({error}{': ' + output.strip()[-300:] if output else ''})"
+        return _told(
+            f"{source.name} of {source.parent.name} cannot be compiled or loaded "
+            f"({error}{': ' + output.strip()[-300:] if output else ''})"
+        )
     for target, symbol in symbols.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
     return None
+
+
+@functools.cache
+def _told(problem: str) -> str:
+    """The problem, logged when it is first met."""
+    _logger.warning("no native code: %s; what may choose its implementation computes by XLA, which can be slower", problem)
+    return problem
 
 
 def _library(source: Path, compiler: str) -> Path:

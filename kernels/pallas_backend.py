@@ -7,6 +7,7 @@ import jax
 from cda4rec_jax.errors import UserError
 
 BACKENDS = {"triton": "gpu", "tpu": "tpu"}
+LEAST_TRITON_WIDTH = 16  # of a product that Triton compiles
 
 
 def check_backend(implementation: Literal["triton", "tpu"], interpret: bool) -> None:

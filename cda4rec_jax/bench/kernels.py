@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from cda4rec_jax.bench.retrieval_systems import version_of
 from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy import bench as linear_cross_entropy
+from cda4rec_jax.kernels.rank_candidates import bench as rank_candidates
 from cda4rec_jax.kernels.segment_attention import bench as segment_attention
 from cda4rec_jax.kernels.topk_dot import bench as topk_dot
 from cda4rec_jax.kernels.workloads import Workload
@@ -31,6 +33,7 @@ KERNELS: Mapping[str, Callable[[str], Iterator[Workload]]] = {
     "topk_dot": topk_dot.workloads,
     "segment_attention": segment_attention.workloads,
     "linear_cross_entropy": linear_cross_entropy.workloads,
+    "rank_candidates": rank_candidates.workloads,
 }
 LOOPS = 20  # calls in one program on an accelerator, so that the host is not what is measured
 CPU_CEILING, ACCELERATOR_CEILING = (2**28, 1024), (2**31, 8192)  # bytes that are copied, and size of the matrices
@@ -138,7 +141,7 @@ def bench_kernels(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> KernelsBenchmark:
-    """Measure on the backend at hand, and write JSON into ``out``.
+    """Measure on the backend at hand, and write JSON into ``out`` after each workload, so that what was measured is kept.
 
     Args:
         only: names of ``KERNELS``; None takes all.
@@ -156,18 +159,21 @@ def bench_kernels(
     progress("ceilings", 0, 1)
     ceilings = measure_ceilings(backend, timing)
     progress("ceilings", 1, 1)
-    found = []
+    origin = provenance(dataset_fingerprint="random inputs, seed 0")
+    result = KernelsBenchmark(backend=backend, ceilings=ceilings, workloads=(), provenance=origin)
     for kernel in only or KERNELS:
         for workload in KERNELS[kernel](backend):
-            found.append(measure_workload(workload, backend, ceilings, timing, partial(progress, f"{kernel}, {workload.name}")))
-    result = KernelsBenchmark(
-        backend=backend,
-        ceilings=ceilings,
-        workloads=tuple(found),
-        provenance=provenance(dataset_fingerprint="random inputs, seed 0"),
-    )
-    write_json(folder / f"kernels-{backend}.json", result.json())
+            heard = partial(progress, f"{kernel}, {workload.name}")
+            with in_full(workload.dtype):
+                found = measure_workload(workload, backend, ceilings, timing, heard)
+            result = replace(result, workloads=(*result.workloads, found))
+            write_json(folder / f"kernels-{backend}.json", result.json())
     return result
+
+
+def in_full(dtype: str) -> AbstractContextManager[Any]:
+    """Products of float32 in float32, by all alike: accelerators would round the operands of those that do not say otherwise."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +322,8 @@ def _products(dtype: str, size: int) -> Contestant:
     chain = jax.jit(lambda weights, start: jax.lax.fori_loop(0, PRODUCTS, lambda _, x: x @ weights, start))
 
     def call(number: int) -> float:
-        jax.block_until_ready(chain(weights, start))
+        with in_full(dtype):
+            jax.block_until_ready(chain(weights, start))
         return PRODUCTS * 2.0 * size**3
 
     return Contestant(name=dtype, call=call)

@@ -149,8 +149,8 @@ class BenchRetrieval:
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Catalogue sizes at which time and memory are measured; none without numbers. 10 million takes 4 GB of disk."""
     crossover: tuple[int, ...] = ()
-    """Catalogue sizes at which our indices are timed against each other at equal recall; off if not given. Writes the table of times by
-    which build_index chooses."""
+    """Catalogue sizes at which our indices are timed against each other at equal recall; off if not given. Writes a table of times
+    into --out; build_index chooses by it once it is copied by hand into the package's folder retrieval."""
     peers: tuple[str, ...] | None = None
     """Whom to measure beside ours: faiss, hnswlib, usearch, pynndescent, torch, numpy. All that are installed if not given."""
     rounds: int = 15
@@ -187,7 +187,7 @@ class BenchKernels:
     """Every kernel on the backend at hand: times beside plain JAX, shares of the copy and matmul rates, temporary memory."""
 
     only: tuple[str, ...] | None = None
-    """Kernels to measure: topk_dot, segment_attention, linear_cross_entropy. All if not given."""
+    """Kernels to measure: topk_dot, segment_attention, linear_cross_entropy, rank_candidates. All if not given."""
     rounds: int = 7
     """Rounds in which all take turns."""
     turn_ms: float = 100.0

@@ -46,7 +46,8 @@ def linear_cross_entropy(
     and ``weights`` by reverse mode; gradients have the dtype of their input. No token gives a loss of 0.
 
     A ``hidden`` of 16 bits makes all but ``reference`` round the operands of their products to its dtype; sums stay in float32, and
-    so do the gradient of float32 items and the softmax.
+    so do the gradient of float32 items and the softmax. Operands of float32 are rounded as ``jax.default_matmul_precision`` says, which
+    on accelerators is to fewer bits unless it is "highest"; ``triton`` rounds none.
 
     Args:
       hidden: Output of the decoder, one row for each token. Must be finite also where the weight is 0.
@@ -66,9 +67,11 @@ def linear_cross_entropy(
       interpret: Interpret the Pallas kernel, on any backend.
 
     Raises:
-      UserError: No item besides padding, more items than rows, a chunk size below 1, an unknown implementation, one for another
-        backend or dtype or that cannot be compiled, or a mesh for another implementation, without these two axes, or missing.
+      UserError: Shapes that do not fit each other, no item besides padding, more items than rows, a chunk size below 1, an unknown
+        implementation, one for another backend or dtype or that cannot be compiled, or a mesh for another implementation, without
+        these two axes, or missing.
     """
+    _check_shapes(hidden, items, targets, weights)
     if items.shape[0] < 2:
         raise UserError(f"items has {items.shape[0]} rows; expected row 0 (padding) and at least one item.")
     num_items = items.shape[0] - 1 if num_items is None else num_items
@@ -98,6 +101,17 @@ def linear_cross_entropy(
     if mesh is None:
         raise UserError(f"implementation is {implementation!r}; expected one of {', '.join(get_args(Implementation))}, or None.")
     return _sharded(mesh, chunk_size, num_items, hidden, items, targets, weights)
+
+
+def _check_shapes(hidden: Array, items: Array, targets: Array, weights: Array) -> None:
+    if hidden.ndim != 2 or items.ndim != 2 or hidden.shape[1] != items.shape[1]:
+        raise UserError(
+            f"hidden has shape {hidden.shape} and items {items.shape}; expected [t, d] and [i, d], of the same width d."
+        )
+    if not targets.shape == weights.shape == hidden.shape[:1]:
+        raise UserError(
+            f"targets have shape {targets.shape} and weights {weights.shape}; expected {hidden.shape[:1]}, one of each for a token."
+        )
 
 
 def _chosen(narrow: Any, wide: Any, mesh: Mesh | None) -> Implementation:

@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
+from cda4rec_jax.kernels.pallas_backend import LEAST_TRITON_WIDTH
+
 TOKENS, ITEMS = 64, 64  # of a block
-LEAST_WIDTH = 16  # of a product
 PROGRAMS = 512  # at least, where there are so many blocks: a GPU has some 130 processors
 
 
@@ -127,7 +128,7 @@ def _padded(rows: Float[Array, "n d"], multiple: int) -> Float[Array, "padded wi
     """With whole blocks, at least one, and a width that is a power of two."""
     num_rows, width = rows.shape
     more = max(multiple, pl.cdiv(num_rows, multiple) * multiple) - num_rows
-    return jnp.pad(rows, ((0, more), (0, pl.next_power_of_2(max(LEAST_WIDTH, width)) - width)))
+    return jnp.pad(rows, ((0, more), (0, pl.next_power_of_2(max(LEAST_TRITON_WIDTH, width)) - width)))
 
 
 def _call(

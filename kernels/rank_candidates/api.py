@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Int8
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.rank_candidates.native import extend_history_native, native_problem, score_candidates_native
-from cda4rec_jax.kernels.rank_candidates.weights import KeyValueCache, RankerWeights
+from cda4rec_jax.kernels.rank_candidates.weights import KeyValueCache, RankerWeights, cache_shapes
 from cda4rec_jax.kernels.rank_candidates.xla import extend_history_xla, score_candidates_xla
 
 Implementation = Literal["xla", "native"]
@@ -68,8 +68,10 @@ def extend_history(
 
     Equals the state of a full pass over all tokens up to rounding, however they are cut into calls. NaN where they do not fit.
     """
-    if tokens.shape[1] != weights.width or tokens.shape[0] < 1:
-        raise UserError(f"tokens have shape {tokens.shape}; expected one or more of width {weights.width}.")
+    check_tokens(weights, tokens)
+    given, expected = (cache.keys.shape, cache.values.shape), cache_shapes(weights)
+    if given != expected:
+        raise UserError(f"keys and values of the cache have the shapes {given}; expected {expected}: begin with `empty_cache`.")
     if chosen_implementation(implementation, tokens.dtype, weights.qkv.dtype) == "native":
         return extend_history_native(weights, cache, tokens, jnp.asarray(num_tokens, jnp.int32))
     return extend_history_xla(weights, cache, tokens, num_tokens)
@@ -85,11 +87,29 @@ def score_candidates(
     implementation: Implementation | None = None,
 ) -> Float[Array, "c"]:
     """Scores of candidates for the state of a user; the second half of ``rank_candidates``, which says the rest."""
-    if features.shape[1] != weights.linear.shape[0]:
-        raise UserError(f"a candidate has {features.shape[1]} features; the head takes {weights.linear.shape[0]}.")
+    if state.shape != (weights.width,):
+        raise UserError(f"the state has shape {state.shape}; expected {(weights.width,)}, the width of the decoder.")
+    check_candidates(weights, vectors, vector_scales, features)
     if chosen_implementation(implementation, features.dtype, weights.hidden.dtype) == "native":
         return score_candidates_native(weights, state, vectors, vector_scales, features)
     return score_candidates_xla(weights, state, vectors, vector_scales, features)
+
+
+def check_tokens(weights: RankerWeights, tokens: Array) -> None:
+    """UserError where these are no tokens for the decoder."""
+    if tokens.shape[1:] != (weights.width,) or len(tokens) < 1:
+        raise UserError(f"tokens have shape {tokens.shape}; expected one or more of width {weights.width}.")
+
+
+def check_candidates(weights: RankerWeights, vectors: Array, vector_scales: Array, features: Array) -> None:
+    """UserError where shapes do not fit each other, the decoder or the head."""
+    given, rows = (vectors.shape, vector_scales.shape, features.shape), features.shape[:1]
+    width, num_features = weights.width, weights.linear.shape[0]
+    if given != ((*rows, width), rows, (*rows, num_features)):
+        raise UserError(
+            f"vectors, vector_scales and features have the shapes {', '.join(map(str, given))}; expected [c, {width}], [c] and "
+            f"[c, {num_features}] for c candidates."
+        )
 
 
 def chosen_implementation(implementation: Implementation | None, *dtypes: jnp.dtype) -> Implementation:

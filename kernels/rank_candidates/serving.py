@@ -14,9 +14,15 @@ from jaxtyping import Float, Int8
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.kernels.rank_candidates.api import Implementation, chosen_implementation, rank_candidates
+from cda4rec_jax.kernels.rank_candidates.api import (
+    Implementation,
+    check_candidates,
+    check_tokens,
+    chosen_implementation,
+    rank_candidates,
+)
 from cda4rec_jax.kernels.rank_candidates.native import rank_request_native
-from cda4rec_jax.kernels.rank_candidates.weights import KeyValueCache, RankerWeights, empty_cache
+from cda4rec_jax.kernels.rank_candidates.weights import KeyValueCache, RankerWeights, cache_size, empty_cache
 
 
 class KnownHistory(NamedTuple):
@@ -40,7 +46,7 @@ class ServedRanker:
     def __init__(self, weights: RankerWeights, *, implementation: Implementation | None = None) -> None:
         self._weights, self._window = jax.tree.map(np.array, weights), weights.window
         self._implementation = chosen_implementation(implementation, self._weights.qkv.dtype)
-        self._programs: dict[tuple[int, int, bool], Callable[..., Any]] = {}
+        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by shapes, so that known ones need no check
 
     def __call__(
         self,
@@ -61,25 +67,39 @@ class ServedRanker:
             num_tokens: how many of the tokens are real; None for all.
 
         Raises:
-            UserError: the history becomes longer than the window: call again with all tokens of a window and nothing known.
+            UserError: the history becomes longer than the window: call again with all tokens of a window and nothing known; shapes do
+                not fit.
         """
-        rows, candidates = len(tokens), len(vector_scales)
+        rows = len(tokens)
         count, first = rows if num_tokens is None else num_tokens, 0 if known is None else known.length
         if not (1 <= count <= rows and first + count <= self._window):
             raise UserError(
                 f"{count} of {rows} tokens after {first} do not fit into a window of {self._window}: rank with the newest tokens alone"
             )
-        shape = (rows, candidates, known is None)
-        program = self._programs.get(shape) or self._programs.setdefault(shape, self._program(*shape))
-        request = self._packed(first, count, tokens, vectors, vector_scales, features)
+        given = (tokens, vectors, vector_scales, features)
+        shapes = (tokens.shape, vectors.shape, vector_scales.shape, features.shape, known is None)
+        program = self._programs.get(shapes) or self._programs.setdefault(shapes, self._program(*given, known is None))
+        request = self._packed(first, count, *given)
         scores, entries = program(request) if known is None else program(known.entries, request)
         return np.asarray(scores), KnownHistory(entries, first + count)
 
-    def _program(self, rows: int, candidates: int, whole: bool) -> Callable[..., Any]:
+    def _program(
+        self, tokens: np.ndarray, vectors: np.ndarray, vector_scales: np.ndarray, features: np.ndarray, whole: bool
+    ) -> Callable[..., Any]:
+        """For requests of these shapes."""
+        check_tokens(self._weights, tokens)
+        check_candidates(self._weights, vectors, vector_scales, features)
+        rows, candidates, size = len(tokens), len(features), cache_size(self._weights)
         run = rank_request_native if self._implementation == "native" else _rank_request_xla
+
+        def with_known(entries: Float[Array, "cache"], request: Float[Array, "request"]) -> tuple[Array, Array]:
+            if entries.shape != (size,):
+                raise UserError(f"the known history has entries of shape {entries.shape}; expected {(size,)}, from this ranker.")
+            return run(self._weights, entries, request, rows, candidates)
+
         if whole:
             return jax.jit(lambda request: run(self._weights, None, request, rows, candidates))
-        return jax.jit(lambda cache, request: run(self._weights, cache, request, rows, candidates), donate_argnums=0)
+        return jax.jit(with_known, donate_argnums=0)
 
     @staticmethod
     def _packed(

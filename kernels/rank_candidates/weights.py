@@ -1,5 +1,6 @@
 """What the operation computes with: the weights of decoder and head as plain arrays, and the cache of a history."""
 
+import math
 from dataclasses import dataclass, field
 
 import jax
@@ -81,19 +82,19 @@ class KeyValueCache:
 
 def empty_cache(weights: RankerWeights) -> KeyValueCache:
     """The cache of no token."""
+    keys, values = (jnp.zeros(shape, weights.qkv.dtype) for shape in cache_shapes(weights))
+    return KeyValueCache(keys=keys, values=values, length=jnp.zeros((), jnp.int32))
+
+
+def cache_shapes(weights: RankerWeights) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of keys and values."""
     layers, heads, size, places = weights.num_layers, weights.num_kv_heads, weights.head_size, padded(weights.window)
-    dtype = weights.qkv.dtype
-    return KeyValueCache(
-        keys=jnp.zeros((layers, heads, size, places), dtype),
-        values=jnp.zeros((layers, heads, places, padded(size)), dtype),
-        length=jnp.zeros((), jnp.int32),
-    )
+    return (layers, heads, size, places), (layers, heads, places, padded(size))
 
 
 def cache_size(weights: RankerWeights) -> int:
     """Numbers in keys and values of a cache."""
-    places, size = padded(weights.window), weights.head_size
-    return weights.num_layers * weights.num_kv_heads * places * (size + padded(size))
+    return sum(map(math.prod, cache_shapes(weights)))
 
 
 def padded(size: int) -> int:

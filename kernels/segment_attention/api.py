@@ -54,20 +54,17 @@ def segment_attention(
         pass computes the weights again (FlashAttention, arXiv 2205.14135). None chooses ``xla``.
 
     Raises:
-      UserError: Heads that do not divide, a bias of another shape, a dropout rate outside [0, 1), a block size below 1, or an
-        unknown kind or implementation.
+      UserError: Shapes that do not fit each other, heads that do not divide, a dropout rate outside [0, 1), a block size below 1, or
+        an unknown kind or implementation.
     """
-    length, heads, kv_heads = query.shape[1], query.shape[2], key.shape[2]
-    if kv_heads < 1 or heads % kv_heads:
-        raise UserError(f"query has {heads} heads and key {kv_heads}; expected a multiple.")
-    if bias is not None and bias.shape != (heads, length):
-        raise UserError(f"bias has shape {bias.shape}; expected {(heads, length)}, one value for each head and distance.")
+    _check_shapes(query, key, value, segment_ids, bias)
     if not 0.0 <= dropout_rate < 1.0:
         raise UserError(f"dropout_rate is {dropout_rate}; expected at least 0 and less than 1.")
     if block_size is not None and block_size < 1:
         raise UserError(f"block_size is {block_size}; expected at least 1.")
     if kind not in ("softmax", "silu"):
         raise UserError(f"kind is {kind!r}; expected 'softmax' or 'silu'.")
+    length, heads = query.shape[1:3]
     dtype = jnp.result_type(query, key, value)
     if query.size == 0:
         return jnp.zeros(query.shape, dtype)
@@ -85,3 +82,17 @@ def segment_attention(
         size = block_size or (length if length <= LONGEST_WHOLE_ROW else BLOCK_SIZE)
         return segment_attention_xla(query, key, value, segment_ids, bias, seeds, kind, dropout_rate, size, wide)
     raise UserError(f"implementation is {implementation!r}; expected 'reference', 'xla' or None.")
+
+
+def _check_shapes(query: Array, key: Array, value: Array, segment_ids: Array, bias: Array | None) -> None:
+    if query.ndim != 4 or key.shape != (*query.shape[:2], *key.shape[2:3], *query.shape[3:]) or value.shape != key.shape:
+        raise UserError(
+            f"query has shape {query.shape}, key {key.shape} and value {value.shape}; expected [r, t, n, h] and twice [r, t, m, h]."
+        )
+    length, heads, kv_heads = query.shape[1], query.shape[2], key.shape[2]
+    if kv_heads < 1 or heads % kv_heads:
+        raise UserError(f"query has {heads} heads and key {kv_heads}; expected a multiple.")
+    if segment_ids.shape != query.shape[:2]:
+        raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {query.shape[:2]}, one for each token.")
+    if bias is not None and bias.shape != (heads, length):
+        raise UserError(f"bias has shape {bias.shape}; expected {(heads, length)}, one value for each head and distance.")

@@ -53,12 +53,10 @@ def topk_dot(
       interpret: Interpret the Pallas kernels, on any backend.
 
     Raises:
-      UserError: ``k`` does not fit the catalogue, ``chunk_size`` is below 1, or the implementation is unknown, needs another backend
-        or dtype, or cannot be compiled.
+      UserError: Shapes do not fit each other, ``k`` does not fit the catalogue, ``chunk_size`` is below 1, or the implementation is
+        unknown, needs another backend or dtype, or cannot be compiled.
     """
-    num_items = items.shape[0] - 1
-    if not 1 <= k <= num_items:
-        raise UserError(f"asked for {k} items of a catalogue of {num_items}; expected 1 to {num_items}.")
+    check_inputs(items, queries, k, allowed, excluded)
     if chunk_size is None:
         chunk_size = max(LEAST_CHUNK, CHUNK_SCORES // max(1, queries.shape[0]))
     if chunk_size < 1:
@@ -81,6 +79,23 @@ def topk_dot(
         check_backend(implementation, interpret)
         return topk_dot_pallas(items, queries, k, allowed, excluded, implementation, interpret)
     raise UserError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}, or None.")
+
+
+def check_inputs(items: Array, queries: Array, k: int, allowed: Array | None, excluded: Array | None) -> None:
+    """UserError where shapes do not fit each other, or ``k`` does not fit the catalogue; native code reads what it is told is there."""
+    if items.ndim != 2 or queries.shape[1:] != items.shape[1:]:
+        raise UserError(
+            f"items have shape {items.shape} and queries {queries.shape}; expected [i, d] and [b, d], of the same width d."
+        )
+    num_items = items.shape[0] - 1
+    if not 1 <= k <= num_items:
+        raise UserError(f"asked for {k} items of a catalogue of {num_items}; expected 1 to {num_items}.")
+    if allowed is not None and allowed.shape != items.shape[:1]:
+        raise UserError(
+            f"allowed has shape {allowed.shape}; expected {items.shape[:1]}, one value for each row of items, row 0 too."
+        )
+    if excluded is not None and (excluded.ndim != 2 or excluded.shape[0] != queries.shape[0]):
+        raise UserError(f"excluded has shape {excluded.shape}; expected [{queries.shape[0]}, s], one row for each query.")
 
 
 def _is_float32(items: Array, queries: Array) -> bool:

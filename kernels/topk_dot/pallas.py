@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Bool, Float, Int
 
+from cda4rec_jax.kernels.pallas_backend import LEAST_TRITON_WIDTH
+
 GROUP_SIZE = 32
 TRITON_ITEMS, TRITON_QUERIES = 128, 16
 TPU_ITEMS, TPU_QUERIES = 4096, 128
@@ -62,7 +64,7 @@ def group_maxima(
     block_items, block_queries = (TRITON_ITEMS, TRITON_QUERIES) if backend == "triton" else (TPU_ITEMS, TPU_QUERIES)
     bias = jnp.where(allowed, 0.0, -jnp.inf).astype(dtype)[:, None]
     # Queries are few: padding them is cheap. The table is not copied; rows past its end are masked.
-    width = pl.next_power_of_2(items.shape[1]) if backend == "triton" else items.shape[1]
+    width = pl.next_power_of_2(max(LEAST_TRITON_WIDTH, items.shape[1])) if backend == "triton" else items.shape[1]
     queries = jnp.pad(queries, ((0, -num_queries % block_queries), (0, width - items.shape[1])))
     grid = (pl.cdiv(num_rows, block_items), queries.shape[0] // block_queries)
     out_shape = jax.ShapeDtypeStruct((pl.cdiv(num_rows, block_items) * (block_items // GROUP_SIZE), queries.shape[0]), dtype)

@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Int8
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.topk_dot.api import check_inputs
 from cda4rec_jax.kernels.topk_dot.native import native_problem, topk_dot_int8_native
 
 BLOCK = 16  # as in native_int8.cc
@@ -67,11 +68,10 @@ def topk_dot_quantised(
     flagged as uncertain: worse codes cost time, since more items are scored again, and never an item.
 
     Raises:
-      UserError: ``k`` does not fit the catalogue, the queries are not float32, JAX is not on a CPU, or the custom call cannot be compiled.
+      UserError: shapes do not fit each other, ``k`` does not fit the catalogue, the queries are not float32, JAX is not on a CPU, or the
+        custom call cannot be compiled.
     """
-    num_items = table.items.shape[0] - 1
-    if not 1 <= k <= num_items:
-        raise UserError(f"asked for {k} items of a catalogue of {num_items}; expected 1 to {num_items}.")
+    check_inputs(table.items, queries, k, allowed, excluded)
     if queries.dtype != jnp.float32:
         raise UserError(f"queries are {queries.dtype}; expected float32.")
     check_quantised()

@@ -14,7 +14,8 @@ def topk_dot_reference(
     excluded: Int[Array, "b s"],
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
     """The first ``k`` of the allowed items in order of ``(-q . e_i, i)``; ``(0, -inf)`` where there are fewer."""
-    scores = jnp.where(allowed[None], queries @ items.T, -jnp.inf)
+    products = jnp.matmul(queries, items.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.where(allowed[None], products, -jnp.inf)
     scores = scores.at[jnp.arange(queries.shape[0])[:, None], excluded].set(-jnp.inf)
     best, found = jax.lax.top_k(scores, k)
     return jnp.where(best > -jnp.inf, found, 0).astype(jnp.int32), best

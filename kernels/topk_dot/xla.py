@@ -26,7 +26,9 @@ def topk_dot_xla(
         first_new = chunk * chunk_size
         # The last chunk overlaps the one before it instead of padding, which would copy the whole table.
         start = jnp.minimum(first_new, num_rows - chunk_size)
-        scores = queries @ jax.lax.dynamic_slice_in_dim(items, start, chunk_size).T
+        # Accelerators round float32 operands to fewer bits unless they are told, and the first k would be others.
+        part = jax.lax.dynamic_slice_in_dim(items, start, chunk_size)
+        scores = jnp.matmul(queries, part.T, precision=jax.lax.Precision.HIGHEST)
         rows = start + jnp.arange(chunk_size)[None]
         usable = rows >= jnp.maximum(first_new, 1)
         if allowed is not None:

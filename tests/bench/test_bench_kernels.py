@@ -14,6 +14,8 @@ from cda4rec_jax.bench.kernels import in_a_loop
 from cda4rec_jax.cli import main
 from cda4rec_jax.kernels.linear_cross_entropy import bench as loss_bench
 from cda4rec_jax.kernels.linear_cross_entropy.cases import Case as LossCase
+from cda4rec_jax.kernels.rank_candidates import bench as ranking_bench
+from cda4rec_jax.kernels.rank_candidates.cases import SMALL_CASE
 from cda4rec_jax.kernels.segment_attention import bench as attention_bench
 from cda4rec_jax.kernels.segment_attention.cases import Case as AttentionCase
 from cda4rec_jax.kernels.topk_dot import bench as search_bench
@@ -38,7 +40,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         "topk_dot": lambda backend: iter([search_bench.workload(SEARCH, backend)]),
         "segment_attention": lambda backend: (attention_bench.workload(ATTENTION, rate) for rate in (0.0, 0.5)),
         "linear_cross_entropy": lambda backend: iter([loss_bench.workload(LOSS, backend)]),
+        "rank_candidates": lambda backend: iter([ranking_bench.workload(SMALL_CASE, backend)]),
     }
+    assert set(made) == set(kernels.KERNELS)
     monkeypatch.setattr(kernels, "KERNELS", made)
     few = lambda rounds, block_seconds: dataclasses.replace(FEW_ROUNDS, rounds=rounds)  # noqa: E731
     monkeypatch.setattr("cda4rec_jax.timing.TimingConfig", few)
@@ -55,6 +59,7 @@ def test_the_command_measures_every_implementation(tmp_path: Path, capsys: pytes
         "segment_attention",
         "segment_attention",
         "linear_cross_entropy",
+        "rank_candidates",
     ]
     for one in found["workloads"]:
         rows = {row["implementation"]: row for row in one["rows"]}
@@ -85,6 +90,36 @@ def test_a_catalogue_too_large_for_plain_jax_is_held_to_the_chunked_version(monk
     monkeypatch.setattr(loss_bench, "MOST_PLAIN_LOGITS", 100)
     found = loss_bench.workload(LOSS, "gpu")
     assert found.baseline == "xla" and PLAIN not in found.programs
+
+
+def test_products_of_a_full_pass_are_counted_by_hand() -> None:
+    """One layer of width 4 with 2 heads of 2 channels over 3 tokens; 5 candidates with 4 features, of which 2 moderate."""
+    case = dataclasses.replace(SMALL_CASE, layers=1, width=4, kv_heads=1, mlp_hidden=6, tokens=3, head_hidden=8)
+    keys_and_values, query_and_out, attention, mlp = 3 * 4 * 4, 4 * 4 + 4 * 4, 2 * 3 * 4, 3 * 4 * 6
+    head = 5 * (4 + 4 + (2 * 4 + 2) + (4 * 8 + 8))
+    assert ranking_bench._flops(case) == 2.0 * (keys_and_values + query_and_out + attention + mlp + head)
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(backend: str):
+        yield loss_bench.workload(LOSS, backend)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(kernels.KERNELS, "linear_cross_entropy", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kernels.bench_kernels(only=("topk_dot", "linear_cross_entropy"), timing=FEW_ROUNDS, out=tmp_path)
+    found = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    assert [one["kernel"] for one in found["workloads"]] == ["topk_dot", "linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_all_products_of_float32_are_full_on_accelerators(dtype: str) -> None:
+    case = dataclasses.replace(SEARCH, dtype=dtype)
+    workload = search_bench.workload(case, "tpu")
+    with kernels.in_full(dtype):
+        traced = jax.jit(workload.programs[PLAIN]).trace(*workload.constants, *workload.batches[0])
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("precision = [HIGHEST, HIGHEST]" in lowered) == (dtype == "float32")
 
 
 def test_another_output_and_an_unknown_kernel_are_refused(

@@ -37,16 +37,16 @@ def commands(script: str, folder: Path, *arguments: str, **environment: str) -> 
     bodies = {
         stand_ins / "python3": "",
         tools
-        / "python": "case \"$*\" in *device_count*) echo 8 ;; *default_backend*) echo gpu ;; *'-m pytest'*) exit $TESTS_EXIT ;; esac",
-        tools / "cda4rec": f'printf "%q " "$@" >> {log} && echo >> {log}',
+        / "python": 'case "$*" in *device_count*) echo 8 ;; *default_backend*) echo gpu ;; "-m pytest "*) [ "$FAILS" != tests ] ;; esac',
+        tools / "cda4rec": f'printf "%q " "$@" >> {log} && echo >> {log} && [ "$2" != "$FAILS" ]',
     }
     for path, body in bodies.items():
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
     path = f"{stand_ins}:{os.environ['PATH']}"
-    environment = {"TESTS_EXIT": "0"} | environment | {"PATH": path}
+    environment = {"FAILS": ""} | environment | {"PATH": path}
     done = subprocess.run(["bash", str(copy), *arguments], cwd=folder, env=os.environ | environment)
-    assert done.returncode == int(environment["TESTS_EXIT"])
+    assert done.returncode == (1 if environment["FAILS"] else 0)
     return [shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
@@ -79,9 +79,15 @@ def test_hosts_of_one_tpu_slice_train_together(tmp_path: Path) -> None:
     assert isinstance(train, Train) and train.distributed and train.mesh == "data=8"
 
 
-@pytest.mark.parametrize("tests_exit", ["0", "1"])
-def test_the_kernels_are_measured_on_a_gpu_also_where_a_test_fails(tests_exit: str, tmp_path: Path) -> None:
-    kernels, train = map(parse, commands("gpu_bench.sh", tmp_path, "my results", TESTS_EXIT=tests_exit))
+@pytest.mark.parametrize(
+    ("fails", "told"), [("", ""), ("tests", "kernels.log"), ("kernels", "bench kernels"), ("train", "bench train")]
+)
+def test_every_part_runs_on_a_gpu_and_what_failed_is_told(
+    fails: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kernels, train = map(parse, commands("gpu_bench.sh", tmp_path, "my results", FAILS=fails))
+    error = capfd.readouterr().err
+    assert told in error and ("failed" in error) == bool(fails)
     assert isinstance(kernels, Bench) and isinstance(kernels.benchmark, BenchKernels)
     assert isinstance(train, Bench) and isinstance(train.benchmark, BenchTrain) and train.benchmark.preset == "gpu-256"
     assert kernels.benchmark.out == train.benchmark.out == tmp_path / "my results"

@@ -1,6 +1,9 @@
 """Contract of linear_cross_entropy: every implementation against the specification, and the promises of the chunked one."""
 
+import math
+import re
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +14,20 @@ from jax.sharding import AxisType, Mesh
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels import native_build
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy, native, pallas
-from cda4rec_jax.kernels.linear_cross_entropy.api import default_chunk_size
+from cda4rec_jax.kernels.linear_cross_entropy.api import Implementation, default_chunk_size
 from cda4rec_jax.kernels.linear_cross_entropy.cases import CONTRACT_CASES, WORKLOAD_CASES, Case
-from tests.kernels.contract import assert_trees_close, assert_trees_equal, temporary_bytes
+from tests.kernels.contract import (
+    assert_trees_close,
+    assert_trees_equal,
+    interpreted,
+    needs_cpu,
+    needs_native,
+    temporary_bytes,
+)
 
-needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
-NATIVE = pytest.param("native", marks=needs_compiler)
+pytestmark = pytest.mark.usefixtures("float32_products")
+NEEDS_NATIVE = needs_native(native.native_problem)
+NATIVE = pytest.param("native", marks=NEEDS_NATIVE)
 IMPLEMENTATIONS = ("reference", "xla", "triton", NATIVE)
 WIDE_CASES = (
     Case(name="several blocks of items, several chunks of tokens", tokens=300, num_items=700, width=64, chunk_size=128),
@@ -35,7 +46,7 @@ def make_inputs(case: Case, dtype=jnp.float32, seed: int = 0):
 
 
 def by(implementation: str, **options):
-    return {"implementation": implementation, "interpret": implementation == "triton", **options}
+    return {"implementation": implementation, "interpret": interpreted(implementation), **options}
 
 
 def value_and_gradients(inputs, **options):
@@ -156,6 +167,7 @@ def test_bfloat16_inputs_accumulate_in_float32_and_keep_their_dtype_in_gradients
         np.testing.assert_allclose(gradient.astype(jnp.float32), expected_gradient, rtol=1e-2, atol=1e-2)
 
 
+@needs_cpu  # a GPU adds up the rows of one item in any order
 @pytest.mark.parametrize("implementation", ["xla", NATIVE])
 def test_two_runs_agree_bit_for_bit(implementation):
     inputs = make_inputs(WIDE_CASES[0])
@@ -163,7 +175,7 @@ def test_two_runs_agree_bit_for_bit(implementation):
     assert_trees_equal(first, second)
 
 
-@needs_compiler
+@NEEDS_NATIVE
 @pytest.mark.parametrize("place", ["hidden", "an item"])
 def test_native_passes_on_what_is_not_finite(place):
     hidden, items, targets, weights = make_inputs(WIDE_CASES[0])
@@ -173,7 +185,7 @@ def test_native_passes_on_what_is_not_finite(place):
     assert not np.isfinite(value_and_gradients(inputs, **by("native"))[0])
 
 
-@needs_compiler
+@NEEDS_NATIVE
 def test_a_target_beyond_the_items_writes_nothing_past_them():
     hidden, items, targets, weights = make_inputs(WIDE_CASES[0])
     targets = targets.at[3].set(items.shape[0] + 10**6)
@@ -181,7 +193,7 @@ def test_a_target_beyond_the_items_writes_nothing_past_them():
     assert_trees_close(actual, expected, rtol=2e-5, atol=1e-5)
 
 
-@needs_compiler
+@NEEDS_NATIVE
 def test_native_computes_the_same_without_vector_instructions(monkeypatch):
     inputs = make_inputs(WIDE_CASES[0])
     expected = value_and_gradients(inputs, **by("native"))
@@ -193,6 +205,7 @@ def test_native_computes_the_same_without_vector_instructions(monkeypatch):
     assert_trees_close(value_and_gradients(inputs, **by("native")), expected, rtol=2e-5, atol=1e-5)
 
 
+@needs_cpu
 def test_native_refuses_what_it_does_not_compute():
     inputs = make_inputs(CONTRACT_CASES[0], jnp.bfloat16)
     with pytest.raises(UserError, match="native' computes in float32, and the inputs want bfloat16"):
@@ -210,6 +223,7 @@ def test_temporary_memory_of_a_training_step_is_an_eighth_of_that_with_materiali
     assert 8 * ours <= materialised
 
 
+@needs_cpu
 def test_the_chunk_that_is_chosen_shrinks_with_the_catalogue_within_its_bounds():
     assert [default_chunk_size(num_items) for num_items in (100, 3_417, 12_102, 1_000_000)] == [256, 256, 80, 64]
 
@@ -240,11 +254,36 @@ def test_bad_arguments_raise_a_user_error():
         linear_cross_entropy(hidden, items[:1], targets * 0, weights)
     with pytest.raises(UserError, match="chunk_size is 0"):
         linear_cross_entropy(hidden, items, targets, weights, chunk_size=0)
-    with pytest.raises(UserError, match="'triton' runs on a GPU, and JAX is on cpu"):
-        linear_cross_entropy(hidden, items, targets, weights, implementation="triton")
+
+
+@pytest.mark.skipif(not interpreted("triton"), reason="this is the kernel's own backend")
+def test_a_kernel_of_another_backend_raises_a_user_error():
+    with pytest.raises(UserError, match=f"'triton' runs on a GPU, and JAX is on {jax.default_backend()}"):
+        linear_cross_entropy(*make_inputs(CONTRACT_CASES[0]), implementation="triton")
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("implementation", (None, *get_args(Implementation)))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    (
+        ({"hidden": (8, 3)}, "hidden has shape (8, 3) and items (6, 5)"),
+        ({"items": (6,)}, "hidden has shape (8, 5) and items (6,)"),
+        ({"targets": (7,)}, "targets have shape (7,) and weights (8,); expected (8,)"),
+        ({"weights": (9,)}, "targets have shape (8,) and weights (9,); expected (8,)"),
+        ({"weights": (8, 1)}, "targets have shape (8,) and weights (8, 1); expected (8,)"),
+    ),
+)
+def test_shapes_that_do_not_fit_raise_a_user_error(implementation, changed, message):
+    shapes = {"hidden": (8, 5), "items": (6, 5), "targets": (8,), "weights": (8,)} | changed
+    inputs = [jnp.ones(shape, jnp.int32 if name == "targets" else jnp.float32) for name, shape in shapes.items()]
+    with pytest.raises(UserError, match=re.escape(message)):
+        linear_cross_entropy(*inputs, implementation=implementation)
 
 
 def make_mesh(**sizes: int) -> Mesh:
+    if math.prod(sizes.values()) > jax.device_count():
+        pytest.skip(f"a mesh of {sizes} needs more than the {jax.device_count()} devices here")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

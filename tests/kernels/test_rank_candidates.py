@@ -1,6 +1,8 @@
 """Contract of rank_candidates: every implementation against a full pass in float64, however a history is cut into calls."""
 
 import functools
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,11 @@ from cda4rec_jax.kernels.rank_candidates import (
 )
 from cda4rec_jax.kernels.rank_candidates.cases import CONTRACT_CASES, SMALL_CASE, Case, random_inputs, random_weights
 from cda4rec_jax.kernels.rank_candidates.reference import score_candidates_reference, user_state_reference
+from tests.kernels.contract import needs_cpu, needs_native
 
-needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
-WAYS = ["xla", pytest.param("native", marks=needs_compiler)]
+pytestmark = pytest.mark.usefixtures("float32_products")
+NEEDS_NATIVE = needs_native(native.native_problem)
+WAYS = ["xla", pytest.param("native", marks=NEEDS_NATIVE)]
 
 
 @functools.cache
@@ -132,7 +136,7 @@ def test_a_state_that_is_not_a_number_gives_no_number(implementation):
     assert np.isnan(score_candidates(weights, state, *candidates_of(SMALL_CASE), implementation=implementation)).all()
 
 
-@needs_compiler
+@NEEDS_NATIVE
 def test_native_runs_agree_bit_for_bit_and_leave_a_kept_cache_as_it_was():
     weights, tokens = random_weights(SMALL_CASE), random_inputs(SMALL_CASE).tokens
     cache = jax.jit(lambda given: extend_history(weights, empty_cache(weights), given, 4))(tokens)[1]
@@ -178,6 +182,7 @@ def test_it_lowers_for_accelerators_without_the_hardware(platform):
     assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@needs_cpu
 def test_none_chooses_native_where_it_can_be_had(monkeypatch):
     weights = random_weights(SMALL_CASE)
 
@@ -191,11 +196,52 @@ def test_none_chooses_native_where_it_can_be_had(monkeypatch):
         ServedRanker(weights, implementation="native")
 
 
-def test_bad_arguments_raise_a_user_error():
+@needs_cpu
+def test_native_refuses_what_it_does_not_compute():
     weights, cache = random_weights(SMALL_CASE), empty_cache(random_weights(SMALL_CASE))
-    with pytest.raises(UserError, match="expected one or more of width 12"):
-        extend_history(weights, cache, jnp.ones((1, 11)), 1)
-    with pytest.raises(UserError, match="a candidate has 3 features; the head takes 4"):
-        score_candidates(weights, jnp.ones(12), *candidates_of(SMALL_CASE)[:2], jnp.ones((5, 3)))
     with pytest.raises(UserError, match="'native' takes float32"):
         extend_history(weights, cache, jnp.ones((1, 12), jnp.bfloat16), 1, implementation="native")
+
+
+def ones(**changed) -> dict[str, Any]:
+    """A request of ``SMALL_CASE``, with other shapes where they are given."""
+    shapes = {"tokens": (3, 12), "vectors": (5, 12), "vector_scales": (5,), "features": (5, 4)} | changed
+    return {name: np.ones(shape, np.int8 if name == "vectors" else np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("implementation", (None, *WAYS))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    (
+        ({"tokens": (3, 11)}, "tokens have shape (3, 11); expected one or more of width 12"),
+        ({"tokens": (12,)}, "tokens have shape (12,)"),
+        ({"vectors": (5, 11)}, "(5, 11), (5,), (5, 4); expected [c, 12], [c] and [c, 4]"),
+        ({"vectors": (4, 12)}, "(4, 12), (5,), (5, 4)"),
+        ({"vector_scales": (6,)}, "(5, 12), (6,), (5, 4)"),
+        ({"vector_scales": (5, 1)}, "(5, 12), (5, 1), (5, 4)"),
+        ({"features": (5, 3)}, "(5, 12), (5,), (5, 3)"),
+        ({"features": (4, 4)}, "(5, 12), (5,), (4, 4)"),
+    ),
+)
+def test_shapes_that_do_not_fit_raise_a_user_error(implementation, changed, message):
+    weights, given = random_weights(SMALL_CASE), ones(**changed)
+    with pytest.raises(UserError, match=re.escape(message)):
+        rank_candidates(weights, empty_cache(weights), num_tokens=1, **given, implementation=implementation)
+    with pytest.raises(UserError, match=re.escape(message)):
+        ServedRanker(weights, implementation=implementation)(**given, num_tokens=1)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("implementation", (None, *WAYS))
+def test_a_state_or_a_history_of_other_weights_raises_a_user_error(implementation):
+    weights, given = random_weights(SMALL_CASE), ones()
+    with pytest.raises(UserError, match="keys and values of the cache have the shapes"):
+        cache = empty_cache(random_weights(CONTRACT_CASES[4]))
+        extend_history(weights, cache, given["tokens"], 1, implementation=implementation)
+    with pytest.raises(UserError, match=re.escape("the state has shape (11,); expected (12,)")):
+        score_candidates(weights, np.ones(11, np.float32), *candidates_of(SMALL_CASE), implementation=implementation)
+    ranker = ServedRanker(weights, implementation=implementation)
+    _, known = ranker(**given)
+    with pytest.raises(UserError, match="the known history has entries of shape"):
+        ranker(**given, known=KnownHistory(known.entries[1:], known.length))

@@ -1,6 +1,7 @@
 """Contract of segment_attention: every implementation against the specification, and the promises of the blocked one."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from cda4rec_jax.kernels.segment_attention.cases import CONTRACT_CASES, Case
 from cda4rec_jax.kernels.segment_attention.dropout import dropout_seeds, keep_weights
 from tests.kernels.contract import assert_trees_close, assert_trees_equal, temporary_bytes
 
+pytestmark = pytest.mark.usefixtures("float32_products")
 PADDED = CONTRACT_CASES[4]
 KINDS = ("softmax", "silu")
 # Every way to compute it: the specification, whole rows, and blocks.
@@ -255,3 +257,22 @@ def test_bad_arguments_raise_a_user_error():
         segment_attention(query, key, value, segment_ids, dropout_rate=1.0)
     with pytest.raises(UserError, match="block_size is 0"):
         segment_attention(query, key, value, segment_ids, block_size=0)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("implementation", (None, "reference", "xla"))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    (
+        ({"query": (2, 7, 4)}, "query has shape (2, 7, 4), key (2, 7, 2, 3)"),
+        ({"key": (2, 6, 2, 3)}, "key (2, 6, 2, 3) and value (2, 7, 2, 3)"),
+        ({"key": (2, 7, 2, 4), "value": (2, 7, 2, 4)}, "query has shape (2, 7, 4, 3), key (2, 7, 2, 4)"),
+        ({"value": (2, 7, 1, 3)}, "value (2, 7, 1, 3)"),
+        ({"segment_ids": (1, 7)}, "segment_ids have shape (1, 7); expected (2, 7)"),
+    ),
+)
+def test_shapes_that_do_not_fit_raise_a_user_error(implementation, changed, message):
+    shapes = {"query": (2, 7, 4, 3), "key": (2, 7, 2, 3), "value": (2, 7, 2, 3), "segment_ids": (2, 7)} | changed
+    inputs = [jnp.ones(shape, jnp.int32 if name == "segment_ids" else jnp.float32) for name, shape in shapes.items()]
+    with pytest.raises(UserError, match=re.escape(message)):
+        segment_attention(*inputs, implementation=implementation)

@@ -1,6 +1,7 @@
 """Contract of topk_dot: every implementation against the specification, the choice among them, and lowering without the hardware."""
 
 import functools
+import re
 import shutil
 
 import jax
@@ -14,18 +15,17 @@ from cda4rec_jax.kernels.topk_dot import api, native, topk_dot
 from cda4rec_jax.kernels.topk_dot.cases import CONTRACT_CASES, Case
 from cda4rec_jax.kernels.topk_dot.pallas import topk_dot_pallas
 from cda4rec_jax.kernels.topk_dot.quantised import quantise_items, topk_dot_quantised
-from tests.kernels.contract import assert_trees_equal, temporary_bytes
+from tests.kernels.contract import assert_trees_equal, interpreted, needs_cpu, needs_native, temporary_bytes
 
-needs_compiler = pytest.mark.skipif(native.native_problem() is not None, reason="there is no C++ compiler here")
-ON_CPU = ["xla", pytest.param("native", marks=needs_compiler)]
+NEEDS_NATIVE = needs_native(native.native_problem)
+ON_CPU = ["xla", pytest.param("native", marks=NEEDS_NATIVE)]
 WAYS = ["reference", *ON_CPU, "triton", "tpu"]
 SMALL = Case(name="small", num_rows=150, queries=9, width=6, k=12, chunk_size=40)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "chunk_size", "implementation"))
 def found_by(items, queries, k, allowed=None, excluded=None, *, chunk_size=16384, implementation=None):
-    interpret = implementation in ("triton", "tpu")
-    options = {"chunk_size": chunk_size, "implementation": implementation, "interpret": interpret}
+    options = {"chunk_size": chunk_size, "implementation": implementation, "interpret": interpreted(implementation)}
     return topk_dot(items, queries, k, allowed=allowed, excluded=excluded, **options)
 
 
@@ -155,7 +155,7 @@ def test_two_runs_agree_bit_for_bit(implementation):
     assert_trees_equal(*(found_by(items, queries, 50, implementation=implementation) for _ in range(2)))
 
 
-@needs_compiler
+@NEEDS_NATIVE
 def test_native_scores_do_not_depend_on_the_batch():
     """Tiles differ with the number of queries; the order of a score's sum does not."""
     rng = np.random.default_rng(5)
@@ -166,7 +166,7 @@ def test_native_scores_do_not_depend_on_the_batch():
         assert_trees_equal(part, jax.tree.map(lambda array, size=size: array[:size], whole))
 
 
-@needs_compiler
+@NEEDS_NATIVE
 @pytest.mark.parametrize("num_queries", (17, 35, 70, 129))
 def test_native_pieces_keep_to_their_own_queries(num_queries):
     """Threads share the queries out. All scores are below 0, so what an empty lane of a tile adds to another's query would be found."""
@@ -179,7 +179,7 @@ def test_native_pieces_keep_to_their_own_queries(num_queries):
         np.testing.assert_allclose(scores, expected[1], rtol=1e-5)
 
 
-@needs_compiler
+@NEEDS_NATIVE
 @pytest.mark.parametrize("rows", (2, 16, 17, 3000))
 def test_search_by_codes_equals_native_bit_for_bit(rows):
     rng = np.random.default_rng(6)
@@ -200,7 +200,7 @@ def make_codes_inputs(rows: int, num_queries: int, width: int):
     return items, jnp.asarray(rng.normal(size=(num_queries, width)), jnp.float32)
 
 
-@needs_compiler
+@NEEDS_NATIVE
 @pytest.mark.parametrize(("num_queries", "width"), ((1, 20), (27, 21), (75, 64)))
 def test_search_by_codes_in_tiles_equals_native_bit_for_bit(num_queries, width):
     """Whole tiles of queries and a rest; widths that end within a step of the instruction; thresholds guessed from a sample."""
@@ -209,7 +209,7 @@ def test_search_by_codes_in_tiles_equals_native_bit_for_bit(num_queries, width):
     assert_trees_equal(topk_dot_quantised(quantise_items(items), queries, 40), expected)
 
 
-@needs_compiler
+@NEEDS_NATIVE
 def test_a_wrong_guess_of_the_threshold_costs_no_item():
     """The best items are where the samples are taken from, so the guess is too high for all but a few of those wanted."""
     rows = np.arange(2000)
@@ -223,7 +223,7 @@ def test_a_wrong_guess_of_the_threshold_costs_no_item():
         assert_trees_equal(actual, expected)
 
 
-@needs_compiler
+@NEEDS_NATIVE
 def test_code_for_any_processor_finds_the_same(monkeypatch):
     """Compiled without what is special about this one, and thus by other lines of the sources."""
     flags = [flag for flag in native_build._FLAGS if not flag.startswith(("-march", "-O"))]
@@ -241,7 +241,7 @@ def test_code_for_any_processor_finds_the_same(monkeypatch):
     assert_trees_equal(by_codes, plain)
 
 
-@needs_compiler
+@NEEDS_NATIVE
 @pytest.mark.parametrize("order", ("rising", "falling", "equal"))
 def test_native_is_right_whatever_the_order_of_the_scores(order):
     """Rising scores pass every threshold; equal ones none."""
@@ -285,7 +285,17 @@ def test_pallas_kernels_lower_without_the_hardware(backend, platform, mark, dtyp
     assert mark in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@needs_compiler
+@pytest.mark.parametrize("platform", ("cuda", "tpu"))
+@pytest.mark.parametrize("implementation", ("reference", "xla"))
+def test_accelerators_are_told_not_to_round_the_products(implementation, platform):
+    search = functools.partial(topk_dot, k=10, chunk_size=300, implementation=implementation)
+    traced = jax.jit(search).trace(jnp.zeros((1000, 24)), jnp.zeros((9, 24)))
+    lowered = traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+    products = [line for line in lowered if "dot_general" in line]
+    assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
+@NEEDS_NATIVE
 def test_none_chooses_native_from_eight_float32_queries_on():
     def program(queries, dtype=jnp.float32):
         traced = jax.make_jaxpr(lambda items, queries: topk_dot(items, queries, 3))
@@ -296,6 +306,7 @@ def test_none_chooses_native_from_eight_float32_queries_on():
     assert "ffi_call" not in program(8, jnp.bfloat16)
 
 
+@needs_cpu
 def test_without_a_compiler_none_chooses_xla_and_native_raises(monkeypatch):
     monkeypatch.setattr(api, "native_problem", lambda: "there is no C++ compiler")
     items, queries = make_inputs(SMALL)
@@ -304,13 +315,19 @@ def test_without_a_compiler_none_chooses_xla_and_native_raises(monkeypatch):
         topk_dot(items, queries, 3, implementation="native")
 
 
-def test_what_stands_in_the_way_of_compiling_is_told(monkeypatch, tmp_path):
+def test_what_stands_in_the_way_of_compiling_is_told_and_logged_once(monkeypatch, tmp_path, caplog):
+    native_build._told.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    assert "cannot be compiled or loaded" in str(native.native_problem.__wrapped__())
+    for _ in range(2):
+        assert "native.cc of topk_dot cannot be compiled or loaded" in str(native.native_problem.__wrapped__())
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "no C++ compiler" in str(native.native_problem.__wrapped__())
+    for _ in range(2):
+        assert "no C++ compiler" in str(native.native_problem.__wrapped__())
+    first, second = caplog.messages
+    assert "native.cc of topk_dot cannot be compiled or loaded" in first and "computes by XLA" in first
+    assert "no C++ compiler" in second
 
 
 def test_bad_arguments_raise_a_user_error():
@@ -320,9 +337,42 @@ def test_bad_arguments_raise_a_user_error():
             topk_dot(items, queries, k)
     with pytest.raises(UserError, match="chunk_size is 0"):
         topk_dot(items, queries, 3, chunk_size=0)
+
+
+@needs_cpu
+def test_native_refuses_what_it_does_not_compute():
+    items, queries = make_inputs(SMALL)
     with pytest.raises(UserError, match="'native' takes float32"):
         topk_dot(items.astype(jnp.bfloat16), queries, 3, implementation="native")
-    with pytest.raises(UserError, match="runs on a GPU, and JAX is on cpu"):
-        topk_dot(items, queries, 3, implementation="triton")
-    with pytest.raises(UserError, match="runs on a TPU, and JAX is on cpu"):
-        topk_dot(items, queries, 3, implementation="tpu")
+
+
+@pytest.mark.parametrize("implementation", [name for name in ("triton", "tpu") if interpreted(name)])
+def test_a_kernel_of_another_backend_raises_a_user_error(implementation):
+    name = {"triton": "GPU", "tpu": "TPU"}[implementation]
+    with pytest.raises(UserError, match=f"runs on a {name}, and JAX is on {jax.default_backend()}"):
+        topk_dot(*make_inputs(SMALL), 3, implementation=implementation)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("implementation", (None, *api.IMPLEMENTATIONS, "8-bit codes"))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    (
+        ({"queries": (9, 5)}, "items have shape (150, 6) and queries (9, 5)"),
+        ({"queries": (6,)}, "items have shape (150, 6) and queries (6,)"),
+        ({"allowed": (149,)}, "allowed has shape (149,); expected (150,)"),
+        ({"excluded": (8, 2)}, "excluded has shape (8, 2); expected [9, s]"),
+        ({"excluded": (9,)}, "excluded has shape (9,); expected [9, s]"),
+    ),
+)
+def test_shapes_that_do_not_fit_raise_a_user_error(implementation, changed, message):
+    shapes = {"queries": (9, 6), "allowed": (150,), "excluded": (9, 2)} | changed
+    queries, allowed = jnp.zeros(shapes["queries"]), jnp.ones(shapes["allowed"], bool)
+    excluded = jnp.zeros(shapes["excluded"], jnp.int32)
+    with pytest.raises(UserError, match=re.escape(message)):
+        if implementation == "8-bit codes":
+            table = quantise_items(np.zeros((150, 6), np.float32))
+            topk_dot_quantised(table, queries, 3, allowed=allowed, excluded=excluded)
+        else:
+            items = jnp.zeros((150, 6))
+            topk_dot(items, queries, 3, allowed=allowed, excluded=excluded, implementation=implementation)
