@@ -124,6 +124,7 @@ class CrossoverBenchmark:
             k=self.k,
             batches=tuple(self.batches),
             rows=tuple(rows),
+            disturbed=tuple((point.num_items, point.batch) for point in self.points if not point.quiet),
             provenance={**self.provenance, "quiet": all(point.quiet for point in self.points)},
         )
 

@@ -36,13 +36,13 @@ def build_index(
         recall: share of the exact items to find, which None chooses for.
 
     Raises:
-      UserError: The implementation is not installed or unknown, there is no item, or a value is not finite.
+      UserError: The implementation is not installed or unknown, the vectors are no table, there is no item, or a value is not finite.
     """
     if isinstance(implementation, str):
         return _class_of(implementation).build(item_vectors)
     choice = implementation
     if choice is None:
-        choice = choose_index(item_vectors.shape[0] - 1, batch=batch, recall=recall)
+        choice = choose_index(len(item_vectors) - 1, batch=batch, recall=recall)
         _logger.log(logging.WARNING if choice.missing else logging.INFO, "index: %s", choice.reason)
     if isinstance(choice.config, ScannConfig):
         return ScannIndex.build(item_vectors, choice.config)
@@ -52,12 +52,14 @@ def build_index(
 
 
 def load_index(directory: Path, implementation: Implementation | None = None) -> Index:
-    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it; all but ``scann`` read any.
+    """Index from a folder that ``save`` wrote. None takes the implementation that wrote it.
 
-    Where the codes of a ``quantised`` index cannot be searched, None takes ``exact``, which finds the same, and logs that.
+    Folders of any implementation are read by ``exact``, ``quantised`` and ``sharded``, and their own alone by ``mapped``, ``scann`` and
+    ``partitioned``. Where the codes of a ``quantised`` index cannot be searched, None takes ``exact``, which finds the same, and logs that.
 
     Raises:
-      UserError: The folder is no index, damaged or of another version, or needs ScaNN and ScaNN is not installed.
+      UserError: The folder is no index, damaged, of another version or not one that the implementation reads; or it needs ScaNN, and ScaNN
+        is not installed.
     """
     name = implementation or read_meta(directory)[0]
     if implementation is None and name == "quantised":

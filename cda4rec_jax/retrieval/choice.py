@@ -3,7 +3,7 @@
 ``times_BACKEND.json`` beside this module (of a CPU one for each kind of vector instructions, on which the order of the ways depends)
 holds the times of a call of each index at some catalogue sizes and batches, on vectors without clusters, with the settings that reached a
 recall there; the command ``MEASURE`` writes such a file, to be copied here. Between measured sizes and batches, the logarithm of the time
-is linear in their logarithms; beyond them the nearest one counts, and the reason says so.
+is linear in their logarithms; beyond them the nearest one counts, and the reason says so, as it does where the machine was not quiet.
 """
 
 import functools
@@ -54,6 +54,7 @@ class IndexTimes:
     batches: tuple[int, ...]
     rows: tuple[IndexTime, ...]
     provenance: Mapping[str, Any]
+    disturbed: tuple[tuple[int, int], ...] = ()  # items and batch of the points at which the machine was not quiet
 
     @property
     def sizes(self) -> list[int]:
@@ -73,7 +74,8 @@ class IndexTimes:
         """What ``save`` wrote."""
         told = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(IndexTime(**{**row, "call_ms": tuple(row["call_ms"])}) for row in told.pop("rows"))
-        return cls(**{**told, "batches": tuple(told["batches"]), "rows": rows})
+        disturbed = tuple(tuple(point) for point in told["disturbed"])
+        return cls(**{**told, "batches": tuple(told["batches"]), "disturbed": disturbed, "rows": rows})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +191,9 @@ def _offer(times: IndexTimes, way: Way, num_items: int, batch: int, recall: floa
     )
 
 
-def _around(sizes: Sequence[int], num_items: int) -> list[int]:
-    """The nearest measured sizes, below and above; one where the catalogue has just that size, or lies beyond all."""
-    below, above = [size for size in sizes if size <= num_items], [size for size in sizes if size >= num_items]
+def _around(measured: Sequence[int], wanted: int) -> list[int]:
+    """The nearest measured sizes or batches, below and above; one where just what is wanted was measured, or it lies beyond all."""
+    below, above = [one for one in measured if one <= wanted], [one for one in measured if one >= wanted]
     return sorted({*below[-1:], *above[:1]})
 
 
@@ -202,6 +204,8 @@ def _reason(
     around = _around(times.sizes, num_items)
     sizes = " and ".join(f"{size:,}" for size in around) + " items"
     sizes += ", the nearest size, whose times these are" if len(around) == 1 and around[0] != num_items else ""
+    points = [(size, each) for size in around for each in _around(times.batches, batch)]
+    disturbed = " and ".join(f"{each:,} of {size:,}" for size, each in points if (size, each) in times.disturbed)
     devices = times.provenance["devices"]
     machine = f"{len(devices)} {devices[0]}"
     if times.backend == "cpu":
@@ -214,6 +218,7 @@ def _reason(
         *([f"none is {LEAST_GAIN} times as fast"] if others and others[0].call_ms < chosen.call_ms else []),
         f"measured on {times.backend} ({machine}), width {times.width}, at {sizes}",
         *([f"the nearest batch measured is {times.batches[-1]:,}"] if batch > times.batches[-1] else []),
+        *([f"the machine was not quiet for {disturbed} items"] if disturbed else []),
         *missing,
     ]
     return "; ".join(parts)

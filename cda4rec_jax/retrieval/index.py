@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax import Array
@@ -77,26 +77,46 @@ class Index(Protocol):
         ...
 
 
-def check_search(
+def checked_queries(
     queries: Queries,
     k: int,
     rows: ItemRows,
     allowed: Bool[np.ndarray, "i"] | None,
     excluded: Int[np.ndarray, "b s"] | None,
-) -> None:
-    """UserError if ``queries`` or filters do not fit the index, or ``k`` does not fit the catalogue."""
+) -> Float[np.ndarray, "b d"]:
+    """The queries in contiguous float32; UserError if they or filters do not fit the index, or ``k`` does not fit the catalogue."""
     check_k(k, rows.num_items)
     size, width = rows.vectors.shape
-    if queries.shape[1] != width:
-        raise UserError(f"queries are {queries.shape[1]} wide; the index was built from item vectors of width {width}.")
-    if not _is_finite(np.asarray(queries)):
+    shape = _shape(queries)
+    if len(shape) != 2 or shape[1] != width:
+        raise UserError(
+            f"queries are {_told(queries)}; expected an array of shape (b, {width}), one row for each query, as wide as item vectors."
+        )
+    asked = np.ascontiguousarray(queries, np.float32)
+    if not _is_finite(asked):
         raise UserError("queries hold NaN or infinite values; expected finite numbers.")
-    if allowed is not None and allowed.shape != (size,):
-        raise UserError(f"allowed has shape {allowed.shape}; expected {(size,)}, one value for each row of the index, row 0 too.")
-    if excluded is not None and excluded.shape[0] != queries.shape[0]:
-        raise UserError(f"excluded has {excluded.shape[0]} rows; expected {queries.shape[0]}, one for each query.")
-    if excluded is not None and excluded.size and not 0 <= excluded.min() <= excluded.max() < size:
-        raise UserError(f"excluded holds item indices outside of 0 to {size - 1}, the rows of the index.")
+    if allowed is not None and _shape(allowed) != (size,):
+        raise UserError(
+            f"allowed is {_told(allowed)}; expected an array of shape ({size},), one value for each row of the index, row 0 too."
+        )
+    if excluded is not None:
+        if len(_shape(excluded)) != 2 or len(excluded) != len(asked):
+            raise UserError(
+                f"excluded is {_told(excluded)}; expected an array of shape ({len(asked)}, s), one row for each query; 0 fills up a row."
+            )
+        if excluded.size and not 0 <= excluded.min() <= excluded.max() < size:
+            raise UserError(f"excluded holds item indices outside of 0 to {size - 1}, the rows of the index.")
+    return asked
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    """Of an array; () of anything else."""
+    return getattr(values, "shape", ())
+
+
+def _told(values: Any) -> str:
+    """The shape of an array, and the type of anything else."""
+    return f"of shape {values.shape}" if hasattr(values, "shape") else f"of type {type(values).__name__}"
 
 
 def _is_finite(values: Float[np.ndarray, "b d"]) -> bool:

@@ -21,7 +21,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.quantised import BLOCK, QuantisedItems, check_quantised, quantise_rows
 from cda4rec_jax.retrieval.index import Vectors
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
-from cda4rec_jax.retrieval.rows import VECTORS, ItemRows, read_meta, read_rows, write_rows_but_vectors
+from cda4rec_jax.retrieval.rows import VECTORS, ItemRows, check_vectors, read_meta, read_rows, write_rows_but_vectors
 
 CHUNK_ROWS = 1 << 16  # that are in memory at the same time while files are written
 Rows = Float[np.ndarray, "_ _"]  # some of the table
@@ -165,11 +165,9 @@ def _whole_blocks(chunks: Iterable[Rows]) -> Iterator[Rows]:
     rest: np.ndarray | None = None
     for chunk in chunks:
         rows = np.asarray(chunk, np.float32)
+        check_vectors(rows, first=1 if rest is None else 0)
         if rest is not None and rows.shape[1:] != rest.shape[1:]:
             raise UserError(f"item vectors come in widths {rest.shape[1]} and {rows.shape[1]}; expected one.")
-        first = 1 if rest is None else 0
-        if not np.isfinite(rows[first:]).all():
-            raise UserError("item vectors hold NaN or infinite values; expected finite numbers. Did training diverge?")
         rest = rows if rest is None else np.concatenate([rest, rows])
         whole = len(rest) // BLOCK * BLOCK
         yield np.ascontiguousarray(rest[:whole])

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.anisotropic import BLOCK, CENTRES, code_scores, directions_of, encode, learn_codebooks, parallel_weight
 from cda4rec_jax.retrieval.exact import filtered_search, padded_excluded
-from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_search
+from cda4rec_jax.retrieval.index import Found, Queries, Vectors, checked_queries
 from cda4rec_jax.retrieval.partition import capacity_for, lay_out, learn_centroids, nearest_leaf, split_leaves
 from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
 
@@ -167,8 +167,8 @@ class PartitionedIndex:
         excluded: Int[np.ndarray, "b s"] | None = None,
     ) -> Found:
         """See ``Index.search``."""
-        check_search(queries, k, self._rows, allowed, excluded)
-        rows, unwanted = jnp.asarray(queries, jnp.float32), padded_excluded(excluded)
+        rows = jnp.asarray(checked_queries(queries, k, self._rows, allowed, excluded))
+        unwanted = padded_excluded(excluded)
         usable = self._rows.usable(allowed)
         places = 0 if self._partition is None else self.leaves_searched * self._partition.items.shape[1]
         reorder = min(places, self.num_reordered(k) + (0 if unwanted is None else unwanted.shape[1]))

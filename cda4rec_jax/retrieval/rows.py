@@ -33,12 +33,11 @@ class ItemRows:
 
     @classmethod
     def of(cls, vectors: Vectors, present: Bool[np.ndarray, "i"] | None = None) -> "ItemRows":
-        """All items but row 0, or those that are ``present``; UserError if there is no item or a value is not finite."""
+        """All items but row 0, or those that are ``present``; UserError if there is no item, no table or a value is not finite."""
         rows = np.ascontiguousarray(vectors, np.float32)
+        check_vectors(rows, first=1)
         if rows.shape[0] < 2:
             raise UserError(f"item vectors have {rows.shape[0]} rows; expected row 0 (padding) and at least one item.")
-        if not np.isfinite(rows[1:]).all():
-            raise UserError("item vectors hold NaN or infinite values; expected finite numbers. Did training diverge?")
         present = np.ones(rows.shape[0], bool) if present is None else present.copy()
         present[0] = False
         return cls(vectors=rows, present=present)
@@ -90,6 +89,14 @@ class ItemRows:
         present = self.present.copy()
         present[items] = False
         return ItemRows(vectors=self.vectors, present=present)
+
+
+def check_vectors(rows: Float[np.ndarray, "..."], *, first: int) -> None:
+    """UserError unless this is a table, of finite values from row ``first`` on."""
+    if rows.ndim != 2:
+        raise UserError(f"item vectors have shape {rows.shape}; expected a table of shape (i, d), with row 0 for padding.")
+    if not np.isfinite(rows[first:]).all():
+        raise UserError("item vectors hold NaN or infinite values; expected finite numbers. Did training diverge?")
 
 
 def write_rows(directory: Path, implementation: str, rows: ItemRows) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
-from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_search
+from cda4rec_jax.retrieval.index import Found, Queries, Vectors, checked_queries
 from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
 from cda4rec_jax.timing import usable_cores
 
@@ -72,14 +72,26 @@ class ScannConfig:
     measured: Measured | None = None  # by the tuner, if this config is its choice
 
     def __post_init__(self):
-        if self.threads is not None and self.threads < 1:
-            raise UserError(
-                f"asked ScaNN for {self.threads} threads; expected at least 1, or None for the cores of this process."
-            )
+        limits = (
+            ("brute_force_items", self.brute_force_items >= 0, "at least 0"),
+            ("tree_items", self.tree_items >= 0, "at least 0"),
+            ("leaves_per_root", self.leaves_per_root > 0, "above 0"),
+            ("soar_lambda", self.soar_lambda is None or self.soar_lambda > 0, "above 0, or None for one leaf each"),
+            ("quantisation_threshold", 0 < self.quantisation_threshold < 1, "between 0 and 1"),
+            ("leaf_share", 0 < self.leaf_share <= 1, "above 0 and at most 1"),
+            ("reorder_factor", self.reorder_factor >= 1, "at least 1"),
+            ("min_reorder", self.min_reorder >= 1, "at least 1"),
+            ("oversampling", self.oversampling >= 1, "at least 1"),
+            ("rebuild_share", self.rebuild_share >= 0, "at least 0"),
+            ("threads", self.threads is None or self.threads >= 1, "at least 1, or None for the cores of this process"),
+        )
+        wrong = [f"{name} is {getattr(self, name)}, expected {expected}" for name, fits, expected in limits if not fits]
+        if wrong:
+            raise UserError(f"ScaNN cannot be set like this: {'; '.join(wrong)}.")
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "ScannConfig":
-        """From what ``dataclasses.asdict`` made. Raises TypeError where the fields are others."""
+        """From what ``dataclasses.asdict`` made. Raises TypeError where the fields are others, UserError on a value."""
         measured = values.get("measured")
         values = {name: value for name, value in values.items() if name != "measured"}
         if "reorder_factor" in values:
@@ -151,8 +163,7 @@ class ScannIndex:
         excluded: Int[np.ndarray, "b s"] | None = None,
     ) -> Found:
         """See ``Index.search``. Without filters, rows are shorter than ``k`` only where the searched leaves hold fewer items."""
-        rows = np.ascontiguousarray(queries, np.float32)
-        check_search(rows, k, self._rows, allowed, excluded)
+        rows = checked_queries(queries, k, self._rows, allowed, excluded)
         if rows.shape[0] == 0:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
         if self._rows.usable(allowed) is None and excluded is None and self._changed.size == 0:

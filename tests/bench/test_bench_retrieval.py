@@ -1,6 +1,7 @@
 """``cda4rec bench retrieval``: what it measures, what it writes, what it refuses, and the model of larger catalogues."""
 
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cda4rec_jax.bench import peers, retrieval, retrieval_compared, retrieval_sizes, retrieval_systems, scale
 from cda4rec_jax.bench.retrieval_compared import searched
@@ -28,7 +30,7 @@ from cda4rec_jax.bench.retrieval_systems import (
     systems_of,
     trained_data,
 )
-from cda4rec_jax.bench.scale import Check, Host, ScaleModel, deployment
+from cda4rec_jax.bench.scale import Check, Host, ScaleFound, ScaleModel, deployment
 from cda4rec_jax.cli import main
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.native import native_problem
@@ -270,6 +272,17 @@ def test_a_deployment_meets_the_deadline_and_one_shard_needs_no_merge() -> None:
     assert many.query_ms <= scale.DEADLINE_MS + 1e-3, "scan and merge together"
     assert deployment(dataclasses.replace(model, overhead_ms=scale.DEADLINE_MS), host, 1_000_000, 10) is None
     assert many.memory_bytes_per_host <= scale.MEMORY_SHARE * host.memory_bytes
+
+
+def test_the_bound_by_which_hosts_are_counted_is_told_with_the_errors_of_both() -> None:
+    points = ((10, 4.0, 3.0, 5.0), (20, 4.0, 4.4, 8.0))
+    checks = tuple(Check(num_items=n, measured_ms=m, roofline_ms=low, no_overlap_ms=high) for n, m, low, high in points)
+    host = Host(name="h", cores=2, memory_bytes=1000, read_bytes_per_second=100.0)
+    model = ScaleModel(bytes_per_item=10, overhead_ms=5.0, scanned_items_per_second=20.0)
+    console = Console(width=200, file=io.StringIO(), record=True)
+    ScaleFound(model=model, host=host, checks=checks, deployments=()).print(console)
+    told = console.export_text()
+    assert "without overlap, which is +25%, +100% off the measured points; the roofline is -25%, +10% off" in told
 
 
 def test_bad_input_gets_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Which index is chosen: by interpolated times, among what can be had and reaches the recall; and what is said of it."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -125,8 +126,18 @@ def test_on_a_backend_without_measurements_the_rule_is_told():
     assert "nothing has been measured on tpu" in chosen.reason and "cda4rec bench retrieval --items" in chosen.reason
 
 
+@pytest.mark.usefixtures("table")
+def test_the_reason_says_where_the_machine_was_not_quiet_if_the_times_rest_on_it(monkeypatch):
+    disturbed = dataclasses.replace(TIMES, disturbed=((100, 1), (10_000, 1), (10_000, 100)))
+    monkeypatch.setattr(choice, "measured_times", {"cpu": disturbed}.get)
+    assert "the machine was not quiet for 1 of 100 and 1 of 10,000 items" in choose_index(1000).reason
+    assert "the machine was not quiet for 1 of 10,000 and 100 of 10,000 items" in choose_index(10**6, batch=10).reason
+    assert "not quiet" not in choose_index(100, batch=100).reason
+
+
 def test_a_table_is_saved_and_loaded(tmp_path):
-    assert IndexTimes.load(TIMES.save(tmp_path)) == TIMES
+    times = dataclasses.replace(TIMES, disturbed=((100, 1), (10_000, 100)))
+    assert IndexTimes.load(times.save(tmp_path)) == times
     assert (tmp_path / "times_cpu_avx2.json").read_text().count("num_items") == len(TIMES.rows)
 
 
@@ -142,6 +153,8 @@ def test_the_committed_tables_have_exact_search_and_scann_at_every_size(here, mo
     times = measured_times.__wrapped__("cpu")
     assert times is not None and times.instructions == ("AVX2" if here == "aarch64" else here)
     assert times.provenance["commit"] and times.provenance["versions"]["scann"]
+    assert bool(times.disturbed) != times.provenance["quiet"]
+    assert all(size in times.sizes and batch in times.batches for size, batch in times.disturbed)
     for size in times.sizes:
         ways = {one.way for one in times.rows if one.num_items == size}
         assert {"exact", "exact by XLA", "quantised", "scann"} <= ways

@@ -5,9 +5,11 @@ import importlib.util
 import json
 import logging
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -140,10 +142,34 @@ def test_bad_vectors_and_queries_raise(implementation):
     with pytest.raises(UserError, match="NaN"):
         build_index(np.where(np.arange(31)[:, None] == 7, np.nan, vectors).astype(np.float32), implementation)
     index = build_index(vectors, implementation)
-    with pytest.raises(UserError, match="queries are 9 wide"):
+    with pytest.raises(UserError, match=r"queries are of shape \(2, 9\); expected an array of shape \(b, 16\)"):
         index.search(make_queries(2, width=9), 3)
     with pytest.raises(UserError, match="queries hold NaN"):
         index.search(make_queries(2) * np.float32(np.nan), 3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_no_table_raises_before_numpy_or_jax_do(implementation, monkeypatch):
+    """As users meet it: without the checks of annotations, which this suite adds and which would refuse it first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    vectors, queries = make_vectors(30), make_queries(2)
+    with pytest.raises(UserError, match=r"item vectors have shape \(31,\); expected a table"):
+        build_index(vectors[:, 0], implementation)
+    index = build_index(vectors, implementation)
+
+    def assert_refused(told: str, queries: Any, **filters: Any) -> None:
+        with pytest.raises(UserError, match=told):
+            index.search(queries, 3, **filters)
+
+    expected = r"expected an array of shape \(b, 16\)"
+    assert_refused(rf"queries are of shape \(16,\); {expected}", queries[0])
+    assert_refused(rf"queries are of shape \(1, 2, 16\); {expected}", queries[None])
+    assert_refused(rf"queries are of type list; {expected}", queries.tolist())
+    expected = r"expected an array of shape \(2, s\)"
+    assert_refused(rf"excluded is of type list; {expected}", queries, excluded=[1, 2])
+    assert_refused(rf"excluded is of shape \(2,\); {expected}", queries, excluded=np.array([1, 2]))
+    assert_refused(rf"excluded is of shape \(3, 1\); {expected}", queries, excluded=np.ones((3, 1), int))
+    assert_refused(r"allowed is of type list; expected an array of shape \(31,\)", queries, allowed=[True] * 31)
 
 
 @needs_scann
@@ -217,6 +243,17 @@ def test_without_scann_none_does_without_and_says_so_but_asking_for_scann_raises
     assert "ScaNN is not installed" in caplog.text
     with pytest.raises(UserError, match="ScaNN cannot be imported"):
         build_index(make_vectors(5), "scann")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_folder_of_another_index_is_read_or_refused_as_the_docstring_says(implementation, tmp_path):
+    writer = "exact" if implementation == "sharded" else "sharded"
+    build_index(make_vectors(5), writer).save(tmp_path)
+    if implementation in ("exact", "quantised", "sharded"):
+        assert load_index(tmp_path, implementation).num_items == 5
+    else:
+        with pytest.raises(UserError, match=f"implementation '{writer}'; expected '{implementation}'"):
+            load_index(tmp_path, implementation)
 
 
 def test_folders_that_are_no_index_raise(tmp_path):
@@ -316,7 +353,7 @@ def test_upserted_and_deleted_items_are_searched_as_they_are_now(implementation,
 def test_bad_filters_and_changes_raise_and_change_nothing(implementation):
     vectors, queries = make_vectors(30), make_queries(2)
     index = build_index(vectors, implementation)
-    with pytest.raises(UserError, match=r"allowed has shape \(30,\)"):
+    with pytest.raises(UserError, match=r"allowed is of shape \(30,\)"):
         index.search(queries, 3, allowed=np.ones(30, bool))
     with pytest.raises(UserError, match="outside of 0 to 30"):
         index.search(queries, 3, excluded=np.full((2, 1), 31, np.int32))

@@ -154,9 +154,36 @@ def test_any_number_of_threads_keeps_recall_also_from_a_folder(items, held_out, 
         assert held_out.recall(same) >= 0.95
 
 
-def test_no_threads_raises():
-    with pytest.raises(UserError, match="asked ScaNN for 0 threads"):
-        ScannConfig(threads=0)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"brute_force_items": -1},
+        {"tree_items": -1},
+        {"leaves_per_root": 0.0},
+        {"soar_lambda": -1.5},
+        {"quantisation_threshold": 1.0},
+        {"leaf_share": -3.0},
+        {"leaf_share": 1.1},
+        {"leaf_share": float("nan")},
+        {"reorder_factor": 0.5},
+        {"min_reorder": 0},
+        {"oversampling": 0},
+        {"rebuild_share": -0.1},
+        {"threads": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_raise(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=rf"ScaNN cannot be set like this: {name} is {value}, expected .+\.$"):
+        ScannConfig(**wrong)
+
+
+def test_all_wrong_settings_are_told_at_once():
+    with pytest.raises(
+        UserError, match=r"leaf_share is 0\.0, expected above 0 and at most 1; oversampling is 0, expected at least 1"
+    ):
+        ScannConfig(leaf_share=0.0, oversampling=0)
 
 
 def test_the_overhead_is_the_time_of_the_search_minus_that_of_scann(items, queries):
