@@ -4,7 +4,7 @@
 
 Calibrates a finished run as ``cda4rec calibrate`` does, which stores the measured cost profile in the run: sub-tasks and whole requests
 of some users are measured, and then what the fitted profile predicts is held against requests of other users, with every plan and over
-every link. The link is virtual, and its time the same on both sides but for the bytes, so the error is also shown without it. Writes
+every link. The link is virtual, and its time the same on both sides but for the bytes, so the aim is for the error without it. Writes
 ``results/calibration-<dataset>.json``, ``.md``, ``.png``.
 """
 
@@ -64,9 +64,9 @@ def page(result: dict[str, Any]) -> str:
     overall, (before, after) = result["overall"], result["load_average"]
     verdict = "within" if result["meets_target"] else "above"
     lines = [
-        f"Median absolute percentage error {overall['error']:.1%}, {verdict} the aim of {result['target']:.0%}; without the time on the "
-        f"link {overall['compute_error']:.1%}, with a bias of {overall['bias']:+.1%}. {result['num_requests']:,} requests, "
-        f"{result['left_out']} left out. Load average {before:.1f} before and {after:.1f} after.",
+        f"Median absolute percentage error without the time on the link {overall['compute_error']:.1%}, {verdict} the aim of "
+        f"{result['target']:.0%}, with a bias of {overall['bias']:+.1%}; with it {overall['error']:.1%}. {result['num_requests']:,} "
+        f"requests, {result['left_out']} left out. Load average {before:.1f} before and {after:.1f} after.",
         "",
     ]
     rows = [

@@ -1,4 +1,9 @@
-"""Requests that are asked again under every fault: what ``faults.py`` runs."""
+"""Requests that are asked again under every fault: what ``faults.py`` runs.
+
+In service the policy takes the plan of the highest expected utility, and the regret that is flagged is computed from that same utility: its
+own choice has none. So the flag of a poor allocation tells plans that were forced, repaired or chosen by somebody else, and never an error
+in what the policy believes.
+"""
 
 import dataclasses
 from collections.abc import Callable

@@ -142,7 +142,8 @@ def _protocol(options: Options) -> str:
     return (
         f"every event of {options.weeks} weeks by users with {MIN_PAST} events or more, in order, in one context v1 each, with consent, "
         "tier and memory of the device; caches follow from choices; the system is trained on what came before the first week; items that "
-        "are not on offer are removed; means by user, bootstrap over users, 95%, 2000 resamples"
+        "are not on offer are removed; the weekly training learns from the outcome of every plan in contexts drawn anew for that week's "
+        "requests, an upper bound of what logs would tell; means by user, bootstrap over users, 95%, 2000 resamples"
     )
 
 

@@ -146,6 +146,13 @@ def test_an_unwritable_directory_is_refused(refused: Callable[..., str], tiny_ru
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_budget_is_refused_for_what_is_wrong_with_it(refused: Callable[..., str]) -> None:
+    evaluate = ("evaluate", "--run", "nowhere")
+    assert "at 0.0 requests a day" in refused(*evaluate, "--budget", "calls=3", "--requests-per-day", 0)
+    for budget in ((), ("--budget", "exposure=0.2")):
+        assert "add --budget calls=NUMBER" in refused(*evaluate, *budget, "--requests-per-day", 5)
+
+
 def test_a_run_is_replaced_only_when_asked(refused: Callable[..., str], run_copy: Path) -> None:
     before = contents(run_copy)
     message = refused("train", "--preset", "tiny", "--data", "synthetic:users=30,items=64", "--out", run_copy)

@@ -89,12 +89,15 @@ def _agreement(found: "Calibration") -> Table:
     verdict = "within" if found.meets_target else "ABOVE"
     before, after = found.load_average
     table = Table(
-        title=f"Predicted against measured: median error {found.overall.error:.1%}, {verdict} the aim of {found.target:.0%}",
+        title=(
+            f"Predicted against measured: median error of compute {found.overall.compute_error:.1%}, {verdict} the aim of "
+            f"{found.target:.0%}; with the link {found.overall.error:.1%}"
+        ),
         caption=(
             f"{len(found.requests):,} requests of {found.users} other users over {', '.join(found.by_link)}; the link as estimated. "
             f"{found.left_out} left out: their plan was not allowed, or did not come to its end. Compute: the error without the "
-            "time on the link. Bias, of the same: below 0 where requests are slower than predicted. Load average "
-            f"{before:.1f} before, {after:.1f} after: above 1, others worked too, and the error is theirs as well."
+            "time on the link, which both sides know. Bias, of the same: below 0 where requests are slower than predicted. Load "
+            f"average {before:.1f} before, {after:.1f} after: above 1, others worked too, and the error is theirs as well."
         ),
         caption_justify="left",
     )

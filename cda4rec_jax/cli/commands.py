@@ -262,20 +262,24 @@ class Evaluate:
     split: Literal["test", "validation"] = "test"
     """Which held-out event of every user to predict."""
     profile: Literal["deployment", "measured"] = "deployment"
-    """Costs of sub-tasks: of a declared deployment (modelled), or as measured on this machine."""
+    """Costs of sub-tasks: of a declared deployment (modelled), or as measured (by calibrate, or when the run was trained)."""
     budget: tuple[str, ...] = ()
-    """Budgets that the policy shall keep, each on its own: calls=3 (cloud calls per user and day), p95_ms=250, exposure=0.2. The price
-    that keeps one is calibrated on validation events."""
-    requests_per_day: float = 10.0
-    """Requests of a user in a day: an assumption, which turns calls per request into calls per day."""
+    """Budgets that the policy shall keep, each on its own: calls=3 (cloud calls per user and day, in the mean over users),
+    p95_ms=250, exposure=0.2. The price that keeps one is calibrated on validation events."""
+    requests_per_day: float | None = None
+    """Requests of a user in a day: an assumption, which turns calls per request into calls per day; 10 if not given. Only for a
+    --budget of calls."""
 
     def run(self) -> None:
         """Print the report of ``evaluate_run``."""
         set_up_process()
         from cda4rec_jax.evaluation import evaluate_run
-        from cda4rec_jax.planner.budgets import Budget
+        from cda4rec_jax.planner.budgets import REQUESTS_PER_DAY, Budget, Limited
 
-        budgets = [Budget.parse(text, self.requests_per_day) for text in self.budget]
+        per_day = REQUESTS_PER_DAY if self.requests_per_day is None else self.requests_per_day
+        budgets = [Budget.parse(text, per_day) for text in self.budget]
+        if self.requests_per_day is not None and all(budget.limited is not Limited.CALLS for budget in budgets):
+            raise UserError("--requests-per-day says what a budget of calls is: add --budget calls=NUMBER, or leave it out")
         console = standard_output()
         with StagesView(console) as view:
             report = evaluate_run(

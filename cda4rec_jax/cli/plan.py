@@ -132,10 +132,10 @@ class PlanReplay:
         from cda4rec_jax.runtime.replay import replay_traces
         from cda4rec_jax.runtime.traces import read_traces
 
-        traces = read_traces(self.traces)
+        file, traces = _writable(self.json), read_traces(self.traces)
         found = replay_traces(load_trained(self.run_directory), traces)
         print_replay(found, standard_output())
-        _write(self.json, found.to_json())
+        _write(file, found.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,19 +161,30 @@ class PlanDiff:
         from cda4rec_jax.evaluation.plan_diff import diff_plans
         from cda4rec_jax.runs.artifacts import load_trained
 
-        console = standard_output()
+        console, file = standard_output(), _writable(self.json)
         run_a, run_b = load_trained(self.run_directory), load_trained(self.other)
         with StagesView(console) as view:
             found = diff_plans(run_a, run_b, num_requests=self.requests, seed=self.seed, progress=view.progress)
         print_diff(found, console)
-        _write(self.json, found.to_json())
+        _write(file, found.to_json())
+
+
+def _writable(file: Path | None) -> Path | None:
+    """The file with ~ expanded, if it can be written. Raises UserError where it cannot."""
+    from cda4rec_jax.evaluation.evaluate import check_writable
+
+    if file is None:
+        return None
+    expanded = file.expanduser()
+    check_writable(expanded)
+    return expanded
 
 
 def _write(file: Path | None, text: str) -> None:
     if file is None:
         return
     try:
-        file.expanduser().write_text(f"{text}\n", encoding="utf-8")
+        file.write_text(f"{text}\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {file} ({error.strerror}): name a file in a folder that can be written") from error
 

@@ -24,7 +24,8 @@ class TrainPlanner:
     planner: str | None = None
     """A planner of your own, package.module:Class, from an installed package or this folder; that of --run if not given."""
     profile: Literal["deployment", "measured"] = "deployment"
-    """Costs of sub-tasks to train with: of a declared deployment (modelled), or as measured on this machine."""
+    """Costs of sub-tasks to train with, and then to plan by in service: of a declared deployment (modelled), or as measured (by
+    calibrate, or when the run was trained)."""
     steps: int | None = None
     """Steps of training; 400 if not given."""
     seed: int = 0

@@ -89,7 +89,8 @@ def evaluate_run(
         split: "test" or "validation".
         plans: names of the plans to report, or "all"; the best fixed plan is always chosen among all, and reported.
         baseline: run of kind "sasrec" on the same data; None takes ``<run_path>/sasrec`` if that is a run, else there is none.
-        profile: "deployment" for the costs of the modelled deployment, "measured" for those measured when the run was trained.
+        profile: "deployment" for the costs of the modelled deployment, "measured" for the newest that were measured: when
+            the run was trained, or since then by ``cda4rec calibrate``.
         draws: contexts of each event.
         users: at most so many users, a sample that ``seed`` draws; None takes all.
         seed: of the sample, of the halves of the context oracle and of the random planner.
@@ -103,7 +104,7 @@ def evaluate_run(
     """
     _check_options(split, plans, profile, draws, users)
     if json_file is not None:
-        _check_writable(Path(json_file))
+        check_writable(Path(json_file))
     trained = load_trained(run_path)
     for name in () if plans == "all" else plans:
         trained.config.space.index(name)
@@ -143,7 +144,8 @@ def _check_options(split: str, plans: str | Sequence[str], profile: str, draws: 
         raise UserError(f"users is {users}: expected at least 2, since planners are compared across users")
 
 
-def _check_writable(file: Path) -> None:
+def check_writable(file: Path) -> None:
+    """Raise UserError where a file could not be written, before there is work to lose."""
     folder = file.parent
     if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"Cannot write {file}: name a file in an existing directory that can be written.")

@@ -6,6 +6,9 @@ items in the form that these were trained with, which the cloud goes on sending;
 An embedding of another version means nothing to the cloud. The device cannot know before it asks: candidates that it has kept serve local
 plans as before; a plan that sends the old embedding is refused, as if its link had failed (the local repair plan answers, and the call
 counts), and the device drops it. A fresh plan needs no cache, and brings one of the new version.
+
+A planner that is trained again (``logged_outcomes``) learns from what every plan would have brought, in contexts that are drawn anew for
+the requests of that week. Logs hold the outcome of the chosen plan alone, so what it gains is an upper bound.
 """
 
 from collections.abc import Iterator, Mapping

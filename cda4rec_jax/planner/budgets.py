@@ -6,7 +6,7 @@ the multiplier is found by bisection on requests whose outcome is known, and hol
 
 | budget | limits | units that are priced |
 |---|---|---|
-| ``calls`` | requests that ask the cloud, per user and day | 1 for a plan that uses the link |
+| ``calls`` | mean over users of the share of requests that ask the cloud, times requests per day | 1 for a plan that uses the link |
 | ``p95_ms`` | the quantile .95 of realised latency over requests | predicted latency |
 | ``exposure`` | mean exposure of a request | exposure |
 
@@ -41,7 +41,8 @@ class Limited(enum.StrEnum):
     @property
     def unit(self) -> str:
         """Of the limit, in words."""
-        return {"calls": "cloud calls per user and day", "p95_ms": "ms at the quantile .95", "exposure": "mean exposure"}[self]
+        units = {"calls": "mean cloud calls per user and day", "p95_ms": "ms at the quantile .95", "exposure": "mean exposure"}
+        return units[self]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +66,14 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, requests_per_day: float = REQUESTS_PER_DAY) -> "Budget":
-        """From ``calls=3``, ``p95_ms=250`` or ``exposure=0.2``. Raises UserError where it reads otherwise."""
+        """From ``calls=3``, ``p95_ms=250`` or ``exposure=0.2``. Raises UserError where it reads otherwise, or as the class does."""
         name, _, value = text.partition("=")
         try:
-            return cls(limited=Limited(name), limit=float(value), requests_per_day=requests_per_day)
+            limited, limit = Limited(name), float(value)
         except ValueError as error:
             examples = "calls=3 (a user and day), p95_ms=250 or exposure=0.2"
             raise UserError(f"a budget of {text!r} cannot be read: expected NAME=NUMBER such as {examples}") from error
+        return cls(limited=limited, limit=limit, requests_per_day=requests_per_day)
 
     @property
     def name(self) -> str:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cda4rec_jax.array_typing import Array, PlanLogits, PlanMask
+from cda4rec_jax.array_typing import Array, PlanMask
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.contexts import NUM_PRICES, ContextConfig
 from cda4rec_jax.planner.utility import WeightScales
 
-Decide = Callable[[Context], PlanLogits]  # costs, mask and logits of a planner, from contexts alone; traceable
+Decide = Callable[[Context], Int[Array, "b"]]  # the plans that a planner takes, from contexts alone; traceable
 GRID_POINTS = 512  # of each continuous field, log-spaced over its range
 BISECTIONS = 24  # of one step of the grid: more than float32 can tell apart
 MAX_HISTORY_EVENTS = 500  # history lengths that are tried
@@ -84,15 +84,15 @@ class Flip:
 def nearest_flips(
     decide: Decide, context: Context, continuous: Sequence[Continuous], enumerated: Sequence[Enumerated]
 ) -> tuple[Flip, ...]:
-    """For each axis alone, the nearest change that makes another plan win than ``argmax decide(context)``.
+    """For each axis alone, the nearest change that makes another plan win than ``decide(context)``.
 
-    Continuous fields: the argmax over plans on a log-spaced grid brackets the nearest change in either direction, and bisection on
+    Continuous fields: the decisions on a log-spaced grid bracket the nearest change in either direction, and bisection on
     the log of the value narrows both brackets at once to float32's precision. A region narrower than a step of the grid
     ((high / low)^(1/511), 1-3%) that lies between two points of the grid is not seen. A field that is below ``low`` now, such
     as a price of 0, is tried from ``low`` on. Enumerated axes: every alternative is tried.
 
     Args:
-      decide: scores of all plans for a batch of contexts; traced twice, over one grid and over one loop of bisections.
+      decide: plans of a batch of contexts; traced twice, over one grid and over one loop of bisections.
       context: one request (b = 1).
       continuous: fields and their ranges.
       enumerated: respects and their states.
@@ -100,12 +100,11 @@ def nearest_flips(
     Returns:
       Numbers by relative size of the change, then the others by steps; at the end the axes along which nothing flips.
     """
-    plans_of = jax.jit(lambda rows: jnp.argmax(decide(rows), axis=1))
     host = {entry.name: np.asarray(getattr(context, entry.name)) for entry in fields(Context)}
     grids = [_grid(axis, float(host[axis.field][0])) for axis in continuous]
     changes = [{axis.field: value} for axis, grid in zip(continuous, grids, strict=True) for value in grid.tolist()]
     changes += [option.changes for axis in enumerated for option in axis.alternatives]
-    found = np.asarray(plans_of(_changed(host, [{}, *changes])))
+    found = np.asarray(jax.jit(decide)(_changed(host, [{}, *changes])))
     base, found = int(found[0]), found[1:]
     by_axis = np.split(found, np.cumsum([*(len(grid) for grid in grids), *(len(axis.alternatives) for axis in enumerated)])[:-1])
     flips = _continuous_flips(decide, context, continuous, grids, by_axis[: len(grids)], base)
@@ -187,7 +186,7 @@ def _bisect(
         rows = {entry.name: jnp.broadcast_to(getattr(context, entry.name), values.shape) for entry in fields(Context)}
         for name in set(names):
             rows[name] = jnp.where(np.asarray([name == other for other in names]), values, rows[name])
-        return jnp.argmax(decide(Context(**rows)), axis=1)
+        return decide(Context(**rows))
 
     def halve(_: Array, sides: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, changed = sides

@@ -1,6 +1,6 @@
 """Why a plan was chosen: the terms of its logit against those of the runner-up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +61,8 @@ def ranked_terms(
 ) -> tuple[PlanTerms, ...]:
     """The terms of every plan that one request allows, best first, as plain numbers.
 
+    Where no plan has a logit above -inf they are those of the last resort, which is served then.
+
     Args:
       logits: a planner's scores, -inf at forbidden plans.
       quality: the quality that the planner believes in ([b, p]; ``Policy.quality``, or mean qualities for plug-in); None
@@ -68,14 +70,15 @@ def ranked_terms(
       costs: predicted costs.
       context: the requests.
       row: which request of the batch.
-
-    Raises:
-      ValueError: no plan of the row has a logit above -inf.
     """
     scores = np.asarray(logits[row], np.float64)
     order = [int(index) for index in np.argsort(-scores, kind="stable") if scores[index] > -np.inf]
-    if not order:
-        raise ValueError(f"row {row} forbids every plan: pass the logits of a planner, masked by plan_space.allowed")
+    return _terms(order or [costs.space.last_resort], logits, quality, costs, context, row)
+
+
+def _terms(
+    indices: Sequence[int], logits: PlanLogits, quality: PlanValues | None, costs: PlanCosts, context: Context, row: int
+) -> tuple[PlanTerms, ...]:
     own = {name: np.asarray(values[row]) for name, values in own_costs(costs, context).items()}
 
     def terms(index: int) -> PlanTerms:
@@ -85,7 +88,7 @@ def ranked_terms(
         return PlanTerms(
             plan_index=index,
             name=costs.space.names[index],
-            logit=float(scores[index]),
+            logit=float(logits[row, index]),
             quality=None if quality is None else float(quality[row, index]),
             time=-float(context.utility_per_ms[row]) * latency_ms,
             energy=-float(context.utility_per_mj[row]) * energy_mj,
@@ -98,7 +101,7 @@ def ranked_terms(
             downlink_bytes=float(costs.downlink_bytes[row, index]),
         )
 
-    return tuple(terms(index) for index in order)
+    return tuple(terms(index) for index in indices)
 
 
 def explain_decision(
@@ -118,6 +121,7 @@ def explain_decision(
       chosen: index of the plan that runs, where it is not the planner's own choice.
     """
     ranked = ranked_terms(logits, quality, costs, context, row=row)
-    first = next(terms for terms in ranked if chosen is None or terms.plan_index == chosen)
-    second = next((terms for terms in ranked if terms is not first), None)
+    # What is asked for may be a plan that the planner gives no score.
+    first = ranked[0] if chosen is None else _terms([chosen], logits, quality, costs, context, row)[0]
+    second = next((terms for terms in ranked if terms.plan_index != first.plan_index), None)
     return Decision(chosen=first, runner_up=second, tau=None if tau is None else float(tau))

@@ -1,7 +1,8 @@
 """A trained system as a run keeps it: enough to evaluate and to recommend, and nothing else is needed."""
 
+import logging
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
 from cda4rec_jax.pipeline.population import Population
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import MeasuredTimes, WeightScales, Workload, deployment_profile, measured_profile
+from cda4rec_jax.processor import cpu_model
 from cda4rec_jax.runs.directory import RunDirectory
 from cda4rec_jax.runs.provenance import provenance
 
 JOINT, SASREC = "joint", "sasrec"
 _WEIGHTS = "final"
 _COST_PROFILE = "cost_profile"
+_PLANNER = "planner"  # the file of what a planner learns by, and the configuration of one that was trained alone
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -54,14 +58,27 @@ class TrainedSystem:
 
     @property
     def measured_times(self) -> MeasuredTimes:
-        """The newest that ``save_measured_times`` has stored."""
-        return MeasuredTimes.from_json(self.run.read_json(_COST_PROFILE)["times"])
+        """The newest that ``save_measured_times`` has stored. Times of another processor are told once, as a warning."""
+        stored = self.run.read_json(_COST_PROFILE)
+        measured_on, here = stored.get("provenance", {}).get("cpu_model"), cpu_model()
+        if measured_on not in (None, here):  # version 0.1 did not say
+            _warn_of_other_processor(self.run.path, measured_on, here)
+        return MeasuredTimes.from_json(stored["times"])
 
-    def world(self, profile: str = "deployment") -> PlanningWorld:
-        """Costs, exposure and scales that the planner was trained with; ``profile`` "measured" takes this machine's times."""
-        planner = self.run.read_json("planner")
+    @property
+    def planner_profile(self) -> str:
+        """Name of the costs that the planner was trained with: what ``train_planner_run`` stored, or those of joint training."""
+        return self.run.read_config(_PLANNER, dict)["profile"] if self.run.has_config(_PLANNER) else "deployment"
+
+    def world(self, profile: str | None = None) -> PlanningWorld:
+        """Costs, exposure and scales to plan by.
+
+        ``profile`` is "deployment" (modelled) or "measured" (``measured_times``); None takes ``planner_profile``, as service does.
+        """
+        planner = self.run.read_json(_PLANNER)
         workload = Workload(resident_items=len(self.tables.resident_items))
-        costs = measured_profile(self.measured_times) if profile == "measured" else deployment_profile(workload)
+        is_measured = (profile or self.planner_profile) == "measured"
+        costs = measured_profile(self.measured_times) if is_measured else deployment_profile(workload)
         return PlanningWorld(
             profile=costs,
             exposure_by_level=jnp.asarray(self.run.read_json("exposure")["exposure"], jnp.float32),
@@ -69,6 +86,16 @@ class TrainedSystem:
             scales=WeightScales.of(**planner["scales"]),
             space=self.config.space,
         )
+
+
+@cache  # once for a run, however often its times are read
+def _warn_of_other_processor(run: Path, measured_on: str, here: str) -> None:
+    _logger.warning(
+        "the measured times of %s are those of another processor (%s, and this is %s) until `cda4rec calibrate` measures them here",
+        run,
+        measured_on,
+        here,
+    )
 
 
 def save_weights(run: RunDirectory, weights: Any) -> None:

@@ -127,6 +127,10 @@ class RunDirectory:
                 f"{self.path / _CONFIG}, configuration {name!r}: {error}. Was it edited, or written elsewhere?"
             ) from error
 
+    def has_config(self, name: str) -> bool:
+        """Whether a configuration was stored under ``name``."""
+        return name in self._configs
+
     @property
     def data_folder(self) -> Path:
         """Where the prepared dataset is, or belongs."""

@@ -104,7 +104,7 @@ def replay_traces(trained: TrainedSystem, traces: Sequence[StoredTrace]) -> Repl
     unknown_worth = np.full(scores.mask.shape, np.nan)
     worth = unknown_worth if scores.quality is None else np.asarray(utility(scores.quality, scores.costs, context), np.float64)
     mask, rows = np.asarray(scores.mask), np.arange(len(traces))
-    now, before = np.asarray(scores.logits).argmax(axis=1), np.asarray([names.index(trace.plan) for trace in traces])
+    now, before = np.asarray(scores.choices()), np.asarray([names.index(trace.plan) for trace in traces])
     chosen = np.asarray([trace.asked_for is None for trace in traces])
     gains = np.where(mask[rows, before], worth[rows, now] - worth[rows, before], np.nan)
     lost = chosen & ~mask[rows, before]

@@ -39,6 +39,7 @@ from cda4rec_jax.planner import (
     PlanSpace,
     Policy,
     PolicyConfig,
+    choose,
     realised_utility,
 )
 from cda4rec_jax.runs.artifacts import TrainedSystem
@@ -348,8 +349,9 @@ class _Bank:
     gained: Float[Array, "b p"]
 
     def utility(self, logits: Float[Array, "b p"]) -> Float[np.ndarray, "n c"]:
-        """What the plans of the highest logits earn."""
-        found = jnp.take_along_axis(self.gained, jnp.argmax(logits, axis=1)[:, None], axis=1)
+        """What the plans earn that these logits choose."""
+        plans = choose(logits, self.requests.mask, self.requests.predicted.space)
+        found = jnp.take_along_axis(self.gained, plans[:, None], axis=1)
         return np.asarray(found, np.float64).reshape(-1, self.num_users).T
 
 

@@ -46,7 +46,7 @@ def train_planner_run(
         out: the new run; not that of ``path``.
         config: None takes the defaults.
         planner: ``package.module:Class`` to learn; None takes the class of the run.
-        profile: "deployment" or "measured", the costs to train with.
+        profile: "deployment" or "measured", the costs to train with; the new run plans by them in service.
         overwrite: replace the run that ``out`` holds.
         progress: hears (stage, done, total).
 

@@ -22,7 +22,7 @@ NUM_USERS, NUM_REQUESTS = 200, 390  # two contexts of each user
 class OtherWorld(TrainedSystem):
     """A run whose prices were drawn at four times the quality gap."""
 
-    def world(self, profile: str = "deployment") -> PlanningWorld:
+    def world(self, profile: str | None = None) -> PlanningWorld:
         world = super().world(profile)
         return replace(world, scales=replace(world.scales, quality_gap=4.0 * world.scales.quality_gap))
 

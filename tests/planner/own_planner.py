@@ -39,6 +39,23 @@ class Defiant(LearnedPlanner):
         return wanted + self.bias[...][None, :]
 
 
+class Unmasked(Policy):
+    """Our policy, which leaves the mask to whoever chooses."""
+
+    def logits(self, context, costs, mask):
+        return super().logits(context, costs, jnp.ones_like(mask))
+
+
+class Mute(LearnedPlanner):
+    """Takes the logarithm of a negative number, and so gives no plan a score."""
+
+    def __init__(self, config, *, space, rngs):
+        pass
+
+    def logits(self, context, costs, mask):
+        return jnp.log(jnp.where(mask, -1.0, -2.0) - context.round_trip_ms[:, None])
+
+
 class NoLogits(LearnedPlanner):
     def __init__(self, config, *, space, rngs):
         pass

@@ -60,10 +60,16 @@ def test_a_budget_that_no_price_keeps_is_refused_with_the_closest_that_one_does(
         calibrate(known(), budget)
 
 
-@pytest.mark.parametrize("text", ["calls", "calls=many", "cost=3", "exposure=-1", "p95_ms=nan"])
+@pytest.mark.parametrize("text", ["calls", "calls=many", "cost=3"])
 def test_a_budget_that_cannot_be_read_is_refused(text: str):
-    with pytest.raises(UserError, match="budget"):
+    with pytest.raises(UserError, match=f"'{text}' cannot be read: expected NAME=NUMBER"):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize(("text", "per_day"), [("exposure=-1", 10.0), ("p95_ms=nan", 10.0), ("calls=3", 0.0)])
+def test_a_number_that_no_budget_has_is_told_as_such(text: str, per_day: float):
+    with pytest.raises(UserError, match="expected a finite limit of at least 0 and more than 0 requests"):
+        Budget.parse(text, per_day)
 
 
 def test_the_price_moves_choices_away_from_what_is_limited_and_forbidden_plans_stay_forbidden(make_context):

@@ -26,13 +26,13 @@ BASE_MS = (40.0, 20.0, 10.0)  # before the round trip, which plan 2 does not wai
 
 
 def linear(context: Context) -> jnp.ndarray:
-    """Three plans: U_p = quality_p - w_t (base_p + round trip, but for plan 2); plan 0 takes 200 MB, plan 1 a consent."""
+    """The best of three plans: U_p = quality_p - w_t (base_p + round trip, but for plan 2); plan 0 takes 200 MB, plan 1 a consent."""
     waits = jnp.asarray([1.0, 1.0, 0.0])
     latency_ms = jnp.asarray(BASE_MS)[None, :] + waits[None, :] * context.round_trip_ms[:, None]
     utility = jnp.asarray(QUALITY)[None, :] - context.utility_per_ms[:, None] * latency_ms
     fits = context.free_memory_mb[:, None] >= jnp.asarray([200.0, 0.0, 0.0])[None, :]
     agreed = context.consent[:, None] >= jnp.asarray([0, 1, 0])[None, :]
-    return jnp.where(fits & agreed, utility, -jnp.inf)
+    return jnp.argmax(jnp.where(fits & agreed, utility, -jnp.inf), axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_flips_come_by_relative_size_and_those_without_one_last(request_context:
 def test_the_nearer_of_two_flips_is_told(request_context: Context) -> None:
     def island(context: Context) -> jnp.ndarray:
         inside = (context.round_trip_ms > 20.0) & (context.round_trip_ms < 60.0)
-        return jnp.stack([inside, ~inside], axis=1).astype(jnp.float32)
+        return jnp.where(inside, 0, 1)
 
     (flip,) = nearest_flips(island, request_context, AXES[:1], ())
     assert flip.to == pytest.approx(60.0, rel=1e-5)  # 50 -> 60 is nearer than 50 -> 20

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,14 @@ from cda4rec_jax.cli.calibrate import _agreement, _subtasks, exposure_table
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import DeviceTier, Link
 from cda4rec_jax.pipeline.calibration import WARM_UP_ROUNDS, fit_times, in_turns
-from cda4rec_jax.planner import NUM_PLANS, PLANS, MeasuredTimes, measured_profile, plan_index
+from cda4rec_jax.planner import PLANS, MeasuredTimes, measured_profile, plan_index
+from cda4rec_jax.processor import cpu_model
 from cda4rec_jax.runs.artifacts import load_trained
 from cda4rec_jax.runtime.calibration import Agreement, Comparison, calibrate, request_parts
 from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.runtime.recommend.planning import Situation
+from cda4rec_jax.training import PlannerTraining, train_planner_run
+from tests.planner.own_planner import OWN_PLANS
 from tests.times_0_1 import TIMES_0_1
 
 COMMITTED = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
@@ -35,9 +37,10 @@ ONE_OF_EACH_KIND = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory):
-    """A copy of the committed run, with a cost profile of version 0.1."""
+    """The committed run with a planner that has plans of its own, and with a cost profile of version 0.1."""
     path = tmp_path_factory.mktemp("calibrated") / "run"
-    shutil.copytree(COMMITTED, path)
+    config = PlannerTraining(steps=1, users_per_step=16, cache_draws=1, users=80)
+    train_planner_run(COMMITTED, path, config, planner="tests.planner.own_planner:Priced")
     (path / "cost_profile.json").write_text(json.dumps(VERSION_0_1))
     return load_trained(path)
 
@@ -108,7 +111,7 @@ def test_calibrating_measures_every_shape_and_stores_it_with_its_origin(calibrat
     assert len(names) == 31 and {"ranking skip cache", "abstract reuse", "planning"} <= names
     assert all(0 < one.in_requests.p50_ms <= one.in_requests.p95_ms and one.alone.count == ROUNDS for one in found.subtasks)
     planning = next(one for one in found.subtasks if one.bucket == "planning")
-    assert planning.in_requests.count <= NUM_PLANS * ROUNDS
+    assert planning.in_requests.count <= (len(PLANS) + len(OWN_PLANS)) * ROUNDS
 
 
 def test_the_earlier_profile_is_kept(calibrated):
@@ -119,9 +122,11 @@ def test_the_earlier_profile_is_kept(calibrated):
 
 def test_prediction_is_held_against_other_requests(calibrated):
     path, found, _ = calibrated
-    assert set(found.by_plan) == {plan.name for plan in PLANS} and set(found.by_link) == {"wifi", "lte", "3g", "edge"}
-    assert len(found.requests) + found.left_out >= NUM_PLANS * ROUNDS
+    plans = (*PLANS, *OWN_PLANS)  # also those whose number of candidates was not measured
+    assert set(found.by_plan) == {plan.name for plan in plans} and set(found.by_link) == {"wifi", "lte", "3g", "edge"}
+    assert len(found.requests) + found.left_out >= len(plans) * ROUNDS
     assert all(request.measured_ms > request.measured_compute_ms - 1e-6 for request in found.requests)
+    assert found.meets_target == (found.overall.compute_error <= found.target)
     stored = json.loads((path / "calibration.json").read_text())
     assert stored["overall"]["error"] == found.overall.error
     assert len(stored["requests"]) == len(found.requests)
@@ -137,6 +142,17 @@ def test_recommend_and_evaluation_use_the_new_profile(calibrated):
     trained = load_trained(path)
     assert float(trained.world("measured").profile.planning_ms[DeviceTier.HIGH]) == pytest.approx(found.times.planning_ms)
     assert trained.world("deployment").profile.name == "deployment (modelled)"
+
+
+def test_times_of_another_processor_are_told_once(calibrated, monkeypatch, caplog):
+    trained = load_trained(calibrated[0])
+    trained.world("measured")
+    assert not caplog.records
+    monkeypatch.setattr("cda4rec_jax.runs.artifacts.cpu_model", lambda: "abacus")
+    for _ in range(2):
+        trained.world("measured")
+    (warning,) = caplog.records
+    assert f"({cpu_model()}, and this is abacus)" in warning.getMessage() and "cda4rec calibrate" in warning.getMessage()
 
 
 def test_agreement_by_hand():
@@ -157,9 +173,9 @@ def test_what_a_person_sees_names_plans_links_and_both_controls(calibrated):
     for part in (_subtasks(found), _agreement(found), exposure_table(load_trained(path).run.read_json("exposure"))):
         console.print(part)
     text = shown.getvalue()
-    assert all(plan.name in text for plan in PLANS)
+    assert all(plan.name in text for plan in (*PLANS, *OWN_PLANS))
     assert "null control" in text and "positive control" in text
-    assert f"{found.overall.error:.1%}" in text
+    assert f"{found.overall.error:.1%}" in text and f"compute {found.overall.compute_error:.1%}" in " ".join(text.split())
 
 
 def test_profiles_of_version_0_1_still_load():

@@ -11,12 +11,13 @@ import jax
 import msgspec
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from cda4rec_jax.cli.plan_tables import print_explanation
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context, EgressLevel, Link, Placement, Subtask
-from cda4rec_jax.planner import PLANS, plan_index
+from cda4rec_jax.planner import PLANS, STANDARD, PolicyConfig, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
 from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.runtime.recommend.explanation import Departures, explain_request
@@ -33,6 +34,7 @@ from cda4rec_jax.runtime.traces import (
     run_identity,
     stored_context,
 )
+from tests.planner.own_planner import Mute
 
 FOLDER = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
 NUM_REQUESTS = 6
@@ -246,6 +248,34 @@ def test_departures_that_cannot_be_are_refused(recommender: Recommender) -> None
     context = recommender.planner.draw(recommender.history(recommender.user_ids[1]), 0)
     with pytest.raises(UserError, match=r"at most [0-9]+ events old, not 10000"):
         Departures(cache_age_events=10_000).applied(context, max_cache_age=20_000)
+
+
+def test_an_age_without_a_level_and_a_level_without_an_age_are_refused(recommender: Recommender) -> None:
+    user, closed = recommender.user_ids[1], Situation(consent=EgressLevel.NOTHING)
+    for situation, departures in (
+        (closed, Departures(cache_age_events=2)),
+        (closed, Departures(cache_level=EgressLevel.RECENT)),
+        (Situation(), Departures(cache_age_events=0, cache_level=EgressLevel.RECENT)),
+    ):
+        with pytest.raises(UserError, match=r"no kept embedding of level (nothing and age 2|recent and age 0): name a level"):
+            explain_request(recommender, user, situation, departures)
+    withdrawn = explain_request(recommender, user, closed, Departures(cache_age_events=2, cache_level=EgressLevel.RECENT))
+    assert withdrawn.context.cache_age_events == 2 and withdrawn.context.cache_level is EgressLevel.RECENT
+
+
+def test_a_planner_without_a_score_is_served_explained_and_replayed_alike(recorded: Sequence[StoredTrace]) -> None:
+    trained, last_resort, asked = load_trained(FOLDER), "local-skip-skip", "fresh-full-20-device"
+    trained.system.policy = Mute(PolicyConfig(), space=STANDARD, rngs=nnx.Rngs(0))
+    with Recommender(trained) as recommender:
+        user = recommender.user_ids[1]
+        served, forced = recommender.recommend(user), recommender.recommend(user, plan=asked)
+        explained = explain_request(recommender, user, Situation(), Departures())
+    assert served.plan.name == explained.decision.chosen.name == last_resort and forced.plan.name == asked
+    assert served.choice.decision.runner_up is None and json.loads(served.to_json())["plan"]["chosen"]["name"] == last_resort
+    assert [terms.name for terms in explained.ranked] == [last_resort] and all(flip.to is None for flip in explained.flips)
+    print_explanation(explained, Console(file=io.StringIO()))
+    forced.print(Console(file=io.StringIO()))
+    assert {change.now for change in replay_traces(trained, recorded).changes} == {last_resort}
 
 
 def test_departures_change_what_they_name_and_nothing_else(recommender: Recommender) -> None:

@@ -19,6 +19,7 @@ from cda4rec_jax.planner import (
     DirectPolicy,
     Objective,
     PayloadSizes,
+    Policy,
     PolicyConfig,
     UserFacts,
     WeightScales,
@@ -30,6 +31,7 @@ from cda4rec_jax.planner.budgets import Budget
 from cda4rec_jax.runs.artifacts import load_trained
 from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.training import PlannerExamples, PlannerTraining, new_planner, planner_examples, train_planner, train_planner_run
+from tests.planner.own_planner import Unmasked
 
 USERS, CACHES = 240, 2
 CONFIG = PlannerTraining(steps=60, users_per_step=64, learning_rate=0.01, average_decay=0.9)
@@ -95,6 +97,13 @@ def test_a_planner_that_predicts_no_quality_learns_from_utility_alone(examples, 
     assert trained.curve[-1]["utility"] > trained.curve[0]["utility"]
 
 
+def test_what_a_planner_says_of_forbidden_plans_neither_selects_its_weights_nor_counts_as_its_gain(examples, world):
+    start = (new_planner(examples, world, CONFIG, kind) for kind in (Policy, Unmasked))
+    masked, unmasked = (train_planner(examples, world, replace(CONFIG, steps=20), planner) for planner in start)
+    assert unmasked.utility == pytest.approx(masked.utility, abs=1e-6) and unmasked.best_step == masked.best_step
+    assert [row["utility"] for row in unmasked.curve] == pytest.approx([row["utility"] for row in masked.curve], abs=1e-6)
+
+
 def test_bad_settings_are_the_users_error():
     with pytest.raises(UserError, match=r"steps=0, at least 1; seed=-1, at least 0; learning_rate=0\.0, above 0 expected"):
         PlannerTraining(steps=0, seed=-1, learning_rate=0.0)
@@ -122,7 +131,9 @@ def test_a_new_planner_becomes_a_run_that_evaluates_and_recommends_and_the_old_r
     config = PlannerTraining(steps=10, users_per_step=16, cache_draws=1)
     before = {file: file.read_bytes() for file in sorted(tiny_run.rglob("*")) if file.is_file()}
     told: list[str] = []
-    run, found = train_planner_run(tiny_run, tmp_path / "run", config, progress=lambda stage, done, total: told.append(stage))
+    run, found = train_planner_run(
+        tiny_run, tmp_path / "run", config, profile="measured", progress=lambda stage, done, total: told.append(stage)
+    )
     assert {file: file.read_bytes() for file in sorted(tiny_run.rglob("*")) if file.is_file()} == before
     assert set(told) == {"outcomes of all plans", "training the planner"}
     old, new = load_trained(tiny_run), load_trained(run.path)
@@ -135,7 +146,10 @@ def test_a_new_planner_becomes_a_run_that_evaluates_and_recommends_and_the_old_r
     assert 0 < budget.on_validation <= 0.1 and 0 < budget.on_split <= 0.15  # 60 users are few
     assert any("exposure=0.1 (mean exposure)" in line for line in report.notes())
     with Recommender(new) as recommender:
-        assert recommender.recommend(new.corpus.interactions.user_ids[0], k=5).to_json()
+        answer = recommender.recommend(new.corpus.interactions.user_ids[0], k=5)
+    # It decides by the costs that it was trained with, which are not those of the old run.
+    assert answer.to_json() and answer.planned_for == new.world().profile.name == "measured"
+    assert old.world().profile.name == new.world("deployment").profile.name == "deployment (modelled)"
     with pytest.raises(UserError, match="already holds a run"):
         train_planner_run(tiny_run, run.path, config)
     with pytest.raises(UserError, match="is the run itself"):

@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+from jaxtyping import Int
 
-from cda4rec_jax.array_typing import PlanLogits
+from cda4rec_jax.array_typing import Array
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context, EgressLevel
 from cda4rec_jax.planner import ContextConfig, Decision, PlanTerms, allowed, ranked_terms
@@ -57,7 +58,7 @@ class Departures:
         """The request (b = 1) as it departs.
 
         Raises:
-            UserError: the history is too short for the cache.
+            UserError: the history is too short for the cache, or it has an age without a level or a level without an age.
         """
         given = self._given()
         oldest = max(0, min(max_cache_age, int(context.history_length[0]) - 1))
@@ -66,6 +67,11 @@ class Departures:
         if age > oldest:
             raise UserError(f"a kept embedding of this user is at most {oldest} events old, not {age}; 0 stands for none")
         if not (age and level):
+            if self.cache_age_events or self.cache_level:
+                raise UserError(
+                    f"there is no kept embedding of level {level.name.lower()} and age {age}: name a level above nothing (it is that of "
+                    f"the consent if not given) and an age from 1 to {oldest} events, or neither"
+                )
             age, level = 0, EgressLevel.NOTHING
         changes: dict[str, Any] = {
             "cache_age_events": jnp.full_like(context.cache_age_events, age),
@@ -136,8 +142,8 @@ def explain_request(recommender: Recommender, user_id: str, situation: Situation
     context = departures.applied(planner.plan(history, situation).context, planner.max_cache_age)
     planned = planner.of_context(context)
 
-    def logits(contexts: Context) -> PlanLogits:
-        return score_plans(planner.policy, planner.trained_for, contexts).logits
+    def decide(contexts: Context) -> Int[Array, "b"]:
+        return score_plans(planner.policy, planner.trained_for, contexts).choices()
 
     scales, space = planner.trained_for.scales, planner.trained_for.space
     axes = context_axes(planned.context, scales, ContextConfig(), max_cache_age=planner.max_cache_age)
@@ -156,6 +162,6 @@ def explain_request(recommender: Recommender, user_id: str, situation: Situation
             for index, plan in enumerate(space.plans)
             if not planned.mask[0, index]
         },
-        flips=nearest_flips(logits, planned.context, *axes),
+        flips=nearest_flips(decide, planned.context, *axes),
         plans=space.names,
     )

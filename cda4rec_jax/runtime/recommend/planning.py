@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
-from cda4rec_jax.array_typing import Lengths, PlanLogits, PlanMask, PlanValues
+from cda4rec_jax.array_typing import Array, Lengths, PlanLogits, PlanMask, PlanValues
 from cda4rec_jax.links import LinkConfig, as_estimated, realise
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, HistoryBatch, Link, Subtask
 from cda4rec_jax.pipeline.catalogue import ItemTables
@@ -35,6 +36,7 @@ from cda4rec_jax.planner import (
     typical_contexts,
     utility,
 )
+from cda4rec_jax.planner import choose as choose_plan
 from cda4rec_jax.planner.serving import Served, ServedPlanner, pack
 from cda4rec_jax.runtime.clock import LinkRealisation, realised_link
 from cda4rec_jax.runtime.executor import Prediction
@@ -90,6 +92,10 @@ class Scores:
     costs: PlanCosts
     quality: PlanValues | None  # None where the planner tells none
     logits: PlanLogits
+
+    def choices(self) -> Int[Array, "b"]:
+        """The plan that is served in each context; traceable."""
+        return choose_plan(self.logits, self.mask, self.costs.space)
 
 
 def score_plans(policy: LearnedPlanner, trained_for: PlanningWorld, context: Context) -> Scores:

@@ -73,7 +73,7 @@ class Recommender:
         corpus = trained.corpus
         self.functions = RequestFunctions(system, trained.catalogue, trained.config, load_index(trained.run.index_folder))
         self.cloud = cloud_functions(self.functions, corpus.attributes[0].shape[1])
-        self._trained_for = trained.world("deployment")
+        self._trained_for = trained.world()
         self.planner = RequestPlanner(
             system.policy, trained.tables, self._trained_for, trained.world("measured"), trained.config.max_cache_age
         )
