@@ -48,7 +48,7 @@ class Calibrate:
 
 
 def exposure_table(stored: Mapping[str, Any]) -> Table:
-    """``exposure.json`` of a run: the history-recovery attack on every level, between its two controls."""
+    """``exposure.json`` of a run: the history-recovery attack on every level, between its controls."""
     from cda4rec_jax.messages import EgressLevel
 
     table = Table(
@@ -63,6 +63,8 @@ def exposure_table(stored: Mapping[str, Any]) -> Table:
         recall, null = (stored[name].get(str(level.value)) for name in ("recall", "null_recall"))
         cells = ["-" if value is None else f"{value:.3f}" for value in (recall, null)]
         table.add_row(level.name.lower(), *cells, f"{stored['exposure'][level]:.3f}")
+    if "regressed_recall" in stored:  # runs of earlier versions do not have it
+        table.add_row("raw history, by regression alone", f"{stored['regressed_recall']:.3f}", "", "", style="dim")
     table.add_row("raw history (positive control)", f"{stored['raw_recall']:.3f}", "", "1.000", style="dim")
     return table
 

@@ -61,7 +61,10 @@ class AttributeExposure:
 
 
 def measure_exposure(corpus: Corpus, config: SystemConfig, seed: int = 0) -> ExposureReport:
-    """Recovery of training histories from the abstracts of every level that releases anything: what planners weigh."""
+    """Recovery of training histories from the abstracts of every level that releases anything: what planners weigh.
+
+    What can be inferred of attributes (``measure_attributes``) is reported and not weighed: it has no common scale with histories.
+    """
     attacked = attacked_users(corpus, config, seed)
     return exposure_by_level(attacked.releases, attacked.offsets, attacked.items, corpus.interactions.num_items)
 

@@ -10,8 +10,9 @@ so that knowing everything gives exactly 1. Ridge strength is chosen on the atta
 popularity ranking, whatever was released) is among the choices: a release that tells nothing gives the recall of popularity.
 Ids are ranked first only where most of them are in the histories of the attacker's own users.
 
-Two controls accompany every figure. Positive: the whole history as release must give 1. Null: the same releases, shuffled among
-the users, must give the recall of popularity.
+Controls accompany every figure. Positive: the whole history as release must give 1, and by the regression alone, which has to do
+without its ids as it does at PROFILE, much more than popularity. Null: the same releases, shuffled among the users, must give the
+recall of popularity.
 """
 
 from collections.abc import Mapping
@@ -63,6 +64,8 @@ class ExposureReport:
         null_recall: the same with releases shuffled among users; should be near ``nothing_recall``.
         nothing_recall: A_NOTHING, of the popularity ranking.
         raw_recall: A_raw, of the attack on whole histories; 1 if the attack works.
+        regressed_recall: of the regression alone on whole histories, whose ids are not ranked first; far above ``nothing_recall`` if it
+            works.
         exposure: one value for each EgressLevel, (A_level - A_NOTHING) / (A_raw - A_NOTHING) clipped to [0, 1]; 0 at NOTHING.
         num_victims: users over whom the means are taken.
     """
@@ -71,6 +74,7 @@ class ExposureReport:
     null_recall: dict[EgressLevel, float]
     nothing_recall: float
     raw_recall: float
+    regressed_recall: float
     exposure: tuple[float, float, float, float]
     num_victims: int
 
@@ -82,7 +86,7 @@ def exposure_by_level(
     num_items: int,
     config: AttackConfig = _DEFAULT,
 ) -> ExposureReport:
-    """Attack every level, with both controls.
+    """Attack every level, with all controls.
 
     Clipping: a level whose attack does worse than popularity has exposure 0 (telling something cannot tell less than nothing; the
     attacker may ignore it), and 1 is the whole history. A level that is not in ``releases`` counts as exposed as the most exposed
@@ -102,6 +106,7 @@ def exposure_by_level(
     halves = _split(private, config)
     nothing = float(_attack(silent(private.get_shape()[0]), private, halves, config).mean())
     raw = float(_attack(whole(offsets, items), private, halves, config).mean())
+    regressed = float(_attack(whole(offsets, items), private, halves, config, rank_ids=False).mean())
     if raw <= nothing:
         raise UserError(f"popularity alone recovers the histories (recall@{config.k} {nothing:.3f}); use a larger catalogue")
     recall: dict[EgressLevel, float] = {}
@@ -119,6 +124,7 @@ def exposure_by_level(
         null_recall=null,
         nothing_recall=nothing,
         raw_recall=raw,
+        regressed_recall=regressed,
         exposure=(exposure[0], exposure[1], exposure[2], exposure[3]),
         num_victims=sum(len(half.victims) for half in halves),
     )
@@ -179,19 +185,26 @@ def _split(private: sparse.csr_matrix, config: AttackConfig) -> list[_Half]:
     return halves
 
 
-def _attack(release: Release, private: sparse.csr_matrix, halves: list[_Half], config: AttackConfig) -> np.ndarray:
-    """Recall@k of each half's victims, one after the other."""
+def _attack(
+    release: Release, private: sparse.csr_matrix, halves: list[_Half], config: AttackConfig, *, rank_ids: bool = True
+) -> np.ndarray:
+    """Recall@k of each half's victims, one after the other. Ids that can be trusted are ranked first, unless ``rank_ids`` is off."""
     released = release.multi_hot(private.get_shape()[1])
-    return np.concatenate([_attack_half(release.features, released, private, half, config) for half in halves])
+    return np.concatenate([_attack_half(release.features, released, private, half, config, rank_ids) for half in halves])
 
 
 def _attack_half(
-    features: np.ndarray, released: sparse.csr_matrix, private: sparse.csr_matrix, half: _Half, config: AttackConfig
+    features: np.ndarray,
+    released: sparse.csr_matrix,
+    private: sparse.csr_matrix,
+    half: _Half,
+    config: AttackConfig,
+    rank_ids: bool,
 ) -> np.ndarray:
     """Fit on some of the attacker's users, choose the ridge strength on the rest, attack the other half."""
     ridge = Ridge(design(features[half.fitted], released[half.fitted], half.basis), half.target)
     true_ids = released[half.fitted].multiply(private[half.fitted]).sum()
-    trusts_ids = bool(released.nnz and true_ids > 0.5 * released[half.fitted].sum())
+    trusts_ids = bool(rank_ids and released.nnz and true_ids > 0.5 * released[half.fitted].sum())
 
     def recall(users: np.ndarray, strength: float) -> np.ndarray:
         guess = ridge.guess(design(features[users], released[users], half.basis), strength)
