@@ -75,9 +75,20 @@ def _most_users(study: Study) -> int | None:
     return min(limits, default=None)
 
 
-def trained_alone(study: Study, seed: int, name: str, world: PlanningWorld, config: PlannerTraining, start: Any = None) -> Any:
-    """The planner that ``config`` trains on ``examples_of``, from ``start`` or as plug-in; its weights are kept under ``name``."""
-    config = replace(config, seed=seed)
+def trained_alone(
+    study: Study,
+    seed: int,
+    name: str,
+    world: PlanningWorld,
+    config: PlannerTraining,
+    start: Any = None,
+    planner_seed: int | None = None,
+) -> Any:
+    """The planner that ``config`` trains on ``examples_of``, from ``start`` or as plug-in; its weights are kept under ``name``.
+
+    ``planner_seed`` draws its first weights and the order of the examples; None takes that of the run, whose examples all of them share.
+    """
+    config = replace(config, seed=seed if planner_seed is None else planner_seed)
     planner = new_planner(examples_of(study, seed), world, config) if start is None else start
     graph, state = nnx.split(planner)
     leaves, tree = jax.tree.flatten(state)
