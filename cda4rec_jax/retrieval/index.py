@@ -1,6 +1,7 @@
 """What an index is, and what every index checks."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,6 +108,13 @@ def checked_queries(
         if excluded.size and not 0 <= excluded.min() <= excluded.max() < size:
             raise UserError(f"excluded holds item indices outside of 0 to {size - 1}, the rows of the index.")
     return asked
+
+
+def check_config(config: Any, limits: Iterable[tuple[str, bool, str]]) -> None:
+    """UserError that names every field out of its limits; ``limits`` has (field, whether its value fits, what was expected)."""
+    wrong = [f"{name} is {getattr(config, name)}, expected {expected}" for name, fits, expected in limits if not fits]
+    if wrong:
+        raise UserError(f"{type(config).__name__} does not fit: {'; '.join(wrong)}.")
 
 
 def _shape(values: Any) -> tuple[int, ...]:

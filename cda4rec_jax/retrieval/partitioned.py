@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.anisotropic import BLOCK, CENTRES, code_scores, directions_of, encode, learn_codebooks, parallel_weight
 from cda4rec_jax.retrieval.exact import filtered_search, padded_excluded
-from cda4rec_jax.retrieval.index import Found, Queries, Vectors, checked_queries
+from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_config, checked_queries
 from cda4rec_jax.retrieval.partition import capacity_for, lay_out, learn_centroids, nearest_leaf, split_leaves
 from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
 
@@ -44,11 +44,20 @@ class PartitionedConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.leaf_share <= 1 or self.slack < 1 or not 0 < self.quantisation_threshold < 1:
-            raise UserError(
-                f"leaf_share is {self.leaf_share}, slack {self.slack} and quantisation_threshold {self.quantisation_threshold}; "
-                "expected a share in (0, 1], at least 1 place for each item, and a threshold between 0 and 1."
-            )
+        limits = (
+            ("exact_items", self.exact_items >= 0, "at least 0"),
+            ("leaf_share", 0 < self.leaf_share <= 1, "above 0 and at most 1"),
+            ("reorder_factor", self.reorder_factor >= 1, "at least 1"),
+            ("min_reorder", self.min_reorder >= 1, "at least 1"),
+            ("quantisation_threshold", 0 < self.quantisation_threshold < 1, "between 0 and 1"),
+            ("slack", self.slack >= 1, "at least 1"),
+            ("training_items", self.training_items >= 1, "at least 1"),
+            ("iterations", self.iterations >= 0, "at least 0"),
+            ("encoding_sweeps", self.encoding_sweeps >= 0, "at least 0"),
+            ("rebuild_share", self.rebuild_share >= 0, "at least 0"),
+            ("seed", self.seed >= 0, "at least 0"),
+        )
+        check_config(self, limits)
 
 
 @jax.tree_util.register_dataclass

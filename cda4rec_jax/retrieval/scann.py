@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
-from cda4rec_jax.retrieval.index import Found, Queries, Vectors, checked_queries
+from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_config, checked_queries
 from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
 from cda4rec_jax.timing import usable_cores
 
@@ -85,9 +85,7 @@ class ScannConfig:
             ("rebuild_share", self.rebuild_share >= 0, "at least 0"),
             ("threads", self.threads is None or self.threads >= 1, "at least 1, or None for the cores of this process"),
         )
-        wrong = [f"{name} is {getattr(self, name)}, expected {expected}" for name, fits, expected in limits if not fits]
-        if wrong:
-            raise UserError(f"ScaNN cannot be set like this: {'; '.join(wrong)}.")
+        check_config(self, limits)
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "ScannConfig":

@@ -175,7 +175,7 @@ def test_any_number_of_threads_keeps_recall_also_from_a_folder(items, held_out, 
 )
 def test_settings_that_make_no_sense_raise(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(UserError, match=rf"ScaNN cannot be set like this: {name} is {value}, expected .+\.$"):
+    with pytest.raises(UserError, match=rf"ScannConfig does not fit: {name} is {value}, expected .+\.$"):
         ScannConfig(**wrong)
 
 
