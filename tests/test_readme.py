@@ -46,7 +46,7 @@ def test_every_link_to_a_file_or_a_heading_leads_somewhere(page: Path) -> None:
     missing = []
     for link in re.findall(r"\]\((?!https?://)([^)]+)\)", TEXTS[page]):
         path, _, anchor = link.partition("#")
-        target = page.parent / path
+        target = page.parent / path if path else page
         if not target.exists() or (anchor and anchor not in _anchors(target)):
             missing.append(link)
     assert not missing
