@@ -79,7 +79,7 @@ def amazon_beauty() -> RunConfig:
 def synthetic() -> RunConfig:
     """The synthetic world, in about a minute on two cores."""
     train = TrainConfig(
-        epochs=7, rows_per_batch=32, learning_rate=4e-3, withheld_share=1.0, final_steps=200, final_events_per_step=32
+        epochs=7, rows_per_batch=32, learning_rate=4e-3, withheld_share=1.0, final_steps=500, final_events_per_step=32
     )
     return joint(width=32, device_width=16, dropout_rate=0.2, text_dimensions=32, train=train)
 
