@@ -230,6 +230,7 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
     lost.set_title("what the budget costs")
     for axes in (missed, lost):
         axes.axvline(0.0, color="black", linewidth=0.8)
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
     return figure
 

@@ -189,6 +189,7 @@ def _draw_gains(axes: Any, planners: dict[str, Any], gain: str, names: tuple[str
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", alpha=0.3)
 
 
