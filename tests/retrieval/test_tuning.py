@@ -91,8 +91,9 @@ def test_what_was_measured_and_the_answers_survive_the_folder(tuned, queries, tm
     loaded = load_index(tmp_path)
     assert isinstance(loaded, ScannIndex)
     assert loaded.config == tuned.index.config
-    for found, expected in zip(loaded.search(queries, K), tuned.index.search(queries, K), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    (found, scores), (expected, expected_scores) = loaded.search(queries, K), tuned.index.search(queries, K)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)  # by SOAR two searches of one index differ in the last bits
 
 
 def test_a_tuned_config_builds_another_index_like_it(items, tuned, held_out):
