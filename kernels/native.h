@@ -57,6 +57,26 @@ inline Vector exponential(Vector x) {
   return y * (Vector)power;
 }
 
+// out[r][c] = sum_x a[r, x] b[x, c]; rows of a from `rows` on repeat the last one.
+template <int kColumns>
+inline void multiply_tile(const float* a, int64_t row_stride, int64_t step, int64_t rows, int64_t depth, const float* b, int64_t b_stride,
+                          Vector (*out)[kColumns]) {
+  const float* at[kTileRows];
+  for (int r = 0; r < kTileRows; ++r) at[r] = a + std::min<int64_t>(r, rows - 1) * row_stride;
+  Vector sums[kTileRows][kColumns] = {};
+  for (int64_t x = 0; x < depth; ++x) {
+    Vector right[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) right[c] = load(b + x * b_stride + c * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) sums[r][c] += at[r][x * step] * right[c];
+  }
+  // Apart from the sums, which must stay in registers.
+  std::memcpy(out, sums, sizeof(sums));
+}
+
 // Runs work(0), ..., work(count - 1) on the pool and on the calling thread, which takes every piece that no other thread has begun:
 // waiting for a piece that nobody runs would hang where all threads of the pool wait in calls like this one.
 template <typename Work>

@@ -25,26 +25,6 @@ inline void pack_row(const float* from, float scale, int64_t x, int64_t depth, i
   }
 }
 
-// out[r][c] = sum_x a[r, x] b[x, c]; rows of a from `rows` on repeat the last one.
-template <int kColumns>
-inline void multiply_tile(const float* a, int64_t row_stride, int64_t step, int64_t rows, int64_t depth, const float* b, int64_t b_stride,
-                          Vector (*out)[kColumns]) {
-  const float* at[kTileRows];
-  for (int r = 0; r < kTileRows; ++r) at[r] = a + std::min<int64_t>(r, rows - 1) * row_stride;
-  Vector sums[kTileRows][kColumns] = {};
-  for (int64_t x = 0; x < depth; ++x) {
-    Vector right[kColumns];
-#pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) right[c] = load(b + x * b_stride + c * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) sums[r][c] += at[r][x * step] * right[c];
-  }
-  // Apart from the sums, which must stay in registers.
-  std::memcpy(out, sums, sizeof(sums));
-}
-
 template <int kColumns, typename Put>
 inline void multiply_columns(const float* a, int64_t row_stride, int64_t step, int64_t rows, int64_t depth, const float* b,
                              int64_t b_stride, float* out, int64_t out_stride, Put put) {

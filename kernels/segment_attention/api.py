@@ -1,16 +1,19 @@
 """Public entry of the operation: checks, the choice of implementation, and what every implementation shares."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.segment_attention.dropout import dropout_seeds
+from cda4rec_jax.kernels.segment_attention.native import native_problem, segment_attention_native
 from cda4rec_jax.kernels.segment_attention.reference import segment_attention_reference
 from cda4rec_jax.kernels.segment_attention.xla import segment_attention_xla
 
+Implementation = Literal["reference", "xla", "native"]
 LONGEST_WHOLE_ROW = 256  # tokens up to which one block is faster than skipping blocks
 BLOCK_SIZE = 128
 
@@ -26,7 +29,7 @@ def segment_attention(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     block_size: int | None = None,
-    implementation: Literal["reference", "xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "r t n h"]:
     """Causal attention over packed rows: ``out_t = sum_u w_tu v_u`` over the tokens ``u <= t`` of the segment of ``t``.
 
@@ -47,15 +50,18 @@ def segment_attention(
       kind: How a logit becomes a weight.
       dropout_rate: Share of the weights that are dropped where there is a key; the others are scaled by ``1 / (1 - dropout_rate)``.
       dropout_key: Decides which; the same weights in every implementation and at every block size.
-      block_size: Tokens of a block, for ``xla``; from the row's length on there is one block. None takes whole rows up to 256
-        tokens and blocks of 128 above.
+      block_size: Tokens of a block, for ``xla``, which it chooses too; from the row's length on there is one block. None takes whole rows
+        up to 256 tokens and blocks of 128 above.
       implementation: ``reference`` materialises all weights. ``xla`` with several blocks goes through pairs of blocks at equal
         distance, all pairs of one distance at once, up to the largest distance at which blocks share a segment; the backward
-        pass computes the weights again (FlashAttention, arXiv 2205.14135). None chooses ``xla``.
+        pass computes the weights again (FlashAttention, arXiv 2205.14135). ``native`` does so too, in C++, for float32 on a CPU, and
+        skips for every few queries; it needs a compiler on its first use, and takes arrays of one device. None chooses ``native``
+        where it can be had, unless there is a block size or, in the context, a mesh (``jax.sharding.get_abstract_mesh``): XLA
+        cannot divide the custom call. Else it chooses ``xla``.
 
     Raises:
-      UserError: Shapes that do not fit each other, heads that do not divide, a dropout rate outside [0, 1), a block size below 1, or
-        an unknown kind or implementation.
+      UserError: Shapes that do not fit each other, heads that do not divide, a dropout rate outside [0, 1), a block size below 1 or one
+        for ``native``, an unknown kind or implementation, or one for another backend or dtype or that cannot be compiled.
     """
     _check_shapes(query, key, value, segment_ids, bias)
     if not 0.0 <= dropout_rate < 1.0:
@@ -73,15 +79,36 @@ def segment_attention(
         seeds = dropout_seeds(dropout_key, query.shape[0], heads)
     wide = jnp.promote_types(dtype if bias is None else jnp.promote_types(dtype, bias.dtype), jnp.float32)
     bias = None if bias is None else bias.astype(wide)
+    implementation = implementation or _chosen(dtype, wide, block_size)
     if implementation == "reference":
         query, key, value = (array.astype(wide) for array in (query, key, value))
         out = segment_attention_reference(query, key, value, segment_ids, bias, seeds, kind, dropout_rate)
         return out.astype(dtype)
-    if implementation in (None, "xla"):
-        query, key, value = (array.astype(dtype) for array in (query, key, value))
+    query, key, value = (array.astype(dtype) for array in (query, key, value))
+    if implementation == "native":
+        _check_native(dtype, wide, block_size)
+        return segment_attention_native(query, key, value, segment_ids, bias, seeds, kind, dropout_rate)
+    if implementation == "xla":
         size = block_size or (length if length <= LONGEST_WHOLE_ROW else BLOCK_SIZE)
         return segment_attention_xla(query, key, value, segment_ids, bias, seeds, kind, dropout_rate, size, wide)
-    raise UserError(f"implementation is {implementation!r}; expected 'reference', 'xla' or None.")
+    raise UserError(f"implementation is {implementation!r}; expected one of {', '.join(get_args(Implementation))}, or None.")
+
+
+def _chosen(dtype: Any, wide: Any, block_size: int | None) -> Implementation:
+    fits = jax.default_backend() == "cpu" and dtype == wide == jnp.float32
+    undivided = block_size is None and jax.sharding.get_abstract_mesh().empty
+    return "native" if fits and undivided and native_problem() is None else "xla"
+
+
+def _check_native(dtype: Any, wide: Any, block_size: int | None) -> None:
+    if block_size is not None:
+        raise UserError(f"block_size is {block_size}; expected None for implementation 'native'.")
+    if jax.default_backend() != "cpu":
+        raise UserError(f"implementation 'native' runs on a CPU, and JAX is on {jax.default_backend()}: choose another, or None.")
+    if not dtype == wide == jnp.float32:
+        raise UserError(f"implementation 'native' computes in float32, and the inputs want {dtype} and {wide}: choose 'xla'.")
+    if (problem := native_problem()) is not None:
+        raise UserError(f"implementation 'native' cannot be had: {problem}. Choose 'xla', which computes the same.")
 
 
 def _check_shapes(query: Array, key: Array, value: Array, segment_ids: Array, bias: Array | None) -> None:
