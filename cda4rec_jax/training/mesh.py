@@ -6,6 +6,7 @@ cross-entropy over the catalogue divides itself (``kernels/linear_cross_entropy/
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -125,6 +126,18 @@ class Layout:
         """The sharding of what every device holds whole."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, PartitionSpec())
+
+    def in_context(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` that sees the mesh where it is traced: operations then choose what XLA can divide."""
+        if self.mesh is None:
+            return function
+        mesh = self.mesh.abstract_mesh
+
+        def traced(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh):
+                return function(*arguments)
+
+        return traced
 
     def whole(self, tree: Any) -> Any:
         """All rows of the item table on every device, without padding; for use in a compiled function."""

@@ -341,4 +341,4 @@ def jitted_steps(
     # Arguments are where they were placed. Results are told to stay there, so that no step is compiled a second time.
     places: Any = {} if layout.mesh is None else {"out_shardings": (layout.shardings(state), layout.everywhere())}
     steps = partial(joint_step, **static, layout=layout), partial(decider_step, **static)
-    return tuple(jax.jit(step, donate_argnums=0, **places) for step in steps)  # pyright: ignore[reportReturnType]
+    return tuple(jax.jit(layout.in_context(step), donate_argnums=0, **places) for step in steps)  # pyright: ignore[reportReturnType]

@@ -12,6 +12,13 @@
 namespace {
 
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__)
+#define CHOSEN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t FourWhole __attribute__((vector_size(16)));
+#define CHOSEN(a, b, ...) __builtin_shuffle(a, b, FourWhole{__VA_ARGS__})
+#endif
 
 constexpr int64_t kPanel = kTileColumns * kLanes;
 constexpr int64_t kBlockQueries = 4 * kTileRows;  // of the backward pass: gradients of keys are read and written once for so many
@@ -25,15 +32,39 @@ inline Whole ascending() {
   return lanes;
 }
 
+// Combines all lanes: halves of halves, since one lane after the other would wait for each sum.
+template <int kCount, typename Combine>
+inline float reduce(const float* lanes, Combine combine) {
+  if constexpr (kCount == 2) {
+    return combine(lanes[0], lanes[1]);
+  } else {
+    typedef float Half __attribute__((vector_size(2 * kCount), aligned(4), may_alias));
+    const Half* halves = reinterpret_cast<const Half*>(lanes);
+    Half combined = combine(halves[0], halves[1]);
+    return reduce<kCount / 2>(reinterpret_cast<const float*>(&combined), combine);
+  }
+}
 inline float sum_of(Vector x) {
-  float sum = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
-  return sum;
+  return reduce<kLanes>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a + b; });
+}
+inline float largest_of(Vector x) {
+  return reduce<kLanes>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// Calls work(number of vectors, first column) for columns [begin, end), a multiple of kLanes, never across the border of a panel.
+// Columns of whole vectors that hold [begin, end): from `begin` on, if all of them lie in one panel, else from a multiple of kLanes on.
+struct Columns {
+  Columns(int64_t from, int64_t to) : begin(from), end(from) {
+    if (from >= to) return;
+    if (from % kPanel + ceil_to(to - from, kLanes) > kPanel) begin = floor_to(from, kLanes);
+    end = begin + ceil_to(to - begin, kLanes);
+  }
+  int64_t begin, end;
+};
+
+// Calls work(number of vectors, first column) for all columns, never across the border of a panel.
 template <typename Work>
-inline void each_tile(int64_t begin, int64_t end, Work work) {
+inline void each_tile(Columns columns, Work work) {
+  int64_t begin = columns.begin, end = columns.end;
   while (begin < end) {
     int64_t stop = std::min(floor_to(begin, kPanel) + kPanel, end);
     for (; begin + kPanel <= stop; begin += kPanel) work(std::integral_constant<int, kTileColumns>(), begin);
@@ -46,7 +77,7 @@ inline void each_tile(int64_t begin, int64_t end, Work work) {
 template <typename Put>
 inline void multiply(const float* a, int64_t row_stride, int64_t step, int64_t rows, int64_t depth, const float* b, int64_t b_stride,
                      int64_t columns, Put put) {
-  each_tile(0, columns, [&](auto width, int64_t column) {
+  each_tile({0, columns}, [&](auto width, int64_t column) {
     Vector sums[kTileRows][width];
     multiply_tile<width>(a, row_stride, step, rows, depth, b + column, b_stride, sums);
     for (int64_t r = 0; r < rows; ++r)
@@ -75,7 +106,8 @@ struct Problem {
 // What one thread needs for one row and one key-value head.
 struct Piece {
   Piece(const Problem& p, int64_t tile_rows, bool backward)
-      : p(p), stride(ceil_to(p.length, kPanel)), keys(stride * p.size), values(backward ? stride * p.size : 0), weights(tile_rows * stride),
+      : p(p), stride(ceil_to(p.length, kPanel) + kLanes), keys(ceil_to(p.length, kPanel) * p.size),
+        values(backward ? ceil_to(p.length, kPanel) * p.size : 0), weights(tile_rows * stride),
         d_logits(backward ? tile_rows * stride : 0), bias(p.bias ? stride + kPanel : 0), d_bias(p.bias && backward ? stride + kPanel : 0),
         key_ids(stride), first(p.length), last(p.length) {}
 
@@ -131,11 +163,22 @@ struct Piece {
     return bits >= Bits{} + p.threshold ? weights : Vector{};
   }
 
-  // Vectors of tokens, which lie apart, as panels [size, kPanel] of tokens.
+  // Vectors of tokens, which lie apart, as panels [size, kPanel] of tokens; tokens beyond the last one repeat it.
   void transpose(const float* from, float* panels) const {
-    for (int64_t begin = 0; begin < p.length; begin += kPanel, panels += p.size * kPanel)
-      for (int64_t t = begin; t < std::min(begin + kPanel, p.length); ++t)
-        for (int64_t x = 0; x < p.size; ++x) panels[x * kPanel + t - begin] = from[t * p.key_stride() + x];
+    int64_t stride = p.key_stride();
+    for (int64_t t = 0; t < p.length; t += 4) {
+      const Four* tokens[4];
+      for (int64_t i = 0; i < 4; ++i) tokens[i] = reinterpret_cast<const Four*>(from + std::min(t + i, p.length - 1) * stride);
+      float* to = panels + floor_to(t, kPanel) * p.size + t % kPanel;
+      for (int64_t x = 0; x < p.size / 4; ++x, to += 4 * kPanel) {
+        Four a = tokens[0][x], b = tokens[1][x], c = tokens[2][x], d = tokens[3][x];
+        Four ab = CHOSEN(a, b, 0, 4, 1, 5), cd = CHOSEN(c, d, 0, 4, 1, 5), above_ab = CHOSEN(a, b, 2, 6, 3, 7), above_cd = CHOSEN(c, d, 2, 6, 3, 7);
+        *reinterpret_cast<Four*>(to) = CHOSEN(ab, cd, 0, 1, 4, 5);
+        *reinterpret_cast<Four*>(to + kPanel) = CHOSEN(ab, cd, 2, 3, 6, 7);
+        *reinterpret_cast<Four*>(to + 2 * kPanel) = CHOSEN(above_ab, above_cd, 0, 1, 4, 5);
+        *reinterpret_cast<Four*>(to + 3 * kPanel) = CHOSEN(above_ab, above_cd, 2, 3, 6, 7);
+      }
+    }
   }
   static const float* panel_of(Lines<float>& panels, int64_t column, int64_t size) {
     return panels.data() + floor_to(column, kPanel) * size + column % kPanel;
@@ -156,8 +199,8 @@ void attend(Piece& piece, int64_t begin, float* out, float* maxima, float* sums)
   float* weights = piece.weights.data();
   Vector most[kTileRows];
   std::fill_n(most, kTileRows, Vector{} - kInfinity);
-  int64_t start = floor_to(from, kLanes), stop = from < end ? ceil_to(end, kLanes) : start;
-  each_tile(start, stop, [&](auto width, int64_t column) {
+  const Columns columns(from, end);
+  each_tile(columns, [&](auto width, int64_t column) {
     Vector products[kTileRows][width];
     multiply_tile<width>(p.query + p.query_at(piece.row, begin, piece.head), p.query_stride(), 1, rows, p.size,
                          Piece::panel_of(piece.keys, column, p.size), kPanel, products);
@@ -170,10 +213,9 @@ void attend(Piece& piece, int64_t begin, float* out, float* maxima, float* sums)
   });
   float scales[kTileRows];
   for (int64_t r = 0; r < rows; ++r) {
-    float greatest = -kInfinity;
-    for (int lane = 0; lane < kLanes; ++lane) greatest = std::max(greatest, most[r][lane]);
+    float greatest = largest_of(most[r]);
     Vector total = {};
-    for (int64_t column = start; column < stop; column += kLanes) {
+    for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
       float* at = weights + r * piece.stride + column;
       Vector logits = load(at), weight;
       if (p.silu) {
@@ -203,11 +245,10 @@ struct Gradients {
 void differentiate(Piece& piece, const Gradients& g, int64_t block) {
   const Problem& p = piece.p;
   int64_t block_end = std::min(block + kBlockQueries, p.length), block_from = piece.first_key(block, block_end);
-  int64_t block_start = floor_to(block_from, kLanes), block_stop = ceil_to(block_end, kLanes);
   float *weights = piece.weights.data(), *d_logits = piece.d_logits.data();
   for (int64_t begin = block; begin < block_end; begin += kTileRows) {
     int64_t rows = std::min<int64_t>(kTileRows, block_end - begin), end = begin + rows, from = piece.first_key(begin, end);
-    int64_t start = floor_to(from, kLanes), stop = from < end ? ceil_to(end, kLanes) : start;
+    const Columns columns(from, end);
     int64_t at_query = p.query_at(piece.row, begin, piece.head), at_scratch = (begin - block) * piece.stride;
     float most[kTileRows], inverses[kTileRows], deltas[kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
@@ -219,11 +260,11 @@ void differentiate(Piece& piece, const Gradients& g, int64_t block) {
       deltas[r] = sum_of(delta);
       for (float* of : {weights, d_logits}) {
         float* to = of + at_scratch + r * piece.stride;
-        if (start > block_start) std::fill(to + block_start, to + start, 0.0f);
-        if (block_stop > stop) std::fill(to + std::max(stop, block_start), to + block_stop, 0.0f);
+        for (int64_t column = block_from; column < columns.begin; column += kLanes) store(to + column, Vector{});
+        for (int64_t column = std::max(columns.end, block_from); column < block_end; column += kLanes) store(to + column, Vector{});
       }
     }
-    each_tile(start, stop, [&](auto width, int64_t column) {
+    each_tile(columns, [&](auto width, int64_t column) {
       Vector products[kTileRows][width], d_weights[kTileRows][width];
       multiply_tile<width>(p.query + at_query, p.query_stride(), 1, rows, p.size, Piece::panel_of(piece.keys, column, p.size), kPanel,
                            products);

@@ -1,6 +1,7 @@
 """The C++ custom calls, of float32 on a CPU: one for each pass, which makes the weights of a few queries at a time."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,7 +74,7 @@ def _backward(kind: str, dropout_rate: float, residuals: tuple[Any, ...], d_out:
     return (_Inputs(d_query, d_key, d_value, None, jnp.sum(d_bias, axis=0), None),)  # pyright: ignore[reportArgumentType]
 
 
-def _call(target: str, results: list[jax.ShapeDtypeStruct], kind: str, dropout_rate: float, *operands: Array) -> list[Array]:
+def _call(target: str, results: list[jax.ShapeDtypeStruct], kind: str, dropout_rate: float, *operands: Array) -> Sequence[Array]:
     """Axes that ``jax.vmap`` adds are more rows to the custom calls."""
     call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
     dropout = {"threshold": np.int64(round(dropout_rate * 2**32)), "scale": np.float32(1.0 / (1.0 - dropout_rate))}

@@ -2,28 +2,41 @@
 
 import math
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.kernels.segment_attention import segment_attention
+from cda4rec_jax.kernels import native_build
+from cda4rec_jax.kernels.segment_attention import api, native, segment_attention
 from cda4rec_jax.kernels.segment_attention.cases import CONTRACT_CASES, Case
 from cda4rec_jax.kernels.segment_attention.dropout import dropout_seeds, keep_weights
-from tests.kernels.contract import assert_trees_close, assert_trees_equal, temporary_bytes
+from tests.kernels.contract import assert_trees_close, assert_trees_equal, needs_cpu, needs_native, temporary_bytes
 
 pytestmark = pytest.mark.usefixtures("float32_products")
 PADDED = CONTRACT_CASES[4]
 KINDS = ("softmax", "silu")
-# Every way to compute it: the specification, whole rows, and blocks.
+NEEDS_NATIVE = needs_native(native.native_problem)
+NATIVE = pytest.param("native", marks=NEEDS_NATIVE)
+# Every way to compute it, with the specification first.
 WAYS = (
-    {"implementation": "reference"},
-    {"implementation": "xla", "block_size": 1000},
-    {"implementation": "xla", "block_size": 5},
+    pytest.param({"implementation": "reference"}, id="reference"),
+    pytest.param({"implementation": "xla", "block_size": 1000}, id="whole rows"),
+    pytest.param({"implementation": "xla", "block_size": 5}, id="blocks"),
+    pytest.param({"implementation": "native"}, id="native", marks=NEEDS_NATIVE),
 )
-WAY_NAMES = ("reference", "whole rows", "blocks")
+FAST_WAYS = WAYS[1:]
+# The native code goes by 6 and 24 queries and by vectors and panels of up to 16 and 64 keys.
+NATIVE_CASES = (
+    Case(name="one token more than a block of queries", rows=2, length=25, heads=2, kv_heads=2, head_size=16, longest=9),
+    Case(name="several panels of keys", rows=2, length=150, heads=4, kv_heads=2, head_size=20, longest=70, padding=3),
+    Case(name="a wide head that is read across panels", rows=1, length=131, heads=3, kv_heads=1, head_size=72, longest=999),
+    Case(name="more rows than a thread takes", rows=37, length=40, heads=2, kv_heads=1, head_size=8, longest=11, padding=1),
+)
 
 
 def make_inputs(case: Case, dtype=jnp.float32, seed: int = 0):
@@ -50,7 +63,7 @@ def value_and_gradients(inputs, **options):
     return jax.jit(both_passes)(*operands)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("way", WAYS)
 def test_softmax_equals_hand_computed_fractions(way):
     """exp(logits) are 1, 2, 5 in the first segment; the second reads itself alone; the last token is padding."""
     query, key = jnp.ones((1, 5, 1, 1)), jnp.log(jnp.array([1.0, 2.0, 5.0, 9.0, 9.0])).reshape(1, 5, 1, 1)
@@ -60,7 +73,7 @@ def test_softmax_equals_hand_computed_fractions(way):
     np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("way", WAYS)
 def test_silu_equals_hand_computed_fractions(way):
     """Logits are log 3 with distance 0 and 2 log 3 with distance 1, so the sigmoids are 3/4 and 9/10."""
     query, key = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1, 1))
@@ -85,8 +98,22 @@ def test_values_and_gradients_equal_reference_in_float64(case, kind, with_bias):
         assert_trees_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no bias", "bias"))
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("case", CONTRACT_CASES + NATIVE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", ("xla", NATIVE))
+def test_float32_is_as_near_to_the_reference_in_float64_as_rounding_allows(implementation, case, kind, with_bias):
+    query, key, value, bias, segment_ids = make_inputs(case)
+    inputs = (query * case.head_size**-0.5, key, value, bias if with_bias else None, segment_ids)
+    options = {"kind": kind, "dropout_rate": 0.3, "dropout_key": jax.random.key(1) if with_bias else None}
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda array: array.astype(jnp.float64) if array.dtype == jnp.float32 else array, inputs)
+        expected = value_and_gradients(exact, implementation="reference", **options)
+    assert_trees_close(value_and_gradients(inputs, implementation=implementation, **options), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
 def test_padding_gives_zero_reads_nothing_and_is_read_by_nothing(way, kind):
     query, key, value, bias, segment_ids = make_inputs(PADDED)
     padding = np.asarray(segment_ids) == 0
@@ -101,7 +128,7 @@ def test_padding_gives_zero_reads_nothing_and_is_read_by_nothing(way, kind):
     assert_trees_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_batch_of_padding_alone_gives_zero(way):
     query, key, value, bias, segment_ids = make_inputs(PADDED)
     result = value_and_gradients((query, key, value, bias, jnp.zeros_like(segment_ids)), **way)
@@ -109,10 +136,10 @@ def test_a_batch_of_padding_alone_gives_zero(way):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block_size", (None, 5), ids=("whole rows", "blocks"))
-def test_packing_changes_nothing(block_size, kind):
+@pytest.mark.parametrize("way", FAST_WAYS)
+def test_packing_changes_nothing(way, kind):
     query, key, value, bias, segment_ids = make_inputs(CONTRACT_CASES[2])
-    packed = segment_attention(query, key, value, segment_ids, bias=bias, kind=kind, block_size=block_size)
+    packed = segment_attention(query, key, value, segment_ids, bias=bias, kind=kind, **way)
     ids = np.asarray(segment_ids[0])
     for segment in np.unique(ids):
         tokens = slice(np.argmax(ids == segment), np.argmax(ids == segment) + np.sum(ids == segment))
@@ -123,20 +150,23 @@ def test_packing_changes_nothing(block_size, kind):
             jnp.ones_like(segment_ids[:1, tokens]),
             bias=bias[:, : np.sum(ids == segment)],
             kind=kind,
+            **way,
         )
         np.testing.assert_allclose(packed[:1, tokens], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_segments_that_do_not_rise_along_the_row_are_right_too():
-    query, key, value, bias, _ = make_inputs(CONTRACT_CASES[2])
-    segment_ids = jnp.asarray(np.random.default_rng(3).integers(0, 4, query.shape[:2]), jnp.int32)
-    inputs = (query, key, value, bias, segment_ids)
-    actual = value_and_gradients(inputs, block_size=5)
-    assert_trees_close(actual, value_and_gradients(inputs, implementation="reference"), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("way", FAST_WAYS)
+@pytest.mark.parametrize("case", (CONTRACT_CASES[2], NATIVE_CASES[1]), ids=lambda case: case.name)
+def test_segments_that_do_not_rise_along_the_row_are_right_too(case, way):
+    query, key, value, bias, _ = make_inputs(case)
+    segment_ids = jnp.asarray(np.random.default_rng(3).integers(-1, 4, query.shape[:2]), jnp.int32)
+    inputs = (query * case.head_size**-0.5, key, value, bias, segment_ids)
+    actual = value_and_gradients(inputs, **way)
+    assert_trees_close(actual, value_and_gradients(inputs, implementation="reference"), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("block_size", (None, 8), ids=("whole rows", "blocks"))
-def test_vmap_equals_a_loop(block_size):
+@pytest.mark.parametrize("way", FAST_WAYS)
+def test_vmap_equals_a_loop(way):
     """The number of block distances differs between the elements of the batch."""
     case = CONTRACT_CASES[2]
     batch = [make_inputs(case, seed=seed) for seed in range(3)]
@@ -144,7 +174,7 @@ def test_vmap_equals_a_loop(block_size):
     stacked = tuple(np.stack(arrays) for arrays in zip(*batch, strict=True))
 
     def gradients(query, key, value, bias, segment_ids):
-        return value_and_gradients((query, key, value, bias, segment_ids), block_size=block_size)
+        return value_and_gradients((query, key, value, bias, segment_ids), **way)
 
     together = jax.jit(jax.vmap(gradients))(*stacked)
     for row, inputs in enumerate(batch):
@@ -152,17 +182,33 @@ def test_vmap_equals_a_loop(block_size):
         assert_trees_close(alone, gradients(*inputs), rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("block_size", (None, 5), ids=("whole rows", "blocks"))
-def test_logits_of_ten_thousand_stay_finite(block_size):
+@pytest.mark.parametrize("way", FAST_WAYS)
+def test_vmap_over_some_operands_and_dropout_equals_a_loop(way):
+    """Twice, over queries and over keys of dropout; all else is shared."""
+    query, key, value, bias, segment_ids = make_inputs(CONTRACT_CASES[3])
+    queries, dropout_keys = jnp.stack([query, 2.0 * query]), jax.random.split(jax.random.key(0), 3)
+
+    def gradients(query, dropout_key):
+        return value_and_gradients((query, key, value, bias, segment_ids), dropout_rate=0.4, dropout_key=dropout_key, **way)
+
+    together = jax.vmap(jax.vmap(gradients, in_axes=(None, 0)), in_axes=(0, None))(queries, dropout_keys)
+    for first in range(2):
+        for second in range(3):
+            alone = jax.tree.map(lambda array, first=first, second=second: array[first, second], together)
+            assert_trees_close(alone, gradients(queries[first], dropout_keys[second]), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", FAST_WAYS)
+def test_logits_of_ten_thousand_stay_finite(way):
     query, *others = make_inputs(PADDED)
     inputs = (1e4 * query, *others)
-    expected, actual = value_and_gradients(inputs, implementation="reference"), value_and_gradients(inputs, block_size=block_size)
+    expected, actual = value_and_gradients(inputs, implementation="reference"), value_and_gradients(inputs, **way)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(actual))
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("way", (*WAYS[:3], pytest.param({}, id="what None chooses")))
 def test_bfloat16_inputs_accumulate_in_float32_and_keep_their_dtype(way, kind):
     inputs = make_inputs(PADDED, jnp.bfloat16)
     actual = value_and_gradients(inputs, kind=kind, **way)
@@ -172,10 +218,10 @@ def test_bfloat16_inputs_accumulate_in_float32_and_keep_their_dtype(way, kind):
     assert_trees_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), actual), expected, rtol=2e-2, atol=4e-2)
 
 
-@pytest.mark.parametrize("block_size", (None, 8), ids=("whole rows", "blocks"))
-def test_two_runs_agree_bit_for_bit(block_size):
-    inputs = make_inputs(CONTRACT_CASES[2])
-    options = {"block_size": block_size, "dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+@pytest.mark.parametrize("way", FAST_WAYS)
+def test_two_runs_agree_bit_for_bit(way):
+    inputs = make_inputs(NATIVE_CASES[3])
+    options = {**way, "dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
     assert_trees_equal(*(value_and_gradients(inputs, **options) for _ in range(2)))
 
 
@@ -236,12 +282,72 @@ def test_no_token_gives_an_empty_output(rows, length):
     assert not np.any(result[1][3])
 
 
-def test_temporary_memory_of_long_rows_stays_far_below_the_weights():
+@NEEDS_NATIVE
+@pytest.mark.parametrize("place", range(3), ids=("query", "key", "value"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_passes_on_what_is_not_finite(kind, place):
+    *operands, segment_ids = make_inputs(CONTRACT_CASES[5])
+    operands[place] = operands[place].at[1, 3].set(jnp.nan)
+    out, gradients = value_and_gradients((*operands, segment_ids), kind=kind, implementation="native")
+    assert np.all(np.isnan(out[1, 3])) and np.all(np.isfinite(out[0]))
+    assert np.any(np.isnan(gradients[0][1])) and not np.any(np.isnan(gradients[0][0]))
+
+
+@NEEDS_NATIVE
+def test_native_computes_the_same_without_vector_instructions(monkeypatch):
+    inputs = make_inputs(NATIVE_CASES[1])
+    options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(1), "implementation": "native"}
+    expected = value_and_gradients(inputs, **options)
+    flags = [flag for flag in native_build._FLAGS if not flag.startswith(("-march", "-O"))]
+    monkeypatch.setattr(native_build, "_FLAGS", (*flags, "-O1"))
+    targets = {"plain_segment_attention": "SegmentAttention", "plain_backward": "SegmentAttentionBackward"}
+    assert native_build.provide(native.SOURCE, targets) is None
+    monkeypatch.setattr(native, "_FORWARD", "plain_segment_attention")
+    monkeypatch.setattr(native, "_BACKWARD", "plain_backward")
+    jax.clear_caches()
+    assert_trees_close(value_and_gradients(inputs, **options), expected, rtol=2e-4, atol=2e-5)
+
+
+@NEEDS_NATIVE
+def test_none_chooses_native_for_float32_without_a_block_size_or_a_mesh():
+    def program(dtype=jnp.float32, **options):
+        inputs = make_inputs(PADDED, dtype)
+        return str(jax.make_jaxpr(lambda: segment_attention(*inputs[:3], inputs[4], **options))())
+
+    assert "ffi_call" in program()
+    assert "ffi_call" not in program(block_size=8)
+    assert "ffi_call" not in program(jnp.bfloat16)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert "ffi_call" not in program()
+
+
+@needs_cpu
+def test_without_a_compiler_none_chooses_xla_and_native_raises(monkeypatch):
+    monkeypatch.setattr(api, "native_problem", lambda: "there is no C++ compiler")
+    inputs = make_inputs(PADDED)
+    program = jax.make_jaxpr(lambda: segment_attention(*inputs[:3], inputs[4]))()
+    assert "ffi_call" not in str(program)
+    with pytest.raises(UserError, match=r"'native' cannot be had: there is no C\+\+ compiler"):
+        segment_attention(*inputs[:3], inputs[4], implementation="native")
+
+
+@needs_cpu
+def test_native_refuses_what_it_does_not_compute():
+    query, key, value, _, segment_ids = make_inputs(PADDED, jnp.bfloat16)
+    with pytest.raises(UserError, match="'native' computes in float32, and the inputs want bfloat16"):
+        segment_attention(query, key, value, segment_ids, implementation="native")
+    with pytest.raises(UserError, match="block_size is 8; expected None"):
+        segment_attention(query, key, value, segment_ids, block_size=8, implementation="native")
+
+
+@pytest.mark.parametrize("implementation", ("xla", NATIVE))
+def test_temporary_memory_of_long_rows_stays_far_below_the_weights(implementation):
     case = Case(name="memory", rows=4, length=2048, heads=2, kv_heads=2, head_size=8, longest=50)
     query, key, value, _, segment_ids = make_inputs(case)
 
     def loss(query, key, value):
-        return jnp.sum(segment_attention(query, key, value, segment_ids))
+        return jnp.sum(segment_attention(query, key, value, segment_ids, implementation=implementation))
 
     weights = case.rows * case.heads * case.length**2 * 4
     assert temporary_bytes(jax.grad(loss, argnums=(0, 1, 2)), query, key, value) < weights / 8
@@ -260,7 +366,7 @@ def test_bad_arguments_raise_a_user_error():
 
 
 @pytest.mark.usefixtures("unchecked_annotations")
-@pytest.mark.parametrize("implementation", (None, "reference", "xla"))
+@pytest.mark.parametrize("implementation", (None, *get_args(api.Implementation)))
 @pytest.mark.parametrize(
     ("changed", "message"),
     (
