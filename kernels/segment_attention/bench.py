@@ -45,15 +45,17 @@ def workloads(backend: str) -> Iterator[Workload]:
     """The rows that we train on, without and with dropout; the same everywhere."""
     for case in WORKLOAD_CASES:
         for dropout_rate in (0.0, 0.5):
-            yield workload(case, dropout_rate)
+            yield workload(case, dropout_rate, backend)
 
 
-def workload(case: Case, dropout_rate: float) -> Workload:
-    """One case; forward and backward."""
+def workload(case: Case, dropout_rate: float, backend: str) -> Workload:
+    """One case with the implementations of a backend; forward and backward."""
     first = make_inputs(case, 0)
     num_batches = max(2, INPUT_BYTES // sum(array.nbytes for array in first))
     options = {"dropout_rate": dropout_rate, "dropout_key": jax.random.key(0, impl="unsafe_rbg")}  # the generator of training
-    attentions = {PLAIN: plain_attention, "segment_attention": segment_attention}
+    attentions: dict[str, Callable[..., Array]] = {PLAIN: plain_attention, "segment_attention": segment_attention}
+    if backend == "cpu":  # elsewhere it is what `segment_attention` chooses
+        attentions["xla"] = partial(segment_attention, implementation="xla")
     reads = _reads(np.asarray(first[3]))
     return Workload(
         kernel="segment_attention",

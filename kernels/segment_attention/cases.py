@@ -43,7 +43,7 @@ WORKLOAD_CASES = (
     Case(name="amazon-beauty cloud", rows=16, length=64, heads=2, kv_heads=2, head_size=64, longest=20),
     Case(name="amazon-beauty device", rows=16, length=64, heads=2, kv_heads=2, head_size=16, longest=20),
     Case(name="synthetic cloud", rows=64, length=64, heads=2, kv_heads=2, head_size=32, longest=20),
-    Case(name="ml-1m cloud", rows=40, length=101, heads=2, kv_heads=2, head_size=32, longest=101),
+    Case(name="ml-1m cloud", rows=20, length=201, heads=2, kv_heads=2, head_size=64, longest=201),
     Case(name="long rows", rows=2, length=2048, heads=2, kv_heads=2, head_size=64, longest=200),
     Case(name="long segments", rows=2, length=2048, heads=2, kv_heads=2, head_size=64, longest=1_000_000),
 )

@@ -1,89 +1,18 @@
 // Attention over packed rows on a CPU, as XLA custom calls. The contract is that of ../segment_attention/reference.py.
 //
 // A thread takes one row and one key-value head at a time, so that no two add to the same gradient. It goes through the queries in tiles as
-// high as its registers hold sums, each against the keys from the first that one of its queries reads: the logits of a tile stay in cache, and
-// what other segments and later tokens would give is not computed. The backward pass makes the weights again (FlashAttention,
+// high as its registers hold sums, each against the keys from the first that one of its queries reads: the logits of a tile stay in
+// cache, and what other segments and later tokens would give is not computed. The backward pass makes the weights again (FlashAttention,
 // arXiv 2205.14135) from each query's maximum and sum.
 
-#include <type_traits>
-
-#include "../native.h"
+#include "tiles.h"
 
 namespace {
 
+using Floats = ffi::Buffer<ffi::F32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-#if defined(__clang__)
-#define CHOSEN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t FourWhole __attribute__((vector_size(16)));
-#define CHOSEN(a, b, ...) __builtin_shuffle(a, b, FourWhole{__VA_ARGS__})
-#endif
-
-constexpr int64_t kPanel = kTileColumns * kLanes;
 constexpr int64_t kBlockQueries = 4 * kTileRows;  // of the backward pass: gradients of keys are read and written once for so many
-
-inline int64_t floor_to(int64_t x, int64_t multiple) { return x / multiple * multiple; }
-inline int64_t ceil_to(int64_t x, int64_t multiple) { return floor_to(x + multiple - 1, multiple); }
-
-inline Whole ascending() {
-  Whole lanes;
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-  return lanes;
-}
-
-// Combines all lanes: halves of halves, since one lane after the other would wait for each sum.
-template <int kCount, typename Combine>
-inline float reduce(const float* lanes, Combine combine) {
-  if constexpr (kCount == 2) {
-    return combine(lanes[0], lanes[1]);
-  } else {
-    typedef float Half __attribute__((vector_size(2 * kCount), aligned(4), may_alias));
-    const Half* halves = reinterpret_cast<const Half*>(lanes);
-    Half combined = combine(halves[0], halves[1]);
-    return reduce<kCount / 2>(reinterpret_cast<const float*>(&combined), combine);
-  }
-}
-inline float sum_of(Vector x) {
-  return reduce<kLanes>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a + b; });
-}
-inline float largest_of(Vector x) {
-  return reduce<kLanes>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; });
-}
-
-// Columns of whole vectors that hold [begin, end): from `begin` on, if all of them lie in one panel, else from a multiple of kLanes on.
-struct Columns {
-  Columns(int64_t from, int64_t to) : begin(from), end(from) {
-    if (from >= to) return;
-    if (from % kPanel + ceil_to(to - from, kLanes) > kPanel) begin = floor_to(from, kLanes);
-    end = begin + ceil_to(to - begin, kLanes);
-  }
-  int64_t begin, end;
-};
-
-// Calls work(number of vectors, first column) for all columns, never across the border of a panel.
-template <typename Work>
-inline void each_tile(Columns columns, Work work) {
-  int64_t begin = columns.begin, end = columns.end;
-  while (begin < end) {
-    int64_t stop = std::min(floor_to(begin, kPanel) + kPanel, end);
-    for (; begin + kPanel <= stop; begin += kPanel) work(std::integral_constant<int, kTileColumns>(), begin);
-    for (; begin + kPanel / 2 <= stop; begin += kPanel / 2) work(std::integral_constant<int, kTileColumns / 2>(), begin);
-    for (; begin < stop; begin += kLanes) work(std::integral_constant<int, 1>(), begin);
-  }
-}
-
-// Calls put(row, column, vector) for every vector of a b, which has up to kTileRows rows.
-template <typename Put>
-inline void multiply(const float* a, int64_t row_stride, int64_t step, int64_t rows, int64_t depth, const float* b, int64_t b_stride,
-                     int64_t columns, Put put) {
-  each_tile({0, columns}, [&](auto width, int64_t column) {
-    Vector sums[kTileRows][width];
-    multiply_tile<width>(a, row_stride, step, rows, depth, b + column, b_stride, sums);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int c = 0; c < width; ++c) put(r, column + c * kLanes, sums[r][c]);
-  });
-}
 
 struct Problem {
   int64_t rows, length, heads, kv_heads, size;
@@ -113,8 +42,8 @@ struct Piece {
 
   void take(int64_t row, int64_t kv_head) {
     this->row = row, this->kv_head = kv_head;
-    transpose(p.key + p.key_at(row, 0, kv_head), keys.data());
-    if (!values.lines.empty()) transpose(p.value + p.key_at(row, 0, kv_head), values.data());
+    transpose(p.key + p.key_at(row, 0, kv_head), p.key_stride(), p.length, p.size, keys.data());
+    if (!values.lines.empty()) transpose(p.value + p.key_at(row, 0, kv_head), p.key_stride(), p.length, p.size, values.data());
     // Where ids rise, as they do in packed rows, a segment begins with an id higher than all before; others are searched for.
     const int32_t* ids = p.segment_ids + row * p.length;
     int32_t highest = 0, *key_id = key_ids.data();
@@ -163,27 +92,6 @@ struct Piece {
     return bits >= Bits{} + p.threshold ? weights : Vector{};
   }
 
-  // Vectors of tokens, which lie apart, as panels [size, kPanel] of tokens; tokens beyond the last one repeat it.
-  void transpose(const float* from, float* panels) const {
-    int64_t stride = p.key_stride();
-    for (int64_t t = 0; t < p.length; t += 4) {
-      const Four* tokens[4];
-      for (int64_t i = 0; i < 4; ++i) tokens[i] = reinterpret_cast<const Four*>(from + std::min(t + i, p.length - 1) * stride);
-      float* to = panels + floor_to(t, kPanel) * p.size + t % kPanel;
-      for (int64_t x = 0; x < p.size / 4; ++x, to += 4 * kPanel) {
-        Four a = tokens[0][x], b = tokens[1][x], c = tokens[2][x], d = tokens[3][x];
-        Four ab = CHOSEN(a, b, 0, 4, 1, 5), cd = CHOSEN(c, d, 0, 4, 1, 5), above_ab = CHOSEN(a, b, 2, 6, 3, 7), above_cd = CHOSEN(c, d, 2, 6, 3, 7);
-        *reinterpret_cast<Four*>(to) = CHOSEN(ab, cd, 0, 1, 4, 5);
-        *reinterpret_cast<Four*>(to + kPanel) = CHOSEN(ab, cd, 2, 3, 6, 7);
-        *reinterpret_cast<Four*>(to + 2 * kPanel) = CHOSEN(above_ab, above_cd, 0, 1, 4, 5);
-        *reinterpret_cast<Four*>(to + 3 * kPanel) = CHOSEN(above_ab, above_cd, 2, 3, 6, 7);
-      }
-    }
-  }
-  static const float* panel_of(Lines<float>& panels, int64_t column, int64_t size) {
-    return panels.data() + floor_to(column, kPanel) * size + column % kPanel;
-  }
-
   const Problem& p;
   int64_t stride;
   Lines<float> keys, values, weights, d_logits, bias, d_bias;
@@ -203,7 +111,7 @@ void attend(Piece& piece, int64_t begin, float* out, float* maxima, float* sums)
   each_tile(columns, [&](auto width, int64_t column) {
     Vector products[kTileRows][width];
     multiply_tile<width>(p.query + p.query_at(piece.row, begin, piece.head), p.query_stride(), 1, rows, p.size,
-                         Piece::panel_of(piece.keys, column, p.size), kPanel, products);
+                         panel_of(piece.keys, column, p.size), kPanel, products);
     for (int64_t r = 0; r < rows; ++r)
       for (int c = 0; c < width; ++c) {
         Vector logits = piece.logits(products[r][c], begin + r, column + c * kLanes);
@@ -238,7 +146,7 @@ void attend(Piece& piece, int64_t begin, float* out, float* maxima, float* sums)
 
 struct Gradients {
   const float *out, *maxima, *sums, *d_out;
-  float *d_query, *d_key, *d_value, *d_bias;
+  float *d_query, *d_key, *d_value;
 };
 
 // One block of queries: their gradients, and what they add to those of keys, values and biases.
@@ -266,9 +174,9 @@ void differentiate(Piece& piece, const Gradients& g, int64_t block) {
     }
     each_tile(columns, [&](auto width, int64_t column) {
       Vector products[kTileRows][width], d_weights[kTileRows][width];
-      multiply_tile<width>(p.query + at_query, p.query_stride(), 1, rows, p.size, Piece::panel_of(piece.keys, column, p.size), kPanel,
+      multiply_tile<width>(p.query + at_query, p.query_stride(), 1, rows, p.size, panel_of(piece.keys, column, p.size), kPanel,
                            products);
-      multiply_tile<width>(g.d_out + at_query, p.query_stride(), 1, rows, p.size, Piece::panel_of(piece.values, column, p.size), kPanel,
+      multiply_tile<width>(g.d_out + at_query, p.query_stride(), 1, rows, p.size, panel_of(piece.values, column, p.size), kPanel,
                            d_weights);
       for (int64_t r = 0; r < rows; ++r)
         for (int c = 0; c < width; ++c) {
@@ -312,10 +220,9 @@ void differentiate(Piece& piece, const Gradients& g, int64_t block) {
   }
 }
 
-// Batch axes, which vmap may have put in front, count as rows.
-Problem make_problem(ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key, ffi::Buffer<ffi::F32> value,
-                     ffi::Buffer<ffi::S32> segment_ids, ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::U32> seeds, bool silu,
-                     int64_t threshold, float scale) {
+// What both passes begin with. Batch axes, which vmap may have put in front, count as rows.
+Problem make_problem(Floats query, Floats key, Floats value, ffi::Buffer<ffi::S32> segment_ids, Floats bias, ffi::Buffer<ffi::U32> seeds,
+                     bool silu, int64_t threshold, float scale) {
   auto shape = query.dimensions();
   Problem p;
   p.length = shape[shape.size() - 3], p.heads = shape[shape.size() - 2], p.size = shape[shape.size() - 1];
@@ -327,92 +234,69 @@ Problem make_problem(ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key, ffi
   return p;
 }
 
-// Calls work(piece) for each row and key-value head; a thread keeps its scratch from one to the next.
-template <typename Work>
-void each_piece(ffi::ThreadPool& pool, const Problem& p, int64_t tile_rows, bool backward, Work work) {
-  int64_t count = p.rows * p.kv_heads, runs = std::min(count, 4 * std::max<int64_t>(1, pool.num_threads()));
+// Calls start(piece) for each row and key-value head, and work(piece) for each of its query heads. A thread keeps its scratch.
+template <typename Start, typename Work>
+void each_head(ffi::ThreadPool& pool, const Problem& p, int64_t tile_rows, bool backward, Start start, Work work) {
+  int64_t count = p.rows * p.kv_heads, runs = std::min(count, 4 * std::max<int64_t>(1, pool.num_threads())), groups = p.heads / p.kv_heads;
   run_pieces(pool, runs, [&](int64_t run) {
     Piece piece(p, tile_rows, backward);
     for (int64_t i = run * count / runs; i < (run + 1) * count / runs; ++i) {
       piece.take(i / p.kv_heads, i % p.kv_heads);
-      work(piece);
+      start(piece);
+      for (int64_t head = piece.kv_head * groups; head < (piece.kv_head + 1) * groups; ++head) {
+        piece.take_head(head);
+        work(piece);
+      }
     }
   });
 }
 
-// Of each query the greatest logit and the sum of the exponentials minus it (the number of tokens that it reads, for silu) are for the
+// Of each query the greatest logit, and the sum of the exponentials minus it (for silu the number of tokens that it reads), are for the
 // backward pass.
-ffi::Error segment_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key, ffi::Buffer<ffi::F32> value,
-                             ffi::Buffer<ffi::S32> segment_ids, ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::U32> seeds, bool silu,
-                             int64_t threshold, float scale, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> maxima,
-                             ffi::ResultBuffer<ffi::F32> sums) {
+ffi::Error segment_attention(ffi::ThreadPool pool, Floats query, Floats key, Floats value, ffi::Buffer<ffi::S32> segment_ids, Floats bias,
+                             ffi::Buffer<ffi::U32> seeds, bool silu, int64_t threshold, float scale, Result out, Result maxima,
+                             Result sums) {
   Problem p = make_problem(query, key, value, segment_ids, bias, seeds, silu, threshold, scale);
-  each_piece(pool, p, kTileRows, false, [&](Piece& piece) {
-    int64_t groups = p.heads / p.kv_heads;
-    for (int64_t head = piece.kv_head * groups; head < (piece.kv_head + 1) * groups; ++head) {
-      piece.take_head(head);
-      int64_t of_query = p.of_query(piece.row, head);
-      for (int64_t begin = 0; begin < p.length; begin += kTileRows)
-        attend(piece, begin, out->typed_data(), maxima->typed_data() + of_query, sums->typed_data() + of_query);
-    }
-  });
+  auto attend_all = [&](Piece& piece) {
+    int64_t at = p.of_query(piece.row, piece.head);
+    for (int64_t begin = 0; begin < p.length; begin += kTileRows)
+      attend(piece, begin, out->typed_data(), maxima->typed_data() + at, sums->typed_data() + at);
+  };
+  each_head(pool, p, kTileRows, false, [](Piece&) {}, attend_all);
   return ffi::Error::Success();
 }
 
 // The gradient of the bias is apart for each row.
-ffi::Error segment_attention_backward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key,
-                                      ffi::Buffer<ffi::F32> value, ffi::Buffer<ffi::S32> segment_ids, ffi::Buffer<ffi::F32> bias,
-                                      ffi::Buffer<ffi::U32> seeds, ffi::Buffer<ffi::F32> out, ffi::Buffer<ffi::F32> maxima,
-                                      ffi::Buffer<ffi::F32> sums, ffi::Buffer<ffi::F32> d_out, bool silu, int64_t threshold, float scale,
-                                      ffi::ResultBuffer<ffi::F32> d_query, ffi::ResultBuffer<ffi::F32> d_key,
-                                      ffi::ResultBuffer<ffi::F32> d_value, ffi::ResultBuffer<ffi::F32> d_bias) {
+ffi::Error segment_attention_backward(ffi::ThreadPool pool, Floats query, Floats key, Floats value, ffi::Buffer<ffi::S32> segment_ids,
+                                      Floats bias, ffi::Buffer<ffi::U32> seeds, bool silu, int64_t threshold, float scale, Floats out,
+                                      Floats maxima, Floats sums, Floats d_out, Result d_query, Result d_key, Result d_value,
+                                      Result d_bias) {
   Problem p = make_problem(query, key, value, segment_ids, bias, seeds, silu, threshold, scale);
   Gradients g{out.typed_data(),      maxima.typed_data(), sums.typed_data(),    d_out.typed_data(),
-              d_query->typed_data(), d_key->typed_data(), d_value->typed_data(), d_bias->typed_data()};
-  each_piece(pool, p, kBlockQueries, true, [&](Piece& piece) {
-    int64_t groups = p.heads / p.kv_heads;
+              d_query->typed_data(), d_key->typed_data(), d_value->typed_data()};
+  auto start = [&](Piece& piece) {
     for (int64_t t = 0; t < p.length; ++t)
       for (float* gradient : {g.d_key, g.d_value}) std::fill_n(gradient + p.key_at(piece.row, t, piece.kv_head), p.size, 0.0f);
-    for (int64_t head = piece.kv_head * groups; head < (piece.kv_head + 1) * groups; ++head) {
-      piece.take_head(head);
-      float* d_biases = piece.d_bias.data();
-      if (p.bias) std::fill_n(d_biases, p.length, 0.0f);
-      for (int64_t block = 0; block < p.length; block += kBlockQueries) differentiate(piece, g, block);
-      if (p.bias) std::reverse_copy(d_biases, d_biases + p.length, g.d_bias + p.of_query(piece.row, head));
-    }
-  });
+  };
+  auto differentiate_all = [&](Piece& piece) {
+    float* d_biases = piece.d_bias.data();
+    if (p.bias) std::fill_n(d_biases, p.length, 0.0f);
+    for (int64_t block = 0; block < p.length; block += kBlockQueries) differentiate(piece, g, block);
+    if (p.bias) std::reverse_copy(d_biases, d_biases + p.length, d_bias->typed_data() + p.of_query(piece.row, piece.head));
+  };
+  each_head(pool, p, kBlockQueries, true, start, differentiate_all);
   return ffi::Error::Success();
 }
 
-#define OPERANDS                                                                                                                   \
-  ffi::Ffi::Bind()                                                                                                                 \
-      .Ctx<ffi::ThreadPool>()                                                                                                      \
-      .Arg<ffi::Buffer<ffi::F32>>()                                                                                                \
-      .Arg<ffi::Buffer<ffi::F32>>()                                                                                                \
-      .Arg<ffi::Buffer<ffi::F32>>()                                                                                                \
-      .Arg<ffi::Buffer<ffi::S32>>()                                                                                                \
-      .Arg<ffi::Buffer<ffi::F32>>()                                                                                                \
-      .Arg<ffi::Buffer<ffi::U32>>()
+auto operands() {
+  auto floats = ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>();
+  auto arrays = std::move(floats).Arg<ffi::Buffer<ffi::S32>>().Arg<Floats>().Arg<ffi::Buffer<ffi::U32>>();
+  return std::move(arrays).Attr<bool>("silu").Attr<int64_t>("threshold").Attr<float>("scale");
+}
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SegmentAttention, segment_attention,
-                              OPERANDS.Attr<bool>("silu")
-                                  .Attr<int64_t>("threshold")
-                                  .Attr<float>("scale")
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SegmentAttentionBackward, segment_attention_backward,
-                              OPERANDS.Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("silu")
-                                  .Attr<int64_t>("threshold")
-                                  .Attr<float>("scale")
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SegmentAttention, segment_attention, operands().Ret<Floats>().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    SegmentAttentionBackward, segment_attention_backward,
+    operands().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>());

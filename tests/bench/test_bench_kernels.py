@@ -38,7 +38,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_bench, "EXACT_PEERS", ("numpy",))
     made = {
         "topk_dot": lambda backend: iter([search_bench.workload(SEARCH, backend)]),
-        "segment_attention": lambda backend: (attention_bench.workload(ATTENTION, rate) for rate in (0.0, 0.5)),
+        "segment_attention": lambda backend: (attention_bench.workload(ATTENTION, rate, backend) for rate in (0.0, 0.5)),
         "linear_cross_entropy": lambda backend: iter([loss_bench.workload(LOSS, backend)]),
         "rank_candidates": lambda backend: iter([ranking_bench.workload(SMALL_CASE, backend)]),
     }
