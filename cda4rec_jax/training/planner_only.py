@@ -10,7 +10,7 @@ does not train but selects among the weights on the way; the test split is never
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.data.splits import Split
@@ -229,10 +229,10 @@ def train_planner(
     graph, params, rest = nnx.split(start, nnx.Param, ...)
     training, selecting = examples.of(selecting=False), examples.of(selecting=True)
     bank = _bank(selecting, world, config)
-    optimizer = _optimizer(config)
-    state = (params, params, optimizer.init(params))
-    advance = jax.jit(partial(_advance, graph=graph, config=config))
-    order = _order(len(training.users), config)
+    state = (params, params, _optimizer(config).init(params))
+    # The seed is in the key and the order, so that planners of several seeds share one program.
+    advance = partial(_advance, graph=graph, config=replace(config, seed=0))
+    key, order = jax.random.key(config.seed), _order(len(training.users), config)
     arrays = jax.device_put((training.event_ids, training.context, training.quality, world, rest))
 
     def utility_of(params: Any) -> float:
@@ -243,7 +243,7 @@ def train_planner(
     done, terms = 0, []
     while done < config.steps:
         size = min(STEPS_AT_ONCE, config.steps - done, every - done % every)
-        state, values = advance(state, order[done : done + size], jnp.arange(done, done + size), *arrays)
+        state, values = advance(state, key, order[done : done + size], jnp.arange(done, done + size), *arrays)
         terms.append(values)
         done += size
         progress("training the planner", done, config.steps)
@@ -285,8 +285,10 @@ def _order(num_users: int, config: PlannerTraining) -> Int[np.ndarray, "s u"]:
     return np.concatenate(turns)[:needed].reshape(config.steps, config.users_per_step).astype(np.int32)
 
 
+@partial(jax.jit, static_argnames=("graph", "config"))
 def _advance(
     state: Any,
+    key: PRNGKeyArray,
     order: Int[Array, "s u"],
     numbers: Int[Array, "s"],
     event_ids: Int[Array, "n"],
@@ -299,7 +301,7 @@ def _advance(
     config: PlannerTraining,
 ) -> tuple[Any, dict[str, Array]]:
     """Some steps in one program; terms of the loss [s]."""
-    optimizer, key = _optimizer(config), jax.random.key(config.seed)
+    optimizer = _optimizer(config)
 
     def step(state: Any, now: tuple[Array, Array]) -> tuple[Any, dict[str, Array]]:
         params, average, optimizer_state = state

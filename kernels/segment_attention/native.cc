@@ -200,8 +200,9 @@ void differentiate(Piece& piece, const Gradients& g, int64_t block) {
           store(to_bias, load(to_bias) + d_logit);
         }
     });
-    multiply(d_logits + at_scratch + from, piece.stride, 1, rows, end - from, p.key + p.key_at(piece.row, from, piece.kv_head), p.key_stride(),
-             p.size, [&](int64_t r, int64_t x, Vector sum) { store(g.d_query + at_query + r * p.query_stride() + x, sum); });
+    const float* keys = p.key + p.key_at(piece.row, from, piece.kv_head);
+    multiply(d_logits + at_scratch + from, piece.stride, 1, rows, end - from, keys, p.key_stride(), p.size,
+             [&](int64_t r, int64_t x, Vector sum) { store(g.d_query + at_query + r * p.query_stride() + x, sum); });
   }
   for (int64_t begin = block_from; begin < block_end; begin += kTileRows) {
     int64_t rows = std::min<int64_t>(kTileRows, block_end - begin), first = std::max(begin, block);
