@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import rankdata
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot, right_singular_vectors
@@ -200,6 +199,9 @@ def roc_area(scores: np.ndarray, truth: np.ndarray) -> float:
     Returns:
         .5 where no value divides the users.
     """
+    # Not at the head of the module: importing it takes as long as all other SciPy, and every command would wait for it.
+    from scipy.stats import rankdata
+
     have = truth.sum(axis=0)
     divides = (have > 0) & (have < len(truth))
     if not divides.any():
