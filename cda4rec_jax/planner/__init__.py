@@ -49,7 +49,16 @@ from cda4rec_jax.planner.plan_space import (
     repair,
     reuse_plan,
 )
-from cda4rec_jax.planner.policy import DirectPolicy, LearnedPlanner, Planner, Policy, PolicyConfig, choose, permitted
+from cda4rec_jax.planner.policy import (
+    DirectPolicy,
+    LearnedPlanner,
+    Planner,
+    Policy,
+    PolicyConfig,
+    check_scores,
+    choose,
+    permitted,
+)
 from cda4rec_jax.planner.relaxation import Objective, choice_weights, entropy, expected_utility, masked_softmax
 from cda4rec_jax.planner.simple import FixedPlan, RandomPlanner, RulesPlanner, fixed_planners
 from cda4rec_jax.planner.utility import WeightScales, cost_in_utility, expected_regret, plan_quality, realised_utility, utility
@@ -88,6 +97,7 @@ __all__ = [
     "Workload",
     "allowed",
     "blank_requests",
+    "check_scores",
     "choice_weights",
     "choose",
     "cloud_plan",

@@ -74,6 +74,20 @@ def choose(logits: PlanLogits, mask: PlanMask, space: PlanSpace = STANDARD) -> I
     return jnp.where(jnp.max(scores, axis=1) > -jnp.inf, jnp.argmax(scores, axis=1), space.last_resort)
 
 
+def check_scores(planner: Planner, logits: PlanLogits, mask: PlanMask) -> None:
+    """Refuse a planner that has learned, or was written, to say no number of a plan that is allowed.
+
+    Raises:
+        UserError: NaN where ``mask`` is True.
+    """
+    broken = int(jnp.sum(jnp.isnan(logits) & mask))
+    if broken:
+        raise UserError(
+            f"{type(planner).__name__} scores {broken:,} of {int(jnp.sum(mask)):,} allowed plans as NaN: expected numbers, or -inf for a "
+            "plan that is never to be chosen. Look in its logits for 0 / 0, infinity minus infinity, or the logarithm of a negative number"
+        )
+
+
 class PolicyScale(nnx.Variable):
     """A number that is set from data and never trained."""
 

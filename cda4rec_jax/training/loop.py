@@ -23,7 +23,7 @@ from cda4rec_jax.pipeline.decisions import PlanningWorld, payload_sizes
 from cda4rec_jax.pipeline.planners import mean_quality, possible_plans
 from cda4rec_jax.pipeline.population import Population
 from cda4rec_jax.pipeline.system import System
-from cda4rec_jax.planner import WeightScales, Workload, deployment_profile
+from cda4rec_jax.planner import WeightScales, Workload, check_scores, deployment_profile
 from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.processes import any_process, from_first
 from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_events
@@ -319,6 +319,9 @@ class Trainer:
         measured |= {f"mean_quality/{index}": float(value) for index, value in enumerate(means)}
         self.position.scales = dict(zip(measured, from_first(list(measured.values())), strict=True))
         self._apply_scales()
+        with self._system() as system:
+            assert system.policy is not None
+            check_scores(system.policy, system.policy.logits(requests.context, requests.predicted, requests.mask), requests.mask)
 
     def _apply_scales(self) -> None:
         """Put measured scales into the planning world and the policy."""

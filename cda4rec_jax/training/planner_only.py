@@ -39,6 +39,7 @@ from cda4rec_jax.planner import (
     PlanSpace,
     Policy,
     PolicyConfig,
+    check_scores,
     choose,
     realised_utility,
 )
@@ -221,7 +222,7 @@ def train_planner(
         progress: hears (stage, done, total).
 
     Raises:
-        UserError: a regression on the quality of a planner that predicts none; a loss that is not finite.
+        UserError: a regression on the quality of a planner that predicts none; a loss or scores that are no numbers.
     """
     started = time.monotonic()
     _check(config, policy)
@@ -236,7 +237,9 @@ def train_planner(
     arrays = jax.device_put((training.event_ids, training.context, training.quality, world, rest))
 
     def utility_of(params: Any) -> float:
-        return float(bank.utility(_logits(graph, params, rest, bank.requests)).mean())
+        logits = _logits(graph, params, rest, bank.requests)
+        check_scores(start, logits, bank.requests.mask)
+        return float(bank.utility(logits).mean())
 
     best, best_step, curve = params, 0, [{"step": 0.0, "utility": utility_of(params)}]
     every = max(1, config.steps // REPORTS)

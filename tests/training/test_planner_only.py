@@ -104,6 +104,19 @@ def test_what_a_planner_says_of_forbidden_plans_neither_selects_its_weights_nor_
     assert [row["utility"] for row in unmasked.curve] == pytest.approx([row["utility"] for row in masked.curve], abs=1e-6)
 
 
+class Undefined(DirectPolicy):
+    """A share of nothing at all."""
+
+    def logits(self, context, costs, mask):
+        return super().logits(context, costs, mask) * (costs.exposure / costs.exposure)
+
+
+def test_a_planner_that_says_no_number_is_refused(examples, world):
+    broken = Undefined(PolicyConfig(), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"Undefined scores [\d,]+ of [\d,]+ allowed plans as NaN.*0 / 0"):
+        train_planner(examples, world, CONFIG, broken)
+
+
 def test_bad_settings_are_the_users_error():
     with pytest.raises(UserError, match=r"steps=0, at least 1; seed=-1, at least 0; learning_rate=0\.0, above 0 expected"):
         PlannerTraining(steps=0, seed=-1, learning_rate=0.0)
