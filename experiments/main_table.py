@@ -263,30 +263,28 @@ def _curve(run_path: Path) -> list[tuple[float, float]]:
 
 
 def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int, learning_rates: tuple[float, ...]) -> dict[str, Any]:
-    """Means and deviations over seeds, and paired intervals of each row against SASRec with full cross-entropy."""
+    """Means and deviations over seeds, and paired intervals: of each row minus SASRec-CE, and of ours minus validation's best baseline."""
     rows = []
     for found in cells.values():
         for row in found[0].ranks:
             values = {name: np.stack([metric(cell.ranks[row]) for cell in found], axis=1) for name, metric in METRICS.items()}
             rows.append({"row": row, "cells": found, "values": values})
-    reference = next((row["values"] for row in rows if row["row"] == SASREC_CE), None)
+    baselines = [row for row in rows if not _is_ours(row["row"])]
+    sasrec = next((row for row in baselines if row["row"] == SASREC_CE), None)
+    best = max(baselines, key=_validation_ndcg, default=None)
     written = []
     for row in rows:
-        against = {}
-        if reference is not None and row["row"] != SASREC_CE:
-            for name in ("hit_rate@10", "ndcg@10"):
-                interval = paired_intervals(row["values"][name][None], reference[name][None])[0]
-                against[name] = asdict(interval)
         by_seed = {name: values.mean(axis=0, dtype=np.float64) for name, values in row["values"].items()}
         written.append(
             {
                 "system": row["row"],
                 "mean": {name: float(values.mean()) for name, values in by_seed.items()},
                 "deviation": {name: float(values.std(ddof=1)) if seeds > 1 else None for name, values in by_seed.items()},
-                "minus_sasrec_ce": against,
+                "minus_sasrec_ce": {} if row is sasrec else _minus(row, sasrec),
+                **({"minus_best_baseline": _minus(row, best)} if _is_ours(row["row"]) else {}),
                 "training_seconds": float(np.mean([cell.seconds for cell in row["cells"]])),
                 "parameters": row["cells"][0].parameters,
-                "validation_ndcg@10": float(np.mean([cell.validation_ndcg for cell in row["cells"]])),
+                "validation_ndcg@10": _validation_ndcg(row),
                 "curve": row["cells"][0].curve if row["row"] in (OURS, SASREC_CE) else [],
                 "chosen_plans": [cell.chosen_plan for cell in row["cells"]] if row["row"] == OURS else [],
             }
@@ -296,6 +294,7 @@ def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int, learning_ra
         "num_users": corpus.interactions.num_users,
         "num_items": corpus.interactions.num_items,
         "seeds": seeds,
+        "best_baseline": None if best is None else best["row"],
         "protocol": (
             "leave-one-out in time (n-2 train, n-1 validation, n test); full catalogue; seen items removed; ties count against "
             "the target; mean and deviation over seeds; intervals paired by user over the means of seeds, 2000 resamples; "
@@ -304,6 +303,22 @@ def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int, learning_ra
         "rows": sorted(written, key=lambda row: -row["mean"]["ndcg@10"]),
         "provenance": provenance(dataset_fingerprint=corpus.interactions.fingerprint),
     }
+
+
+def _is_ours(row: str) -> bool:
+    return row in (OURS, PLAN, CLOUD)
+
+
+def _validation_ndcg(row: dict[str, Any]) -> float:
+    return float(np.mean([cell.validation_ndcg for cell in row["cells"]]))
+
+
+def _minus(row: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
+    """Differences of two rows, paired by user, by metric; none where there is no other."""
+    if other is None:
+        return {}
+    names = ("hit_rate@10", "ndcg@10")
+    return {name: asdict(paired_intervals(row["values"][name][None], other["values"][name][None])[0]) for name in names}
 
 
 def _told(learning_rates: tuple[float, ...]) -> str:
@@ -322,7 +337,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     for row in table["rows"]:
         interval = row["minus_sasrec_ce"].get("ndcg@10")
-        against = f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]" if interval else ""
+        against = _interval(interval) if interval else ""
         cells = [row["system"], _with_deviation(row, "hit_rate@10"), _with_deviation(row, "ndcg@10"), against]
         lines.append("| " + " | ".join([*cells, f"{row['training_seconds']:.0f}", f"{row['parameters']:,}"]) + " |")
     source = table["provenance"]
@@ -333,8 +348,16 @@ def markdown(table: dict[str, Any]) -> str:
             "",
             f"Plan of `{OURS}`, {PLAN_NAME} unless another is surely better on validation, by seed: {', '.join(chosen)}.",
         ]
+    best = next((row["minus_best_baseline"] for row in table["rows"] if row["system"] == OURS), {})
+    if best:
+        found = ", ".join(f"{name} {_interval(interval)}" for name, interval in best.items())
+        lines += ["", f"`{OURS}` minus `{table['best_baseline']}`, of these baselines the best on validation: {found}."]
     lines += ["", f"Protocol: {table['protocol']}.", "", f"{origin}, {source['cores']} cores of {source['cpu_model']}.", ""]
     return "\n".join(lines)
+
+
+def _interval(interval: dict[str, Any]) -> str:
+    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
 
 
 def _seeds(table: dict[str, Any]) -> str:

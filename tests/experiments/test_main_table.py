@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 Scripts = Callable[[str], ModuleType]
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "synthetic:users=300,items=150"  # that of `tiny_run`, whose programs are compiled already
@@ -34,6 +36,17 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
     rows = {row["system"]: row for row in table["rows"]}
     assert rows.keys() == {"cda4rec", "cda4rec, cloud agent alone", "cda4rec, fresh-full-100-device", "sasrec-ce", "ease"}
     assert all(rows[name]["minus_sasrec_ce"] for name in rows.keys() - {"sasrec-ce"})
+    validation = {name: rows[name]["validation_ndcg@10"] for name in ("sasrec-ce", "ease")}
+    assert table["best_baseline"] == max(validation, key=lambda name: validation[name])
+    for name, row in rows.items():
+        assert ("minus_best_baseline" in row) == name.startswith("cda4rec")
+        for metric, found in row.get("minus_best_baseline", {}).items():
+            apart = row["mean"][metric] - rows[table["best_baseline"]]["mean"][metric]
+            assert (
+                found["low"] <= found["mean_difference"] == pytest.approx(apart, abs=1e-6)
+                and found["mean_difference"] <= found["high"]
+            )
+    assert f"minus `{table['best_baseline']}`" in (tmp_path / "table-synthetic.md").read_text()
     assert "| ease |" in (tmp_path / "table-synthetic.md").read_text() and (tmp_path / "table-synthetic.png").exists()
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")}
     again = {"preset_name": "tiny", "seeds": 1, **work}
