@@ -344,6 +344,7 @@ def _draw_groups(axes: Any, found: dict[str, Any]) -> None:
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
+    axes.locator_params(axis="x", nbins=6)  # labels of more would overlap
     axes.set_xlabel("regret against the context oracle, 95% by user")
     axes.set_title("regret by group (left is better)")
     axes.grid(axis="x", alpha=0.3)
