@@ -32,6 +32,7 @@ from harness import (
     sampled,
     sequence_sizes,
     train_resumed,
+    with_interval,
     write_results,
 )
 from jaxtyping import Float
@@ -357,7 +358,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def _interval(interval: dict[str, Any]) -> str:
-    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+    return with_interval({**interval, "mean": interval["mean_difference"]}, signed=True)
 
 
 def _seeds(table: dict[str, Any]) -> str:

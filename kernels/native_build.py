@@ -12,9 +12,12 @@ import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from cda4rec_jax.errors import UserError
 from cda4rec_jax.processor import cpu_features, cpu_model
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -81,3 +84,18 @@ def _compile(source: Path, compiler: str, library: Path) -> None:
         command = [compiler, *_FLAGS, "-w", f"-I{jax.ffi.include_dir()}", str(source), "-o", str(built)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
         built.replace(library)  # whole or not at all, also where two processes compile
+
+
+def suits_native(dtype: Any, wide: Any) -> bool:
+    """Whether the kernels in C++ that compute in float32 on a CPU are for these dtypes and this backend."""
+    return jax.default_backend() == "cpu" and dtype == wide == jnp.float32
+
+
+def check_native(dtype: Any, wide: Any, problem: str | None) -> None:
+    """Raises UserError where ``implementation="native"`` of such a kernel cannot be had; ``problem`` is what ``provide`` returned."""
+    if jax.default_backend() != "cpu":
+        raise UserError(f"implementation 'native' runs on a CPU, and JAX is on {jax.default_backend()}: choose another, or None.")
+    if not suits_native(dtype, wide):
+        raise UserError(f"implementation 'native' computes in float32, and the inputs want {dtype} and {wide}: choose 'xla'.")
+    if problem is not None:
+        raise UserError(f"implementation 'native' cannot be had: {problem}. Choose 'xla', which computes the same.")

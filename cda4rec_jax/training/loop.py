@@ -319,9 +319,9 @@ class Trainer:
         measured |= {f"mean_quality/{index}": float(value) for index, value in enumerate(means)}
         self.position.scales = dict(zip(measured, from_first(list(measured.values())), strict=True))
         self._apply_scales()
-        with self._system() as system:
-            assert system.policy is not None
-            check_scores(system.policy, system.policy.logits(requests.context, requests.predicted, requests.mask), requests.mask)
+        policy = nnx.merge(self.graph_of_all, self.weights()).policy
+        assert policy is not None
+        check_scores(policy, policy.logits(requests.context, requests.predicted, requests.mask), requests.mask)
 
     def _apply_scales(self) -> None:
         """Put measured scales into the planning world and the policy."""

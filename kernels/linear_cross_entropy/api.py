@@ -14,6 +14,7 @@ from cda4rec_jax.kernels.linear_cross_entropy.pallas import linear_cross_entropy
 from cda4rec_jax.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from cda4rec_jax.kernels.linear_cross_entropy.sharded import DATA_AXIS, ITEM_AXIS, linear_cross_entropy_sharded
 from cda4rec_jax.kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
+from cda4rec_jax.kernels.native_build import check_native, suits_native
 from cda4rec_jax.kernels.pallas_backend import check_backend
 
 Implementation = Literal["reference", "xla", "native", "sharded", "triton"]
@@ -90,7 +91,7 @@ def linear_cross_entropy(
         return linear_cross_entropy_reference(hidden.astype(wide), items[: num_items + 1], targets, weights)
     hidden = hidden.astype(narrow)
     if implementation == "native":
-        _check_native(narrow, wide)
+        check_native(narrow, wide, native_problem())
         return linear_cross_entropy_native(chunk_size or NATIVE_CHUNK, hidden, items[: num_items + 1], targets, weights)
     chunk_size = chunk_size or default_chunk_size(items.shape[0])
     if implementation == "xla":
@@ -117,17 +118,7 @@ def _check_shapes(hidden: Array, items: Array, targets: Array, weights: Array) -
 def _chosen(narrow: Any, wide: Any, mesh: Mesh | None) -> Implementation:
     if mesh is not None:
         return "sharded"
-    fits = jax.default_backend() == "cpu" and narrow == wide == jnp.float32
-    return "native" if fits and native_problem() is None else "xla"
-
-
-def _check_native(narrow: Any, wide: Any) -> None:
-    if jax.default_backend() != "cpu":
-        raise UserError(f"implementation 'native' runs on a CPU, and JAX is on {jax.default_backend()}: choose another, or None.")
-    if not narrow == wide == jnp.float32:
-        raise UserError(f"implementation 'native' computes in float32, and the inputs want {narrow} and {wide}: choose 'xla'.")
-    if (problem := native_problem()) is not None:
-        raise UserError(f"implementation 'native' cannot be had: {problem}. Choose 'xla', which computes the same.")
+    return "native" if suits_native(narrow, wide) and native_problem() is None else "xla"
 
 
 def _sharded(

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.native_build import check_native, suits_native
 from cda4rec_jax.kernels.segment_attention.dropout import dropout_seeds
 from cda4rec_jax.kernels.segment_attention.native import native_problem, segment_attention_native
 from cda4rec_jax.kernels.segment_attention.reference import segment_attention_reference
@@ -86,7 +87,9 @@ def segment_attention(
         return out.astype(dtype)
     query, key, value = (array.astype(dtype) for array in (query, key, value))
     if implementation == "native":
-        _check_native(dtype, wide, block_size)
+        if block_size is not None:
+            raise UserError(f"block_size is {block_size}; expected None for implementation 'native'.")
+        check_native(dtype, wide, native_problem())
         return segment_attention_native(query, key, value, segment_ids, bias, seeds, kind, dropout_rate)
     if implementation == "xla":
         size = block_size or (length if length <= LONGEST_WHOLE_ROW else BLOCK_SIZE)
@@ -95,20 +98,8 @@ def segment_attention(
 
 
 def _chosen(dtype: Any, wide: Any, block_size: int | None) -> Implementation:
-    fits = jax.default_backend() == "cpu" and dtype == wide == jnp.float32
     undivided = block_size is None and jax.sharding.get_abstract_mesh().empty
-    return "native" if fits and undivided and native_problem() is None else "xla"
-
-
-def _check_native(dtype: Any, wide: Any, block_size: int | None) -> None:
-    if block_size is not None:
-        raise UserError(f"block_size is {block_size}; expected None for implementation 'native'.")
-    if jax.default_backend() != "cpu":
-        raise UserError(f"implementation 'native' runs on a CPU, and JAX is on {jax.default_backend()}: choose another, or None.")
-    if not dtype == wide == jnp.float32:
-        raise UserError(f"implementation 'native' computes in float32, and the inputs want {dtype} and {wide}: choose 'xla'.")
-    if (problem := native_problem()) is not None:
-        raise UserError(f"implementation 'native' cannot be had: {problem}. Choose 'xla', which computes the same.")
+    return "native" if suits_native(dtype, wide) and undivided and native_problem() is None else "xla"
 
 
 def _check_shapes(query: Array, key: Array, value: Array, segment_ids: Array, bias: Array | None) -> None:
