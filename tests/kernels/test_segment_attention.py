@@ -1,5 +1,6 @@
 """Contract of segment_attention: every implementation against the specification, and the promises of the blocked one."""
 
+import functools
 import math
 import re
 from typing import get_args
@@ -84,16 +85,29 @@ def test_silu_equals_hand_computed_fractions(way):
     np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-6)
 
 
+def inputs_and_options(case: Case, kind: str, with_bias: bool):
+    """With a bias there is dropout too, so that both meet."""
+    query, key, value, bias, segment_ids = make_inputs(case)
+    inputs = (query * case.head_size**-0.5, key, value, bias if with_bias else None, segment_ids)
+    return inputs, {"kind": kind, "dropout_rate": 0.3, "dropout_key": jax.random.key(1) if with_bias else None}
+
+
+@functools.cache
+def reference_in_float64(case: Case, kind: str, with_bias: bool):
+    """Inputs and results, both in float64; for all tests that ask for them."""
+    inputs, options = inputs_and_options(case, kind, with_bias)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda array: array.astype(jnp.float64) if array.dtype == jnp.float32 else array, inputs)
+        return exact, value_and_gradients(exact, implementation="reference", **options)
+
+
 @pytest.mark.parametrize("with_bias", (False, True), ids=("no bias", "bias"))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
 def test_values_and_gradients_equal_reference_in_float64(case, kind, with_bias):
-    """With a bias there is dropout too, so that both meet."""
+    _, options = inputs_and_options(case, kind, with_bias)
+    inputs, expected = reference_in_float64(case, kind, with_bias)
     with jax.enable_x64(True):
-        query, key, value, bias, segment_ids = make_inputs(case, jnp.float64)
-        inputs = (query, key, value, bias if with_bias else None, segment_ids)
-        options = {"kind": kind, "dropout_rate": 0.3, "dropout_key": jax.random.key(1) if with_bias else None}
-        expected = value_and_gradients(inputs, implementation="reference", **options)
         actual = value_and_gradients(inputs, implementation="xla", block_size=case.block_size, **options)
         assert_trees_close(actual, expected, rtol=1e-11, atol=1e-12)
 
@@ -103,12 +117,8 @@ def test_values_and_gradients_equal_reference_in_float64(case, kind, with_bias):
 @pytest.mark.parametrize("case", CONTRACT_CASES + NATIVE_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("implementation", ("xla", NATIVE))
 def test_float32_is_as_near_to_the_reference_in_float64_as_rounding_allows(implementation, case, kind, with_bias):
-    query, key, value, bias, segment_ids = make_inputs(case)
-    inputs = (query * case.head_size**-0.5, key, value, bias if with_bias else None, segment_ids)
-    options = {"kind": kind, "dropout_rate": 0.3, "dropout_key": jax.random.key(1) if with_bias else None}
-    with jax.enable_x64(True):
-        exact = jax.tree.map(lambda array: array.astype(jnp.float64) if array.dtype == jnp.float32 else array, inputs)
-        expected = value_and_gradients(exact, implementation="reference", **options)
+    inputs, options = inputs_and_options(case, kind, with_bias)
+    _, expected = reference_in_float64(case, kind, with_bias)
     assert_trees_close(value_and_gradients(inputs, implementation=implementation, **options), expected, rtol=2e-5, atol=2e-5)
 
 

@@ -1,5 +1,7 @@
 """Deciders that are trained again on the trunks of a finished run, and joint systems without text."""
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,46 +18,50 @@ from cda4rec_jax.training import job, refit_deciders
 
 STOPPED_AND_RESUMED = """
 import signal, sys
-from dataclasses import replace
 from cda4rec_jax.cli.process import set_up_process
 from cda4rec_jax.presets import preset
 from cda4rec_jax.training import Interrupted, refit_deciders, train_run
 
 set_up_process()
-config = preset("tiny")
-config = replace(config, train=replace(config.train, refit_trunks=True))
 
 def watch(progress):
     if progress.phase == "refit" and progress.values and progress.step == 30:
         signal.raise_signal(signal.SIGINT)
 
-data, out, again = sys.argv[1:]
+run, again = sys.argv[1:]
+ignored = "", preset("tiny"), run  # it goes on with its own data and configuration
 try:
-    train_run(data, config, out, watch=watch)
+    train_run(*ignored, resume=True, watch=watch)
     sys.exit("was not stopped")
 except Interrupted:
-    train_run(data, config, out, resume=True)
-refit_deciders(out, again, practice_steps=3)
+    train_run(*ignored, resume=True)
+refit_deciders(run, again, practice_steps=3)
 """
 
 
 def test_trunks_are_trained_again_under_the_same_deciders_and_deciders_on_the_same_trunks(tiny_run: Path, tmp_path: Path):
-    paths = tiny_run / "data", tmp_path / "run", tmp_path / "again"
+    paths = tmp_path / "run", tmp_path / "again"
+    # As if `tiny_run` were one that trains its trunks again, and had been stopped before.
+    shutil.copytree(tiny_run, paths[0])
+    (paths[0] / "training.json").unlink()
+    stored = json.loads((paths[0] / "config.json").read_text())
+    stored["config"]["run"]["train"]["refit_trunks"] = True
+    (paths[0] / "config.json").write_text(json.dumps(stored))
     done = subprocess.run([sys.executable, "-c", STOPPED_AND_RESUMED, *map(str, paths)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    once, run, again = (RunDirectory.open(path).load_weights("final") for path in (tiny_run, *paths[1:]))
+    once, run, again = (RunDirectory.open(path).load_weights("final") for path in (tiny_run, *paths))
     deciders = {path for path in run if "head" in path or "policy" in path}
     assert all(np.array_equal(once[path], run[path]) for path in deciders)
     trunks = {path for path in run if path not in deciders and not np.array_equal(once[path], run[path])}
     assert {"cloud/items/ids/value", "device/projection/value"} <= trunks
-    rows = RunDirectory.open(paths[1] / "refit").metrics()
+    rows = RunDirectory.open(paths[0] / "refit").metrics()
     assert {row["phase"] for row in rows} == {"refit", "validation"} and [row["step"] for row in rows].count(30) == 1
     assert all("fusion_loss" not in row for row in rows)
     # New deciders leave the trunks as they are.
     measured = {"device/head/mean/value", "device/head/deviation/value"}  # of the same trunks
     changed = {path for path in run if not np.array_equal(run[path], again[path])}
     assert changed <= deciders and {path for path in deciders if "head" in path and path not in measured} <= changed
-    renewed = RunDirectory.open(paths[2])
+    renewed = RunDirectory.open(paths[1])
     assert [row["phase"] for row in renewed.metrics()] == ["practice", "planner"]
     assert renewed.has("training.json") and renewed.has("cost_profile.json")
 
