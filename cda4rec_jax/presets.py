@@ -96,6 +96,7 @@ def tiny() -> RunConfig:
         final_steps=6,
         final_events_per_step=8,
         validation_users=128,
+        policy_steps=0,
     )
     return joint(width=16, device_width=8, history_length=15, row_tokens=16, text_dimensions=16, dropout_rate=0.1, train=train)
 

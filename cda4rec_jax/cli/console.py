@@ -29,6 +29,8 @@ _PHASES = {
     "practice": "training fusion and planner",
     "planner": "training fusion and planner",
     "refit": "training again on all events",
+    "outcomes": "preparing the planner",
+    "policy": "training the planner",
 }
 
 

@@ -33,7 +33,12 @@ def from_first(values: Sequence[float]) -> list[float]:
     """The numbers of the first process, in float32; every process must give equally many."""
     if jax.process_count() == 1:
         return list(values)
-    return [float(value) for value in multihost_utils.broadcast_one_to_all(np.asarray(values, np.float32))]
+    return [float(value) for value in tree_from_first(np.asarray(values, np.float32))]
+
+
+def tree_from_first(tree: _T) -> _T:
+    """The arrays of the first process; every process gives a tree of the same shapes."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
 def first_does(action: Callable[[], _T]) -> _T | None:

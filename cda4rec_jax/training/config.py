@@ -47,3 +47,5 @@ class TrainConfig:
     final_events: int = 8192  # withheld events whose candidates are kept in memory for them, about .2 MB each
     final_events_per_step: int = 64
     final_ndcg_weight: float = 15.0  # of a smoothed ndcg beside the fusion head's cross-entropy in them
+    policy_steps: int = 800  # of the policy alone in the very end, on validation events before the finished agents; 0 takes none
+    policy_learning_rate: float = 1e-3  # in them; less than a policy takes that starts anew

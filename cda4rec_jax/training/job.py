@@ -36,9 +36,12 @@ from cda4rec_jax.runs.processes import any_process, first_does, is_first
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.loop import Progress, Trainer
 from cda4rec_jax.training.mesh import rows_multiple
+from cda4rec_jax.training.planner_only import OUTCOMES, TRAINING
+from cda4rec_jax.training.planner_run import finish_policy
 from cda4rec_jax.training.step import StepConfig
 
 _FINISHED = "training.json"  # is written last
+_PHASES = {OUTCOMES: "outcomes", TRAINING: "policy"}  # in which a policy is trained alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ def train_run(
     if config.kind == JOINT and config.train.refit_trunks:
         again = _refit(corpus, step, config.packing, run, watch, mesh)
         weights, seconds = trainer.weights_with(again), seconds + again.position.elapsed_s
-    _conclude(run, trainer, corpus, weights, seconds, tell)
+    _conclude(run, trainer, corpus, weights, seconds, watch, tell)
     return run
 
 
@@ -182,17 +185,32 @@ def refit_deciders(
     weights = trainer.fit_deciders(practice_steps)
     if config.train.refit_trunks:
         weights = trainer.weights_with(_refit(corpus, step, config.packing, run, watch, None))
-    _conclude(run, trainer, corpus, weights, time.monotonic() - started, tell)
+    _conclude(run, trainer, corpus, weights, time.monotonic() - started, watch, tell)
     return run
 
 
 def _conclude(
-    run: RunDirectory, trainer: Trainer, corpus: Corpus, weights: Any, seconds: float, tell: Callable[[str], None]
+    run: RunDirectory,
+    trainer: Trainer,
+    corpus: Corpus,
+    weights: Any,
+    seconds: float,
+    watch: Callable[[Progress], None],
+    tell: Callable[[str], None],
 ) -> None:
-    """Save what a finished run has."""
+    """Save what a finished run has, and let its policy finish before the agents that it has."""
     save_weights(run, weights)
     if trainer.world is not None:
         run.write_json("planner", {"scales": {name: float(value) for name, value in vars(trainer.world.scales).items()}})
+        train = trainer.config.train
+        if train.policy_steps:
+            started = time.monotonic()
+
+            def report(stage: str, done: int, total: int) -> None:
+                watch(Progress(phase=_PHASES[stage], step=done, num_steps=total))
+
+            finish_policy(run, train, trainer.num_steps + train.final_steps, report, tell)
+            seconds += time.monotonic() - started
         _finish(run, tell)
     run.write_json("provenance", provenance(dataset_fingerprint=corpus.interactions.fingerprint))
     run.write_json("training", {"seconds": seconds, "best_step": trainer.position.best_step})

@@ -43,7 +43,7 @@ class Interrupted(Exception):
 class Progress:
     """One report of the loop to whoever watches."""
 
-    phase: str  # "joint", "observing", "practice" (deciders alone), "planner" or "refit"
+    phase: str  # "joint", "observing", "practice" (deciders alone), "planner", "refit", "outcomes" or "policy" (alone)
     step: int
     num_steps: int
     values: dict[str, float] = field(default_factory=dict)

@@ -53,6 +53,7 @@ REPORTS = 20  # looks at the selecting users, evenly over training
 DRAW_STRIDE = 65_537  # keeps the contexts of training apart from those of selection and evaluation
 
 Report = Callable[[str, int, int], None]
+OUTCOMES, TRAINING = "outcomes of all plans", "training the planner"  # the stages that it hears of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +162,8 @@ def planner_examples(
     corpus = trained.corpus
     random = np.random.default_rng([config.seed, 41])
     users = np.sort(random.permutation(corpus.interactions.num_users)[: config.users])
-    num_selecting = round(config.selection_share * len(users))
-    if min(num_selecting, len(users) - num_selecting) < MIN_USERS:
+    num_selecting = _num_selecting(len(users), config)
+    if not enough_users(len(users), config):
         raise UserError(
             f"{len(users) - num_selecting} users to train on and {num_selecting} to select on: expected at least {MIN_USERS} each. "
             "Take more users, another share that selects, or a larger dataset."
@@ -175,7 +176,7 @@ def planner_examples(
     for cache in range(config.cache_draws):
 
         def tell(done: int, total: int, cache: int = cache) -> None:
-            progress("outcomes of all plans", cache * total + done, config.cache_draws * total)
+            progress(OUTCOMES, cache * total + done, config.cache_draws * total)
 
         first = cache * CONTEXTS_PER_EVENT
         found.append(population.records(weights, world, users, positions, draws=1, first_draw=first, progress=tell))
@@ -187,6 +188,17 @@ def planner_examples(
         quality=np.stack([records.quality for records in found]),
         space=world.space,
     )
+
+
+def enough_users(num_users: int, config: PlannerTraining) -> bool:
+    """Whether of so many users, or of the ``config.users`` that are taken, enough train and enough select."""
+    num_users = num_users if config.users is None else min(num_users, config.users)
+    num_selecting = _num_selecting(num_users, config)
+    return min(num_selecting, num_users - num_selecting) >= MIN_USERS
+
+
+def _num_selecting(num_users: int, config: PlannerTraining) -> int:
+    return round(config.selection_share * num_users)
 
 
 def new_planner(
@@ -249,7 +261,7 @@ def train_planner(
         state, values = advance(state, key, order[done : done + size], jnp.arange(done, done + size), *arrays)
         terms.append(values)
         done += size
-        progress("training the planner", done, config.steps)
+        progress(TRAINING, done, config.steps)
         if done % every and done < config.steps:
             continue
         utility = utility_of(state[1])

@@ -1,6 +1,7 @@
-"""A run directory with the agents of a finished run and a planner that was trained anew."""
+"""Planners that are trained alone on the agents of a run: at the end of joint training, and anew in a run of their own."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from cda4rec_jax.pipeline.system import with_planner
 from cda4rec_jax.planner import Policy
 from cda4rec_jax.runs import RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import JOINT, TrainedSystem, load_trained, save_weights
+from cda4rec_jax.runs.processes import first_does, tree_from_first
+from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.planner_only import (
     PlannerTraining,
     Report,
     TrainedPlanner,
+    enough_users,
     new_planner,
     planner_examples,
     train_planner,
@@ -80,12 +84,64 @@ def train_planner_run(
         copy = shutil.copytree if (given.path / name).is_dir() else shutil.copy
         copy(given.path / name, run.path / name)
     save_weights(run, _with_policy(trained, found.policy))
-    for row in found.curve:
-        run.append_metric({"phase": "planner", **row, "step": int(row["step"])})
-    run.write_json("planner_training", {name: value for name, value in vars(found).items() if name != "policy"})
+    _record(run, found, "planner")
     run.write_json("provenance", provenance(dataset_fingerprint=trained.corpus.interactions.fingerprint))
     run.write_json("training", {"seconds": found.seconds, "best_step": found.best_step})
     return run, found
+
+
+def finish_policy(
+    run: RunDirectory,
+    train: TrainConfig,
+    first_step: int,
+    progress: Report = lambda stage, done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train the policy on, alone, before the finished agents, and save the weights that have it.
+
+    Joint training taught it at withheld positions, while the head was moving and before trunks were trained again. Here it meets the
+    agents that it will plan for, at validation events, and users who do not train select among its weights, those of the start
+    among them. All processes of a job call this together.
+
+    Args:
+        run: whose weights, scales and exposure are saved.
+        train: how the system was trained.
+        first_step: steps that were logged before.
+        progress: hears (stage, done, total).
+        tell: hears one line.
+
+    Raises:
+        UserError: scores that are no numbers.
+    """
+    config = PlannerTraining(
+        steps=train.policy_steps, learning_rate=train.policy_learning_rate, objective=train.objective, seed=train.seed
+    )
+    trained = load_trained(run.path)
+    if not enough_users(trained.corpus.interactions.num_users, config):
+        tell("the planner stays as joint training left it: too few users to train it on some and select on others")
+        return
+    policy = trained.system.policy
+    assert policy is not None
+
+    def train_on() -> Any:
+        world = trained.world()
+        found = train_planner(planner_examples(trained, world, config, progress), world, config, policy, progress)
+        _record(run, found, "policy", first_step)
+        for line in found.lines():
+            tell(line)
+        return nnx.state(found.policy)
+
+    found = first_does(train_on)
+    graph, start = nnx.split(policy)
+    policy = nnx.merge(graph, tree_from_first(start if found is None else found))
+    save_weights(run, _with_policy(trained, policy))
+
+
+def _record(run: RunDirectory, found: TrainedPlanner, phase: str, first_step: int = 0) -> None:
+    """Keep how a planner was trained; its start, which is the end of something else, is in the curve alone."""
+    for row in found.curve[1:]:
+        run.append_metric({"phase": phase, **row, "step": first_step + int(row["step"])})
+    run.write_json("planner_training", {name: value for name, value in vars(found).items() if name != "policy"})
 
 
 def _with_sizes_of(trained: TrainedSystem, config: PlannerTraining) -> PlannerTraining:

@@ -45,24 +45,32 @@ def test_trunks_are_trained_again_under_the_same_deciders_and_deciders_on_the_sa
     shutil.copytree(tiny_run, paths[0])
     (paths[0] / "training.json").unlink()
     stored = json.loads((paths[0] / "config.json").read_text())
-    stored["config"]["run"]["train"]["refit_trunks"] = True
+    stored["config"]["run"]["train"] |= {"refit_trunks": True, "policy_steps": 40}
     (paths[0] / "config.json").write_text(json.dumps(stored))
     done = subprocess.run([sys.executable, "-c", STOPPED_AND_RESUMED, *map(str, paths)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     once, run, again = (RunDirectory.open(path).load_weights("final") for path in (tiny_run, *paths))
     deciders = {path for path in run if "head" in path or "policy" in path}
-    assert all(np.array_equal(once[path], run[path]) for path in deciders)
+    assert all(np.array_equal(once[path], run[path]) for path in deciders if "head" in path)
     trunks = {path for path in run if path not in deciders and not np.array_equal(once[path], run[path])}
     assert {"cloud/items/ids/value", "device/projection/value"} <= trunks
     rows = RunDirectory.open(paths[0] / "refit").metrics()
     assert {row["phase"] for row in rows} == {"refit", "validation"} and [row["step"] for row in rows].count(30) == 1
     assert all("fusion_loss" not in row for row in rows)
+    # The policy alone went on before the new trunks, as far as that was of use to users who did not train it.
+    last = RunDirectory.open(paths[0])
+    alone = last.read_json("planner_training")
+    steps = [row["step"] for row in last.metrics() if row["phase"] == "policy"]
+    utilities = {row["step"]: row["utility"] for row in alone["curve"]}
+    assert steps == list(range(steps[0], steps[0] + 40, 2)) and utilities[alone["best_step"]] == max(utilities.values())
+    moved = any(not np.array_equal(once[path], run[path]) for path in deciders if "policy" in path)
+    assert moved == (alone["best_step"] > 0)
     # New deciders leave the trunks as they are.
     measured = {"device/head/mean/value", "device/head/deviation/value"}  # of the same trunks
     changed = {path for path in run if not np.array_equal(run[path], again[path])}
     assert changed <= deciders and {path for path in deciders if "head" in path and path not in measured} <= changed
     renewed = RunDirectory.open(paths[1])
-    assert [row["phase"] for row in renewed.metrics()] == ["practice", "planner"]
+    assert [row["phase"] for row in renewed.metrics()] == ["practice", "planner", *["policy"] * 20]
     assert renewed.has("training.json") and renewed.has("cost_profile.json")
 
 
