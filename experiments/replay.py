@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from harness import (
     OURS,
+    Arrays,
     Options,
     Study,
     Values,
@@ -54,7 +55,9 @@ from replay_lab import (
     Key,
     cross_fitted,
 )
+from rich.console import Console
 
+from cda4rec_jax.cli.console import StagesView
 from cda4rec_jax.data import before_last, write_prepared
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.replay import cached_ranks, record_replay, replay_positions
@@ -151,7 +154,7 @@ def _over_seeds(
         trained = _trained(study, seed, setting)
         held = "" if setting.resident_items is None else f"-resident-{setting.resident_items}"
         name = f"{OURS}-{seed}-replay{setting.steps}-ranks{held}"
-        ranks = study.cell(name, lambda trained=trained: {"ranks": cached_ranks(trained, users, positions)})["ranks"]
+        ranks = study.cell(name, partial(_ranks, trained, users, positions, study.console))["ranks"]
         with study.console.status(f"replaying, seed {seed}"):
             world = trained.world()
             records = record_replay(trained, world, users, positions, ranks, setting.draws)
@@ -162,6 +165,11 @@ def _over_seeds(
         for key in of_seeds[0]
     }
     return found, _gaps_by_age(tables)
+
+
+def _ranks(trained: TrainedSystem, users: np.ndarray, positions: np.ndarray, console: Console) -> Arrays:
+    with StagesView(console) as view:
+        return {"ranks": cached_ranks(trained, users, positions, partial(view.progress, "ranks by level and age of the cache"))}
 
 
 def _trained(study: Study, seed: int, setting: Setting) -> TrainedSystem:
