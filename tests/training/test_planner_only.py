@@ -31,6 +31,7 @@ from cda4rec_jax.planner.budgets import Budget
 from cda4rec_jax.runs.artifacts import load_trained
 from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.training import PlannerExamples, PlannerTraining, new_planner, planner_examples, train_planner, train_planner_run
+from cda4rec_jax.training.planner_only import enough_users
 from tests.planner.own_planner import Unmasked
 
 USERS, CACHES = 240, 2
@@ -171,5 +172,7 @@ def test_a_new_planner_becomes_a_run_that_evaluates_and_recommends_and_the_old_r
 
 def test_examples_need_users_to_train_and_to_select_on(tiny_run: Path):
     trained = load_trained(tiny_run)
+    few = PlannerTraining(users=25)
     with pytest.raises(UserError, match="to select on"):
-        planner_examples(trained, trained.world(), PlannerTraining(users=25))
+        planner_examples(trained, trained.world(), few)
+    assert not enough_users(300, few) and not enough_users(25, CONFIG) and enough_users(300, CONFIG)

@@ -16,7 +16,7 @@ from cda4rec_jax.cli import main
 from cda4rec_jax.runs import RunDirectory
 
 # As the fixture `tiny_run` in conftest.py, which is the uninterrupted run.
-TINY = ["--preset", "tiny", "--data", "synthetic:users=300,items=150", "--checkpoint-minutes", "60"]
+TINY = ["--preset", "tiny", "--data", "synthetic:users=300,items=150", "--checkpoint-minutes", "0"]
 PROGRAM = "import sys; from cda4rec_jax.cli import main; sys.exit(main())"
 DEADLINE_S = 400
 
@@ -68,23 +68,27 @@ def signal_when(ready: Callable[[], bool], number: signal.Signals, *arguments: s
     return process.returncode, " ".join(errors.split())
 
 
-def checkpoints_after_every_step(run: Path) -> None:
-    """Let a run save itself so often from its next start on."""
+def checkpoints_every(minutes: float, run: Path) -> None:
+    """Change how often a run saves itself from its next start on."""
     file = run / "config.json"
     stored = json.loads(file.read_text())
-    stored["config"]["run"]["train"]["checkpoint_minutes"] = 0
+    stored["config"]["run"]["train"]["checkpoint_minutes"] = minutes
     file.write_text(json.dumps(stored))
 
 
-def test_a_run_that_is_stopped_then_killed_ends_as_one_that_was_not(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_then_stopped_then_killed_again_ends_as_one_that_was_not(tiny_run: Path, tmp_path: Path) -> None:
     run, num_joint_steps = tmp_path / "run", max(row["step"] for row in losses(tiny_run) if row["phase"] == "joint")
     resume = ("--resume", "--out", str(run))
+    # Killed while agents train.
+    assert signal_when(lambda: newest_checkpoint(run) >= 10, signal.SIGKILL, *TINY, "--out", str(run))[0] == -signal.SIGKILL
+    assert newest_checkpoint(run) < 30
     # Ctrl-C while agents train, when nothing else would have saved them.
-    code, message = signal_when(lambda: last_logged(run) >= 20, signal.SIGINT, *TINY, "--out", str(run))
+    checkpoints_every(60, run)
+    code, message = signal_when(lambda: last_logged(run) >= 40, signal.SIGINT, *resume)
     assert (code, message) == (130, f"cda4rec: stopped; the run is saved. Continue it with: cda4rec train --out {run} --resume")
-    assert 20 <= newest_checkpoint(run) < num_joint_steps
-    # Killed while the planner trains, somewhere after a checkpoint.
-    checkpoints_after_every_step(run)
+    assert 40 <= newest_checkpoint(run) < num_joint_steps
+    # Killed while the planner trains.
+    checkpoints_every(0, run)
     planning = signal_when(lambda: newest_checkpoint(run) > num_joint_steps, signal.SIGKILL, *resume)
     assert planning[0] == -signal.SIGKILL and not (run / "training.json").exists()
     assert train(*resume) == (0, "")
