@@ -94,8 +94,8 @@ def finish_policy(
     run: RunDirectory,
     train: TrainConfig,
     first_step: int,
-    progress: Report = lambda stage, done, total: None,
-    tell: Callable[[str], None] = lambda line: None,
+    progress: Report,
+    tell: Callable[[str], None],
 ) -> None:
     """Train the policy on, alone, before the finished agents, and save the weights that have it.
 
@@ -108,7 +108,7 @@ def finish_policy(
         train: how the system was trained.
         first_step: steps that were logged before.
         progress: hears (stage, done, total).
-        tell: hears one line.
+        tell: hears what was found, line by line.
 
     Raises:
         UserError: scores that are no numbers.
