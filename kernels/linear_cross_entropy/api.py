@@ -48,7 +48,7 @@ def linear_cross_entropy(
 
     A ``hidden`` of 16 bits makes all but ``reference`` round the operands of their products to its dtype; sums stay in float32, and
     so do the gradient of float32 items and the softmax. Operands of float32 are rounded as ``jax.default_matmul_precision`` says, which
-    on accelerators is to fewer bits unless it is "highest"; ``triton`` rounds none.
+    on accelerators is to fewer bits unless it is "highest"; so does ``native`` on a CPU with AMX, to 17 of 24. ``triton`` rounds none.
 
     Args:
       hidden: Output of the decoder, one row for each token. Must be finite also where the weight is 0.

@@ -4,14 +4,15 @@
 // that fit into the second-level cache; only the sums over all items stand between, so that each thread goes over its items twice a
 // chunk. All three products are sums in registers, and both gradients are added up in place: what XLA's chunked version spends beside its
 // products (a copy of the items' gradient for every chunk, passes over logits in memory) does not happen.
+//
+// Where the processor has a matrix unit, all three products are made there, of operands split in two (see ../matrix_unit.h), unless
+// `exact` forbids it.
 
 #include <cmath>
 
-#include "../native.h"
+#include "../matrix_unit.h"
 
 namespace {
-
-constexpr int64_t kBlockItems = 21 * kTileRows;
 
 // How `multiply` wants its right side [depth, columns]: panels of kPanel columns one after the other (and a last one of what remains), each
 // [depth, its columns]. A panel stays in the first-level cache, whose sets its lines share evenly, while all rows pass over it.
@@ -58,47 +59,37 @@ void multiply(const float* a, int64_t row_stride, int64_t step, int64_t rows, in
 }
 
 // One chunk of tokens against all items. `scratch` has room for its exponentials, [items, tokens].
-struct Chunk {
-  Chunk(const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size, int64_t pieces, float* scratch)
-      : hidden(hidden), items(items), num_rows(num_rows), width(width), size(size), exponentials(scratch),
-        num_blocks((num_rows - 1 + kBlockItems - 1) / kBlockItems), num_pieces(std::min(pieces, num_blocks)), transposed(size * width),
-        maxima(num_blocks * size), sums(num_blocks * size), greatest(size), totals(size), d_hidden(num_pieces * size * width),
-        scaled(num_pieces * size * width), packed(num_pieces * kBlockItems * width), scales(num_pieces * size) {}
-
-  // Row 0 is no item.
-  int64_t begin(int64_t block) const { return 1 + block * kBlockItems; }
-  int64_t end(int64_t block) const { return std::min(begin(block + 1), num_rows); }
-  int64_t first_block(int64_t piece) const { return piece * num_blocks / num_pieces; }
+class Chunk {
+ public:
+  Chunk(const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size, int64_t pieces, float* scratch,
+        int64_t block_items)
+      : hidden(hidden), items(items), num_rows(num_rows), width(width), size(size), block_items(block_items), exponentials(scratch),
+        num_blocks((num_rows - 1 + block_items - 1) / block_items), num_pieces(std::min(pieces, num_blocks)), maxima(num_blocks * size),
+        sums(num_blocks * size), greatest(size), totals(size), d_hidden(num_pieces * size * width), scales(num_pieces * size) {}
+  virtual ~Chunk() = default;
 
   // Token j of the chunk is tokens[j]; those from `count` on are padding, of weight 0.
   void take(const int32_t* tokens, const float* weights, int64_t count) {
     this->tokens = tokens, this->weights = weights, this->count = count;
-    std::fill_n(transposed.data(), width * size, 0.0f);
-    for (int64_t j = 0; j < count; ++j) {
-      float* to = transposed.data() + j / kPanel * width * kPanel + j % kPanel;
-      for (int64_t x = 0; x < width; ++x) to[x * kPanel] = hidden[tokens[j] * width + x];
-    }
+    pack();
   }
 
   // Exponentials of the logits minus the block's own maximum for each token, and their sums.
-  void exponentiate(int64_t block) {
-    int64_t first = begin(block), rows = end(block) - first;
-    float *out = exponentials + (first - 1) * size, *most = maxima.data() + block * size, *sum = sums.data() + block * size;
-    std::fill_n(most, size, -kInfinity);
-    multiply(items + first * width, width, 1, rows, width, transposed.data(), size, out, [&](float* at, int64_t, Vector logits) {
-      store(at, logits);
-      float* of_tokens = most + (at - out) % size;
-      store(of_tokens, largest(logits, load(of_tokens)));
-    });
-    for (int64_t column = 0; column < size; column += kLanes) {
-      Vector total = {}, shift = load(most + column);
-      for (int64_t row = 0; row < rows; ++row) {
-        float* at = out + row * size + column;
-        Vector value = exponential(load(at) - shift);
-        store(at, value);
-        total += value;
+  void exponentiate(int64_t piece) {
+    for (int64_t block = first_block(piece); block < first_block(piece + 1); ++block) {
+      float *out = weighted(block), *most = maxima.data() + block * size, *sum = sums.data() + block * size;
+      std::fill_n(most, size, -kInfinity);
+      make_logits(piece, block, out, most);
+      for (int64_t column = 0; column < size; column += kLanes) {
+        Vector total = {}, shift = load(most + column);
+        for (int64_t row = 0; row < rows(block); ++row) {
+          float* at = out + row * size + column;
+          Vector value = exponential(load(at) - shift);
+          store(at, value);
+          total += value;
+        }
+        store(sum + column, total);
       }
-      store(sum + column, total);
     }
   }
 
@@ -116,41 +107,173 @@ struct Chunk {
 
   // Adds to the gradients of the hidden states (those of this piece) and of the items, which are set if they are `new_items`.
   void differentiate(int64_t piece, float* d_items, bool new_items) {
-    float *scale = scales.data() + piece * size, *own = d_hidden.data() + piece * size * width;
-    float *states = scaled.data() + piece * size * width, *vectors = packed.data() + piece * kBlockItems * width;
-    std::fill_n(own, size * width, 0.0f);
+    float* scale = scales.data() + piece * size;
+    std::fill_n(d_hidden.data() + piece * size * width, size * width, 0.0f);
     for (int64_t block = first_block(piece); block < first_block(piece + 1); ++block) {
-      int64_t first = begin(block), rows = end(block) - first;
-      const float* weighted = exponentials + (first - 1) * size;
-      // Scaling the narrow sides leaves the wide softmax unnormalised.
+      // What turns a block's exponentials of one token into its part of the gradient.
       for (int64_t column = 0; column < size; column += kLanes)
         store(scale + column, exponential(load(maxima.data() + block * size + column) - load(greatest.data() + column)) /
                                   load(totals.data() + column));
-      for (int64_t j = 0; j < size; ++j) {
-        scale[j] = j < count ? weights[tokens[j]] * scale[j] : 0.0f;
-        pack_row(hidden + tokens[j < count ? j : 0] * width, scale[j], j, size, width, states);
-      }
-      for (int64_t row = 0; row < rows; ++row) pack_row(items + (first + row) * width, 1.0f, row, rows, width, vectors);
-      multiply(weighted, size, 1, rows, size, states, width, d_items + first * width,
-               [&](float* at, int64_t, Vector sum) { store(at, new_items ? sum : load(at) + sum); });
-      multiply(weighted, 1, size, count, rows, vectors, width, own,
-               [&](float* at, int64_t token, Vector sum) { store(at, load(at) + scale[token] * sum); });
+      for (int64_t j = 0; j < size; ++j) scale[j] = j < count ? weights[tokens[j]] * scale[j] : 0.0f;
+      add_gradients(piece, block, scale, d_items + begin(block) * width, new_items);
     }
   }
 
+  // Part x of token j's gradient, but for what its target adds.
+  float gradient(int64_t j, int64_t x) {
+    float sum = 0.0f;
+    for (int64_t piece = 0; piece < num_pieces; ++piece) sum += d_hidden.data()[piece * size * width + place_of(j, x)];
+    return sum;
+  }
+
   const float *hidden, *items;
-  int64_t num_rows, width, size;
+  int64_t num_rows, width, size, block_items;
   float* exponentials;
   int64_t num_blocks, num_pieces;
-  Lines<float> transposed, maxima, sums, greatest, totals, d_hidden, scaled, packed, scales;
+  Lines<float> maxima, sums, greatest, totals, d_hidden, scales;
   const int32_t* tokens = nullptr;
   const float* weights = nullptr;
   int64_t count = 0;
+
+ protected:
+  // Row 0 is no item.
+  int64_t begin(int64_t block) const { return 1 + block * block_items; }
+  int64_t rows(int64_t block) const { return std::min(begin(block + 1), num_rows) - begin(block); }
+  int64_t first_block(int64_t piece) const { return piece * num_blocks / num_pieces; }
+  float* weighted(int64_t block) const { return exponentials + (begin(block) - 1) * size; }
+  const float* state(int64_t j) const { return hidden + tokens[j] * width; }
+
+  // What all blocks take of the tokens.
+  virtual void pack() = 0;
+  // The logits of a block, and in `most` the greatest of each token.
+  virtual void make_logits(int64_t piece, int64_t block, float* out, float* most) = 0;
+  // With p = scale * exponentials of a block: d_items (+)= p hidden, and the piece's d_hidden += p^T items.
+  virtual void add_gradients(int64_t piece, int64_t block, const float* scale, float* d_items, bool new_items) = 0;
+  virtual int64_t place_of(int64_t j, int64_t x) const = 0;
 };
 
+// With products of vectors.
+class VectorChunk : public Chunk {
+ public:
+  VectorChunk(const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size, int64_t pieces, float* scratch)
+      : Chunk(hidden, items, num_rows, width, size, pieces, scratch, kBlockItems), transposed_(size * width),
+        scaled_(num_pieces * size * width), packed_(num_pieces * kBlockItems * width) {}
+
+ private:
+  static constexpr int64_t kBlockItems = 21 * kTileRows;
+
+  void pack() override {
+    std::fill_n(transposed_.data(), width * size, 0.0f);
+    for (int64_t j = 0; j < count; ++j) {
+      float* to = transposed_.data() + j / kPanel * width * kPanel + j % kPanel;
+      for (int64_t x = 0; x < width; ++x) to[x * kPanel] = state(j)[x];
+    }
+  }
+
+  void make_logits(int64_t, int64_t block, float* out, float* most) override {
+    multiply(items + begin(block) * width, width, 1, rows(block), width, transposed_.data(), size, out,
+             [&](float* at, int64_t, Vector logits) {
+               store(at, logits);
+               float* of_tokens = most + (at - out) % size;
+               store(of_tokens, largest(logits, load(of_tokens)));
+             });
+  }
+
+  // Scaling the narrow sides leaves the wide softmax unnormalised.
+  void add_gradients(int64_t piece, int64_t block, const float* scale, float* d_items, bool new_items) override {
+    float *states = scaled_.data() + piece * size * width, *vectors = packed_.data() + piece * kBlockItems * width;
+    for (int64_t j = 0; j < size; ++j) pack_row(state(j < count ? j : 0), scale[j], j, size, width, states);
+    for (int64_t row = 0; row < rows(block); ++row)
+      pack_row(items + (begin(block) + row) * width, 1.0f, row, rows(block), width, vectors);
+    multiply(weighted(block), size, 1, rows(block), size, states, width, d_items,
+             [&](float* at, int64_t, Vector sum) { store(at, new_items ? sum : load(at) + sum); });
+    multiply(weighted(block), 1, size, count, rows(block), vectors, width, d_hidden.data() + piece * size * width,
+             [&](float* at, int64_t token, Vector sum) { store(at, load(at) + scale[token] * sum); });
+  }
+
+  int64_t place_of(int64_t j, int64_t x) const override { return j * width + x; }
+
+  Lines<float> transposed_, scaled_, packed_;
+};
+
+#if CDA4REC_MATRIX_UNIT
+// With products of the matrix unit. The gradients of the hidden states are [width, tokens].
+class MatrixChunk : public Chunk {
+ public:
+  MatrixChunk(const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size, int64_t pieces, float* scratch)
+      : Chunk(hidden, items, num_rows, width, size, pieces, scratch, kBlockItems), states_(side_size(size, width)),
+        states_of_tokens_(side_size(width, size)), left_(num_pieces * left_size()), right_(num_pieces * right_size()) {}
+
+ private:
+  static constexpr int64_t kBlockItems = 8 * kUnit;
+
+  int64_t left_size() const { return std::max(side_size(kBlockItems, std::max(width, size)), side_size(width, kBlockItems)); }
+  int64_t right_size() const { return side_size(size, kBlockItems); }
+
+  void pack() override {
+    std::vector<float> gathered(size * width);
+    for (int64_t j = 0; j < count; ++j) std::copy_n(state(j), width, &gathered[j * width]);
+    auto vector = [&](int64_t j, int64_t x) { return load(&gathered[j * width + x]); };
+    pack_right(size, width, vector, states_of_tokens_.data());
+    // As a right side of [width, tokens].
+    pack_left(size, width, vector, states_.data());
+    for (int64_t tile = 0; tile < side_size(size, width); tile += kTileNumbers) transpose_tile(states_.data() + tile);
+  }
+
+  void make_logits(int64_t piece, int64_t block, float* out, float* most) override {
+    MatrixUnit unit;
+    uint32_t* left = left_.data() + piece * left_size();
+    const float* vectors = items + begin(block) * width;
+    pack_left(rows(block), width, [&](int64_t row, int64_t x) { return load(vectors + row * width + x); }, left);
+    multiply_rows(left, states_.data(), rows(block), size, width, out, false);
+    for (int64_t column = 0; column < size; column += kLanes) {
+      Vector greatest = load(most + column);
+      for (int64_t row = 0; row < rows(block); ++row) greatest = largest(load(out + row * size + column), greatest);
+      store(most + column, greatest);
+    }
+  }
+
+  void add_gradients(int64_t piece, int64_t block, const float* scale, float* d_items, bool new_items) override {
+    MatrixUnit unit;
+    uint32_t *left = left_.data() + piece * left_size(), *right = right_.data() + piece * right_size();
+    const float *vectors = items + begin(block) * width, *exponentials = weighted(block);
+    auto softmax = [&](int64_t row, int64_t j) { return load(exponentials + row * size + j) * load(scale + j); };
+    pack_left(rows(block), size, softmax, left);
+    multiply_rows(left, states_of_tokens_.data(), rows(block), width, size, d_items, !new_items);
+    pack_right(rows(block), size, softmax, right);
+    pack_transposed(rows(block), width, [&](int64_t row, int64_t x) { return load(vectors + row * width + x); }, left);
+    multiply_sides(left, right, width, size, rows(block), d_hidden.data() + piece * size * width, size, true);
+  }
+
+  // As `multiply_sides`, where the rows of the last block end within a tile.
+  void multiply_rows(const uint32_t* left, const uint32_t* right, int64_t rows, int64_t columns, int64_t depth, float* out, bool add) {
+    int64_t whole = rows / kUnit * kUnit, rest = rows - whole;
+    multiply_sides(left, right, whole, columns, depth, out, columns, add);
+    if (rest == 0) return;
+    Lines<float> tile(kUnit * columns);
+    float* last = out + whole * columns;
+    if (add) std::copy_n(last, rest * columns, tile.data());
+    multiply_sides(left + side_size(whole, depth), right, kUnit, columns, depth, tile.data(), columns, add);
+    std::copy_n(tile.data(), rest * columns, last);
+  }
+
+  int64_t place_of(int64_t j, int64_t x) const override { return x * size + j; }
+
+  Lines<uint32_t> states_, states_of_tokens_, left_, right_;
+};
+#endif
+
+std::unique_ptr<Chunk> make_chunk(bool exact, const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size,
+                                  int64_t pieces, float* scratch) {
+#if CDA4REC_MATRIX_UNIT
+  if (!exact && has_matrix_unit()) return std::make_unique<MatrixChunk>(hidden, items, num_rows, width, size, pieces, scratch);
+#endif
+  return std::make_unique<VectorChunk>(hidden, items, num_rows, width, size, pieces, scratch);
+}
+
 // Results: the loss of each token without its weight (0 where the target is 0), and the gradients of the weighted sum. Of `scratch` the
-// dimensions say how many tokens a chunk has; it is memory that XLA plans for.
-ffi::Error linear_cross_entropy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> hidden_states, ffi::Buffer<ffi::F32> item_vectors,
+// dimensions say how many tokens a chunk has; it is memory that XLA plans for. `exact`: operands of products keep all their bits.
+ffi::Error linear_cross_entropy(ffi::ThreadPool pool, bool exact, ffi::Buffer<ffi::F32> hidden_states, ffi::Buffer<ffi::F32> item_vectors,
                                 ffi::Buffer<ffi::S32> target_items, ffi::Buffer<ffi::F32> token_weights,
                                 ffi::ResultBuffer<ffi::F32> losses, ffi::ResultBuffer<ffi::F32> d_hidden, ffi::ResultBuffer<ffi::F32> d_items,
                                 ffi::ResultBuffer<ffi::F32> scratch) {
@@ -172,13 +295,13 @@ ffi::Error linear_cross_entropy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> hidd
   std::fill_n(to_items, width, 0.0f);
   // Equal chunks have the least padding.
   int64_t each = ((count + num_chunks - 1) / num_chunks + kPanel - 1) / kPanel * kPanel;
-  Chunk chunk(hidden, items, num_rows, width, each, 2 * std::max<int64_t>(1, pool.num_threads()), scratch->typed_data());
+  int64_t pieces = 2 * std::max<int64_t>(1, pool.num_threads());
+  std::unique_ptr<Chunk> made = make_chunk(exact, hidden, items, num_rows, width, each, pieces, scratch->typed_data());
+  Chunk& chunk = *made;
   for (int64_t start = 0; start < count; start += each) {
     const int32_t* taken = tokens.data() + start;
     chunk.take(taken, weights, std::min(each, count - start));
-    run_pieces(pool, chunk.num_pieces, [&](int64_t piece) {
-      for (int64_t block = chunk.first_block(piece); block < chunk.first_block(piece + 1); ++block) chunk.exponentiate(block);
-    });
+    run_pieces(pool, chunk.num_pieces, [&](int64_t piece) { chunk.exponentiate(piece); });
     chunk.normalise();
     run_pieces(pool, chunk.num_pieces, [&](int64_t piece) { chunk.differentiate(piece, to_items, start == 0); });
     for (int64_t j = 0; j < chunk.count; ++j) {
@@ -186,9 +309,7 @@ ffi::Error linear_cross_entropy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> hidd
       const float *state = hidden + t * width, *item = items + target * width;
       float logit = 0.0f;
       for (int64_t x = 0; x < width; ++x) {
-        float gradient = 0.0f;
-        for (int64_t piece = 0; piece < chunk.num_pieces; ++piece) gradient += chunk.d_hidden.data()[(piece * each + j) * width + x];
-        to_hidden[t * width + x] = gradient - weights[t] * item[x];
+        to_hidden[t * width + x] = chunk.gradient(j, x) - weights[t] * item[x];
         logit += state[x] * item[x];
       }
       loss[t] = std::log(chunk.totals.data()[j]) + (chunk.greatest.data()[j] - logit);
@@ -206,6 +327,7 @@ ffi::Error linear_cross_entropy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> hidd
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LinearCrossEntropy, linear_cross_entropy,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("exact")
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -15,6 +16,7 @@ SOURCE = Path(__file__).with_name("native.cc")
 _TARGET = "cda4rec_jax_linear_cross_entropy"
 _LANES = 16  # widths come in multiples of it, whatever the processor
 _TOKENS = 64  # so do chunks
+_EXACT = ("highest", "float32", "F32_F32_F32")  # of jax.default_matmul_precision
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -27,8 +29,9 @@ def linear_cross_entropy_native(
 ) -> Float[Array, ""]:
     """As ``linear_cross_entropy_xla``, of float32 on a CPU. ``native_problem`` must have returned None.
 
-    Tokens without a target cost nothing. Beside its results it takes the logits of a chunk (of at least 64 tokens) and, for each thread,
-    four times the chunk's hidden states.
+    On a processor with a matrix unit (AMX) each operand of a product is split into two bfloat16, which keep 17 of its 24 bits, unless
+    ``jax.default_matmul_precision`` is "highest" or "float32". Tokens without a target cost nothing. Beside its results it takes the
+    logits of a chunk (of at least 64 tokens) and, for each thread, some copies of the chunk's hidden states.
     """
     return _forward(chunk_size, hidden, items, targets, weights)[0]
 
@@ -41,7 +44,8 @@ def _forward(chunk_size: int, hidden: Array, items: Array, targets: Array, weigh
     shapes = ((tokens,), hidden.shape, items.shape, (items.shape[0] - 1, chunk))
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     call = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")
-    losses, d_hidden, d_items, _ = call(hidden, items, targets.astype(jnp.int32), weights)
+    exact = np.bool_(jax.default_matmul_precision.value in _EXACT)
+    losses, d_hidden, d_items, _ = call(hidden, items, targets.astype(jnp.int32), weights, exact=exact)
     return jnp.sum(weights * losses), (d_hidden[:, :width], d_items[:, :width], losses)
 
 

@@ -109,6 +109,7 @@ constexpr int kTileQueries = 8, kTileBlocks = 3;
 constexpr int kTileQueries = 4, kTileBlocks = 1;
 #endif
 constexpr int64_t kStep = kChannels * kBlock;  // bytes
+
 constexpr int64_t kAhead = 4096;  // bytes to fetch ahead; half and twice as much were slower
 constexpr int64_t kPackedBytes = 1 << 15;  // of items, which stay in the first-level cache while the queries pass over them
 
@@ -141,25 +142,40 @@ struct QueryCodes {
   float scale, per_residual, per_norm;
 };
 
-struct Candidate {
-  float lower, upper;  // of its float32 score
-  int32_t item;
-};
-
-// What one piece found for one query.
+// What one piece found for one query: items, and bounds of their float32 scores from both sides.
 struct Candidates {
-  std::vector<Candidate> found;
+  std::vector<float> lower, upper;
+  std::vector<int32_t> items;
   float guessed = -kInfinity, below = -kInfinity;  // an upper bound must exceed `below`
   size_t most = 0;
 
-  // Drops what k others are certain to beat.
+  size_t size() const { return items.size(); }
+
+  void add(float least, float greatest, int32_t item) { lower.push_back(least), upper.push_back(greatest), items.push_back(item); }
+
+  void add_all(const Candidates& other) {
+    lower.insert(lower.end(), other.lower.begin(), other.lower.end());
+    upper.insert(upper.end(), other.upper.begin(), other.upper.end());
+    items.insert(items.end(), other.items.begin(), other.items.end());
+    guessed = std::max(guessed, other.guessed);
+  }
+
+  // Drops what k others are certain to beat; without branches, which nothing could predict.
   void prune(int64_t k) {
-    std::vector<float> lower(found.size());
-    for (size_t i = 0; i < found.size(); ++i) lower[i] = found[i].lower;
     float reach = bound_above(lower.data(), lower.size(), k);
-    found.erase(std::remove_if(found.begin(), found.end(), [=](const Candidate& each) { return each.upper <= reach; }), found.end());
+    size_t kept = 0;
+    for (size_t i = 0; i < size(); ++i) {
+      lower[kept] = lower[i], upper[kept] = upper[i], items[kept] = items[i];
+      kept += upper[i] > reach;
+    }
+    resize(kept);
     below = std::max(below, reach);
   }
+
+  void reserve(size_t count) { lower.reserve(count), upper.reserve(count), items.reserve(count); }
+
+ private:
+  void resize(size_t count) { lower.resize(count), upper.resize(count), items.resize(count); }
 };
 
 // One step of a score, rounded as in `score_tile`; a plain loop may be compiled to products that are rounded before they are added.
@@ -171,28 +187,58 @@ inline float chained(float a, float b, float sum) {
 #endif
 }
 
-// The float32 scores of candidates, several at a time: one chain alone would wait for each of its sums.
+// The float32 scores of as many items as there are lanes. One chain alone would wait for each of its sums.
+#if defined(__AVX512F__)
+inline Vector score_rows(const float* const* rows, const float* wanted, int64_t width) {
+  Vector sums = {};
+  int64_t x = 0;
+  for (; x + 4 <= width; x += 4) {
+    // Four numbers of each row, rows i, i + 4, i + 8 and i + 12 side by side; then transposed within each quarter.
+    __m512 part[4];
+    for (int i = 0; i < 4; ++i) {
+      __m512 row = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + x));
+      row = _mm512_insertf32x4(row, _mm_loadu_ps(rows[i + 4] + x), 1);
+      row = _mm512_insertf32x4(row, _mm_loadu_ps(rows[i + 8] + x), 2);
+      part[i] = _mm512_insertf32x4(row, _mm_loadu_ps(rows[i + 12] + x), 3);
+    }
+    __m512d low01 = (__m512d)_mm512_unpacklo_ps(part[0], part[1]), high01 = (__m512d)_mm512_unpackhi_ps(part[0], part[1]);
+    __m512d low23 = (__m512d)_mm512_unpacklo_ps(part[2], part[3]), high23 = (__m512d)_mm512_unpackhi_ps(part[2], part[3]);
+    sums += (Vector)_mm512_unpacklo_pd(low01, low23) * wanted[x];
+    sums += (Vector)_mm512_unpackhi_pd(low01, low23) * wanted[x + 1];
+    sums += (Vector)_mm512_unpacklo_pd(high01, high23) * wanted[x + 2];
+    sums += (Vector)_mm512_unpackhi_pd(high01, high23) * wanted[x + 3];
+  }
+  for (; x < width; ++x)
+    for (int j = 0; j < kLanes; ++j) sums[j] = chained(rows[j][x], wanted[x], sums[j]);
+  return sums;
+}
+#else
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("no-tree-slp-vectorize")))  // which would spend more on building vectors than on sums
 #endif
+inline Vector score_rows(const float* const* rows, const float* wanted, int64_t width) {
+  float scores[kLanes] = {};
+  for (int64_t x = 0; x < width; ++x)
+    for (int64_t j = 0; j < kLanes; ++j) scores[j] = chained(rows[j][x], wanted[x], scores[j]);
+  return load(scores);
+}
+#endif
+
 void score_candidates(const Problem& p, int64_t query, Candidates& given, Best& best) {
-  constexpr int64_t kTogether = 8;
   given.prune(p.k);
-  const std::vector<Candidate>& candidates = given.found;
+  const std::vector<int32_t>& candidates = given.items;
   const float* wanted = p.queries + query * p.width;
-  for (size_t first = 0; first < candidates.size(); first += kTogether) {
-    int64_t count = std::min<int64_t>(kTogether, candidates.size() - first);
-    const float* rows[kTogether];
-    float scores[kTogether] = {};
-    for (int64_t j = 0; j < kTogether; ++j) rows[j] = p.items + candidates[first + std::min(j, count - 1)].item * p.width;
-    for (size_t next = first + kTogether; next < std::min(first + 2 * kTogether, candidates.size()); ++next)
+  for (size_t first = 0; first < candidates.size(); first += kLanes) {
+    int64_t count = std::min<int64_t>(kLanes, candidates.size() - first);
+    const float* rows[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) rows[j] = p.items + candidates[first + std::min(j, count - 1)] * p.width;
+    for (size_t next = first + kLanes; next < std::min(first + 2 * kLanes, candidates.size()); ++next)
       for (int64_t x = 0; x < p.width; x += sizeof(Line) / sizeof(float))
-        __builtin_prefetch(p.items + candidates[next].item * p.width + x);
-    for (int64_t x = 0; x < p.width; ++x)
-      for (int64_t j = 0; j < kTogether; ++j) scores[j] = chained(rows[j][x], wanted[x], scores[j]);
+        __builtin_prefetch(p.items + candidates[next] * p.width + x);
+    Vector scores = score_rows(rows, wanted, p.width);
     for (int64_t j = 0; j < count; ++j) {
       if (best.full()) best.cut(p.k);
-      best.add(key_of(scores[j]), candidates[first + j].item);
+      best.add(key_of(scores[j]), candidates[first + j]);
     }
   }
 }
@@ -204,10 +250,11 @@ class CodeScan {
            Candidates* found)
       : p_(p), table_(table), first_query_(first_query), begin_(begin), end_(end), found_(found),
         steps_((p.width + kChannels - 1) / kChannels),
-        chunk_(std::max<int64_t>(1, kPackedBytes / sizeof(Packed) / steps_ / kTileBlocks) * kTileBlocks), packed_(chunk_ * steps_) {
+        chunk_(std::max<int64_t>(1, kPackedBytes / sizeof(Packed) / steps_ / kTileBlocks) * kTileBlocks),
+        packed_(chunk_ * steps_) {
     for (int64_t q = first_query; q < last_query; ++q) {
       queries_.emplace_back(p.queries + q * p.width, p.width);
-      found[q - first_query].found.reserve(most_);
+      found[q - first_query].reserve(most_);
     }
     if (p.width % kChannels) {
       last_block_ = table.num_blocks - 1;
@@ -323,6 +370,7 @@ class CodeScan {
     for (int q = 0; q < kQueries; ++q) use(block, blocks, query + q, done[q]);
   }
 
+
   __attribute__((noinline)) void keep(int64_t block, int64_t query, uint64_t passed, const Sums* sums) {
     const QueryCodes& asked = queries_[query];
     Candidates& mine = found_[query];
@@ -333,11 +381,11 @@ class CodeScan {
       Scores scores = scores_of(sums[place / kBlock]);
       float score = scores.part[place % kBlock / kLanes][place % kLanes] * (table_.scales[item] * asked.scale);
       float error = table_.residuals[item] * asked.per_residual + table_.norms[item] * asked.per_norm;
-      mine.found.push_back({score - error, score + error, int32_t(item)});
+      mine.add(score - error, score + error, int32_t(item));
     }
-    if (mine.found.size() < std::max<size_t>(mine.most, most_)) return;
+    if (mine.size() < std::max<size_t>(mine.most, most_)) return;
     mine.prune(p_.k);
-    mine.most = 2 * mine.found.size();
+    mine.most = 2 * mine.size();
   }
 
   Scores of(const float* values, int64_t block) const {
@@ -368,11 +416,7 @@ ffi::Error topk_dot_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ff
   auto write = [&](int64_t first_piece, int64_t query) {
     int64_t place = query - shares.first_query(first_piece);
     Candidates& all = candidates[first_piece][place];
-    for (int64_t part = 1; part < shares.item_pieces; ++part) {
-      const Candidates& other = candidates[first_piece + part][place];
-      all.found.insert(all.found.end(), other.found.begin(), other.found.end());
-      all.guessed = std::max(all.guessed, other.guessed);
-    }
+    for (int64_t part = 1; part < shares.item_pieces; ++part) all.add_all(candidates[first_piece + part][place]);
     Best best(p.k);
     score_candidates(p, query, all, best);
     if (all.guessed > -kInfinity && best.cut(p.k) <= all.guessed) {
