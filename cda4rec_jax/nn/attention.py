@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from cda4rec_jax.kernels.segment_attention import segment_attention
 from cda4rec_jax.nn.linear import linear
-from cda4rec_jax.nn.rotary import rotate
+from cda4rec_jax.nn.rotary import Turns, rotate
 
 
 class Attention(nnx.Module):
@@ -25,12 +25,12 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "r t d"],
         segment_ids: Int[Array, "r t"],
-        angles: Float[Array, "r t half"],
+        turns: Turns,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "r t d"]:
         rows, length, _ = x.shape
         qkv = linear(x, self.qkv[...]).reshape(rows, length, -1, self.head_size)
         query, keys, values = jnp.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
-        query, keys = rotate(query, angles) * self.head_size**-0.5, rotate(keys, angles)
+        query, keys = rotate(query, turns) * self.head_size**-0.5, rotate(keys, turns)
         mixed = segment_attention(query, keys, values, segment_ids, dropout_rate=self.dropout_rate, dropout_key=key)
         return linear(mixed.reshape(rows, length, -1), self.out[...])

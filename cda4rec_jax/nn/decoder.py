@@ -11,7 +11,7 @@ from cda4rec_jax.nn.attention import Attention
 from cda4rec_jax.nn.dropout import dropout
 from cda4rec_jax.nn.mlp import SwiGLU
 from cda4rec_jax.nn.norm import RMSNorm
-from cda4rec_jax.nn.rotary import rotary_angles
+from cda4rec_jax.nn.rotary import Turns, rotary_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "r t d"],
         segment_ids: Int[Array, "r t"],
-        angles: Float[Array, "r t half"],
+        turns: Turns,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "r t d"]:
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
-        x = x + dropout(self.attention(self.attention_norm(x), segment_ids, angles, keys[0]), self.dropout_rate, keys[1])
+        x = x + dropout(self.attention(self.attention_norm(x), segment_ids, turns, keys[0]), self.dropout_rate, keys[1])
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, keys[2])
 
 
@@ -74,8 +74,8 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "r t d"]:
         """Hidden states; dropout is on where there is a ``key``."""
         keys = [None] * (len(self.blocks) + 1) if key is None else list(jax.random.split(key, len(self.blocks) + 1))
-        angles = rotary_angles(positions, self.head_size)
+        turns = rotary_turns(positions, self.head_size)
         x = dropout(x, self.dropout_rate, keys[0])
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, segment_ids, angles, block_key)
+            x = block(x, segment_ids, turns, block_key)
         return self.final_norm(x)
