@@ -26,7 +26,7 @@ from cda4rec_jax.messages import HistoryBatch, SequenceBatch
 from cda4rec_jax.nn import dropout, last_hidden
 from cda4rec_jax.nn.mlp import SwiGLU
 from cda4rec_jax.nn.norm import RMSNorm
-from cda4rec_jax.nn.rotary import rotary_angles, rotate
+from cda4rec_jax.nn.rotary import Turns, rotary_turns, rotate
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.training.losses import catalogue_loss
 
@@ -54,13 +54,13 @@ class BidirectionalBlock(nnx.Module):
         self,
         x: Float[Array, "r t d"],
         readable: Bool[Array, "r t u"],
-        angles: Float[Array, "r t half"],
+        turns: Turns,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "r t d"]:
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
         qkv = (self.attention_norm(x) @ self.qkv[...]).reshape(*x.shape[:2], 3 * self.num_heads, -1)
         query, key_vectors, values = jnp.split(qkv, 3, axis=2)
-        query, key_vectors = rotate(query, angles) * query.shape[-1] ** -0.5, rotate(key_vectors, angles)
+        query, key_vectors = rotate(query, turns) * query.shape[-1] ** -0.5, rotate(key_vectors, turns)
         logits = jnp.einsum("rtnh,runh->rntu", query, key_vectors)
         # A finite mask keeps the softmax of a padding token (which reads nothing) free of NaN.
         weights = jax.nn.softmax(jnp.where(readable[:, None], logits, -1e9), axis=-1)
@@ -95,9 +95,9 @@ class BERT4Rec(nnx.Module):
         x = jnp.where(masked[..., None], self.mask[...][None, None, :], tokens)
         x = dropout(x, self.dropout_rate, keys[0])
         readable = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
-        angles = rotary_angles(positions, self.head_size)
+        turns = rotary_turns(positions, self.head_size)
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, readable, angles, block_key)
+            x = block(x, readable, turns, block_key)
         return self.final_norm(x)
 
 
