@@ -39,6 +39,7 @@ constexpr int kChannels = 4;  // of 16 items side by side, in bytes
 typedef int8_t QueryCode;
 typedef __m512i Packed;
 typedef __m512i Sums;
+typedef int32_t Sum __attribute__((may_alias));
 
 inline Packed pack(const int8_t* codes) {
   alignas(64) static constexpr auto kOrder = [] {
@@ -65,6 +66,7 @@ struct Packed {
   __m256i part[kParts];
 };
 typedef Packed Sums;
+typedef int32_t Sum __attribute__((may_alias));
 
 inline Packed pack(const int8_t* codes) {
   __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
@@ -89,6 +91,7 @@ constexpr int kChannels = 1;
 typedef float QueryCode;
 typedef Scores Packed;
 typedef Scores Sums;
+typedef float Sum __attribute__((may_alias));
 
 inline Packed pack(const int8_t* codes) {
 #if defined(__AVX512F__)  // which GCC would take apart, number by number
@@ -374,12 +377,12 @@ class CodeScan {
   __attribute__((noinline)) void keep(int64_t block, int64_t query, uint64_t passed, const Sums* sums) {
     const QueryCodes& asked = queries_[query];
     Candidates& mine = found_[query];
+    const Sum* each_sum = reinterpret_cast<const Sum*>(sums);
     for (; passed; passed &= passed - 1) {
       int place = __builtin_ctzll(passed);
       int64_t item = block * kBlock + place;
       if (item >= p_.num_rows || !p_.is_allowed(first_query_ + query, item)) continue;
-      Scores scores = scores_of(sums[place / kBlock]);
-      float score = scores.part[place % kBlock / kLanes][place % kLanes] * (table_.scales[item] * asked.scale);
+      float score = float(each_sum[place]) * (table_.scales[item] * asked.scale);
       float error = table_.residuals[item] * asked.per_residual + table_.norms[item] * asked.per_norm;
       mine.add(score - error, score + error, int32_t(item));
     }

@@ -68,13 +68,13 @@ struct Problem {
   }
 };
 
-// How threads share a call out: pieces of the queries if there are enough for all, else also pieces of the items. Twice as many pieces as
+// How threads share a call out: pieces of the queries if there are enough for all, else also pieces of the items. Four times as many pieces as
 // threads where possible, so that a thread which the machine holds up does not hold up the call.
 struct Shares {
   Shares(const ffi::ThreadPool& pool, int64_t num_queries, int64_t num_items, int64_t tile, int64_t lanes, int64_t least_items)
       : num_queries(num_queries), num_items(num_items) {
     int64_t threads = std::max<int64_t>(1, pool.num_threads());
-    queries_each = std::max((num_queries + 2 * threads - 1) / (2 * threads), std::min(tile, num_queries));
+    queries_each = std::max((num_queries + 4 * threads - 1) / (4 * threads), std::min(tile, num_queries));
     queries_each = (queries_each + lanes - 1) / lanes * lanes;
     query_pieces = (num_queries + queries_each - 1) / queries_each;
     item_pieces = std::max<int64_t>(1, std::min(threads / query_pieces, num_items / least_items));
