@@ -62,8 +62,9 @@ void multiply(const float* a, int64_t row_stride, int64_t step, int64_t rows, in
 class Chunk {
  public:
   Chunk(const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size, int64_t pieces, float* scratch,
-        int64_t block_items)
-      : hidden(hidden), items(items), num_rows(num_rows), width(width), size(size), block_items(block_items), exponentials(scratch),
+        int64_t block_items, int64_t token_stride, int64_t channel_stride)
+      : hidden(hidden), items(items), num_rows(num_rows), width(width), size(size), block_items(block_items),
+        token_stride(token_stride), channel_stride(channel_stride), exponentials(scratch),
         num_blocks((num_rows - 1 + block_items - 1) / block_items), num_pieces(std::min(pieces, num_blocks)), maxima(num_blocks * size),
         sums(num_blocks * size), greatest(size), totals(size), d_hidden(num_pieces * size * width), scales(num_pieces * size) {}
   virtual ~Chunk() = default;
@@ -122,12 +123,13 @@ class Chunk {
   // Part x of token j's gradient, but for what its target adds.
   float gradient(int64_t j, int64_t x) {
     float sum = 0.0f;
-    for (int64_t piece = 0; piece < num_pieces; ++piece) sum += d_hidden.data()[piece * size * width + place_of(j, x)];
+    for (int64_t piece = 0; piece < num_pieces; ++piece) sum += d_hidden.data()[piece * size * width + j * token_stride + x * channel_stride];
     return sum;
   }
 
   const float *hidden, *items;
   int64_t num_rows, width, size, block_items;
+  int64_t token_stride, channel_stride;  // of the gradients of the hidden states
   float* exponentials;
   int64_t num_blocks, num_pieces;
   Lines<float> maxima, sums, greatest, totals, d_hidden, scales;
@@ -149,14 +151,13 @@ class Chunk {
   virtual void make_logits(int64_t piece, int64_t block, float* out, float* most) = 0;
   // With p = scale * exponentials of a block: d_items (+)= p hidden, and the piece's d_hidden += p^T items.
   virtual void add_gradients(int64_t piece, int64_t block, const float* scale, float* d_items, bool new_items) = 0;
-  virtual int64_t place_of(int64_t j, int64_t x) const = 0;
 };
 
 // With products of vectors.
 class VectorChunk : public Chunk {
  public:
   VectorChunk(const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size, int64_t pieces, float* scratch)
-      : Chunk(hidden, items, num_rows, width, size, pieces, scratch, kBlockItems), transposed_(size * width),
+      : Chunk(hidden, items, num_rows, width, size, pieces, scratch, kBlockItems, width, 1), transposed_(size * width),
         scaled_(num_pieces * size * width), packed_(num_pieces * kBlockItems * width) {}
 
  private:
@@ -191,8 +192,6 @@ class VectorChunk : public Chunk {
              [&](float* at, int64_t token, Vector sum) { store(at, load(at) + scale[token] * sum); });
   }
 
-  int64_t place_of(int64_t j, int64_t x) const override { return j * width + x; }
-
   Lines<float> transposed_, scaled_, packed_;
 };
 
@@ -201,7 +200,7 @@ class VectorChunk : public Chunk {
 class MatrixChunk : public Chunk {
  public:
   MatrixChunk(const float* hidden, const float* items, int64_t num_rows, int64_t width, int64_t size, int64_t pieces, float* scratch)
-      : Chunk(hidden, items, num_rows, width, size, pieces, scratch, kBlockItems), states_(side_size(size, width)),
+      : Chunk(hidden, items, num_rows, width, size, pieces, scratch, kBlockItems, 1, size), states_(side_size(size, width)),
         states_of_tokens_(side_size(width, size)), left_(num_pieces * left_size()), right_(num_pieces * right_size()) {}
 
  private:
@@ -256,8 +255,6 @@ class MatrixChunk : public Chunk {
     multiply_sides(left + side_size(whole, depth), right, kUnit, columns, depth, tile.data(), columns, add);
     std::copy_n(tile.data(), rest * columns, last);
   }
-
-  int64_t place_of(int64_t j, int64_t x) const override { return x * size + j; }
 
   Lines<uint32_t> states_, states_of_tokens_, left_, right_;
 };
