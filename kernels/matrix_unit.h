@@ -104,11 +104,24 @@ inline void transpose_tile(uint32_t* tile) {
   }
 }
 
+// A left side into a right side of its transpose, and back.
+inline void transpose_side(uint32_t* tiles, int64_t size) {
+  for (int64_t tile = 0; tile < size; tile += kTileNumbers) transpose_tile(tiles + tile);
+}
+
 // As `pack_left` of the transpose: a left side of `columns` x depth; vector(x, column) has the columns that begin there, at depth x.
 template <typename Get>
 void pack_transposed(int64_t depth, int64_t columns, Get vector, uint32_t* tiles) {
   pack_right(depth, columns, vector, tiles);
-  for (int64_t tile = 0; tile < side_size(columns, depth); tile += kTileNumbers) transpose_tile(tiles + tile);
+  transpose_side(tiles, side_size(columns, depth));
+}
+
+// Sums 0 to 3 += left sides 4 and 5, each times right sides 6 and 7.
+inline void add_products() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
 }
 
 // out[r][c] (+)= sum_x left[r, x] right[x, c], in whole tiles.
@@ -138,22 +151,13 @@ inline void multiply_sides(const uint32_t* left, const uint32_t* right, int64_t 
         _tile_loadd(5, bottom + high, kRowBytes);
         _tile_loadd(6, first + low, kRowBytes);
         _tile_loadd(7, second + low, kRowBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_products();
         _tile_loadd(6, first + high, kRowBytes);
         _tile_loadd(7, second + high, kRowBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_products();
         _tile_loadd(4, top + low, kRowBytes);
         _tile_loadd(5, bottom + low, kRowBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_products();
       }
       _tile_stored(0, to, bytes);
       if (wider) _tile_stored(1, to + kUnit, bytes);

@@ -216,7 +216,7 @@ class MatrixChunk : public Chunk {
     pack_right(size, width, vector, states_of_tokens_.data());
     // As a right side of [width, tokens].
     pack_left(size, width, vector, states_.data());
-    for (int64_t tile = 0; tile < side_size(size, width); tile += kTileNumbers) transpose_tile(states_.data() + tile);
+    transpose_side(states_.data(), side_size(size, width));
   }
 
   void make_logits(int64_t piece, int64_t block, float* out, float* most) override {

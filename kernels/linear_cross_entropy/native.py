@@ -16,7 +16,14 @@ SOURCE = Path(__file__).with_name("native.cc")
 _TARGET = "cda4rec_jax_linear_cross_entropy"
 _LANES = 16  # widths come in multiples of it, whatever the processor
 _TOKENS = 64  # so do chunks
-_EXACT = ("highest", "float32", "F32_F32_F32")  # of jax.default_matmul_precision
+_EXACT = (
+    "highest",
+    "float32",
+    "F32_F32_F32",
+    "F64_F64_F64",
+    "BF16_BF16_F32_X6",
+    "BF16_BF16_F32_X9",
+)  # of jax.default_matmul_precision
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -253,8 +253,7 @@ class CodeScan {
            Candidates* found)
       : p_(p), table_(table), first_query_(first_query), begin_(begin), end_(end), found_(found),
         steps_((p.width + kChannels - 1) / kChannels),
-        chunk_(std::max<int64_t>(1, kPackedBytes / sizeof(Packed) / steps_ / kTileBlocks) * kTileBlocks),
-        packed_(chunk_ * steps_) {
+        chunk_(std::max<int64_t>(1, kPackedBytes / sizeof(Packed) / steps_ / kTileBlocks) * kTileBlocks), packed_(chunk_ * steps_) {
     for (int64_t q = first_query; q < last_query; ++q) {
       queries_.emplace_back(p.queries + q * p.width, p.width);
       found[q - first_query].reserve(most_);
@@ -372,7 +371,6 @@ class CodeScan {
     std::memcpy(done, sums, sizeof(sums));
     for (int q = 0; q < kQueries; ++q) use(block, blocks, query + q, done[q]);
   }
-
 
   __attribute__((noinline)) void keep(int64_t block, int64_t query, uint64_t passed, const Sums* sums) {
     const QueryCodes& asked = queries_[query];

@@ -68,8 +68,8 @@ struct Problem {
   }
 };
 
-// How threads share a call out: pieces of the queries if there are enough for all, else also pieces of the items. Four times as many pieces as
-// threads where possible, so that a thread which the machine holds up does not hold up the call.
+// How threads share a call out: pieces of the queries if there are enough for all, else also pieces of the items. Four times as many
+// pieces as threads where possible, so that a thread which the machine holds up does not hold up the call.
 struct Shares {
   Shares(const ffi::ThreadPool& pool, int64_t num_queries, int64_t num_items, int64_t tile, int64_t lanes, int64_t least_items)
       : num_queries(num_queries), num_items(num_items) {
