@@ -42,6 +42,9 @@ class EgressLevel(enum.IntEnum):
     FULL = 3
 
 
+RECENT_ITEMS = 10  # newest events that RECENT releases
+
+
 class Subtask(enum.StrEnum):
     """The six sub-tasks of a request, in causal order."""
 

@@ -248,7 +248,7 @@ def _asked(trained: TrainedSystem, history: HistoryBatch) -> Asked:
         worth=worth,
         regret=expected_regret(worth, mask) / world.scales.quality_gap,
         fallback=local_repair(mask, space),
-        subtask_ms=subtask_ms(measured.profile, here, space),
+        subtask_ms=subtask_ms(measured.profile, here, measured.sizes, space),
         link_ms=transfer.uplink_ms + transfer.downlink_ms,
         latency_ms=measured.costs(here, transfer).latency_ms,
         met=realise(context, history.event_ids, 0, measured.profile.queue_ms, LinkConfig()),

@@ -71,13 +71,14 @@ def facts_of(history: HistoryBatch, tables: ItemTables, max_cache_age: int) -> U
     )
 
 
-def payload_sizes(catalogue: Catalogue) -> PayloadSizes:
+def payload_sizes(catalogue: Catalogue, history_length: int) -> PayloadSizes:
     """Bytes of what travels, from the shapes of what there is. Records of resident items stay where they are.
 
     A candidate counts as resident as often as a training event's item is, which is less than it is: models find popular items first.
     """
     scored, elsewhere = 4 + 4, 1.0 - catalogue.residents.share  # item index and score
     return PayloadSizes(
+        history_events=float(history_length),
         embedding_bytes=4.0 * catalogue.vectors.shape[1],
         evidence_bytes=scored + elsewhere * record_bytes(catalogue),
         scored_item_bytes=scored + elsewhere * catalogue.evidence.log_popularity.dtype.itemsize,

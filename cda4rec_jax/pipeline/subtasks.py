@@ -19,13 +19,11 @@ from cda4rec_jax.array_typing import (
     SemanticEmbeddings,
 )
 from cda4rec_jax.data.profiles import length_bucket, prefix_features, quantise_shares
-from cda4rec_jax.messages import Candidates, EgressLevel, Evidence, HistoryBatch, SequenceBatch, Slate, UserAbstract
+from cda4rec_jax.messages import RECENT_ITEMS, Candidates, EgressLevel, Evidence, HistoryBatch, SequenceBatch, Slate, UserAbstract
 from cda4rec_jax.nn import dequantise_rows, last_hidden
 from cda4rec_jax.pipeline.catalogue import Catalogue, Residents
 from cda4rec_jax.planner import NEIGHBOUR_EVENTS, OWN_CANDIDATES, RESIDENT_CANDIDATES
 from cda4rec_jax.retrieval.exact import exact_search
-
-RECENT_ITEMS = 10
 
 
 @jax.tree_util.register_dataclass

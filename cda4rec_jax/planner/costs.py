@@ -16,12 +16,10 @@ import numpy as np
 from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array, PlanValues
-from cda4rec_jax.messages import Context, EgressLevel
+from cda4rec_jax.messages import RECENT_ITEMS, Context, EgressLevel
 from cda4rec_jax.planner.cost_profiles import CostProfile
 from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, STANDARD, PlanSpace, PlanTable
 
-MAX_RELEASED_EVENTS = (0.0, 0.0, 10.0, 200.0)  # by EgressLevel
-MAX_DEVICE_EVENTS = 200.0  # events that structured modelling reads
 MIN_KBPS = 1.0  # keeps costs finite where there is no link; such plans are masked
 Scalar = float | Float[Array, ""]
 
@@ -29,8 +27,9 @@ Scalar = float | Float[Array, ""]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PayloadSizes:
-    """Bytes on the wire, as scalars; a pytree. The runtime's codec knows the true ones."""
+    """Bytes on the wire, and how long a history the agents read, as scalars; a pytree. The runtime's codec knows the true bytes."""
 
+    history_events: Scalar = 200.0  # newest events that FULL releases and that structured modelling reads
     header_bytes: Scalar = 140.0  # request id, version, level, number of candidates: once in each direction
     profile_bytes: Scalar = 57.0  # 8 category shares and the length bucket
     item_id_bytes: Scalar = 3.0
@@ -67,9 +66,14 @@ def _plan(column) -> Array:
     return jnp.asarray(column)[None, :]
 
 
-def _released_events(context: Context, table: PlanTable) -> PlanValues:
-    limits = _plan(jnp.asarray(MAX_RELEASED_EVENTS)[jnp.asarray(table.level)])
-    return jnp.minimum(context.history_length[:, None], limits)
+def _read_events(context: Context, sizes: PayloadSizes) -> Float[Array, "b one"]:
+    """Events of a history that agents read."""
+    return jnp.minimum(context.history_length, sizes.history_events)[:, None]
+
+
+def _released_events(context: Context, sizes: PayloadSizes, table: PlanTable) -> PlanValues:
+    most = np.select([table.level == EgressLevel.FULL, table.level == EgressLevel.RECENT], [np.inf, RECENT_ITEMS])
+    return jnp.minimum(_read_events(context, sizes), _plan(most.astype(np.float32)))
 
 
 def plan_bytes(context: Context, sizes: PayloadSizes, space: PlanSpace = STANDARD) -> tuple[PlanValues, PlanValues]:
@@ -82,7 +86,9 @@ def plan_bytes(context: Context, sizes: PayloadSizes, space: PlanSpace = STANDAR
     table = space.table
     fresh, link = _plan(table.semantic_cloud).astype(jnp.float32), _plan(table.uses_link).astype(jnp.float32)
     is_full = _plan(table.level == int(EgressLevel.FULL)).astype(jnp.float32)
-    abstract = sizes.profile_bytes + sizes.item_id_bytes * _released_events(context, table) + sizes.attributes_bytes * is_full
+    abstract = (
+        sizes.profile_bytes + sizes.item_id_bytes * _released_events(context, sizes, table) + sizes.attributes_bytes * is_full
+    )
     up = link * (sizes.header_bytes + fresh * abstract + (1.0 - fresh) * sizes.embedding_bytes)
     item_bytes = jnp.where(_plan(table.structured_device), sizes.evidence_bytes, sizes.scored_item_bytes)
     down = link * (sizes.header_bytes + _plan(table.candidates) * item_bytes + fresh * sizes.embedding_bytes)
@@ -114,26 +120,27 @@ def _at_counts(values: Float[Array, "*tier count"], table: PlanTable) -> Float[A
     return below + jnp.broadcast_to(table.candidates_fraction, below.shape) * (above - below)
 
 
-def subtask_ms(profile: CostProfile, context: Context, space: PlanSpace = STANDARD) -> Float[Array, "b p subtask"]:
+def subtask_ms(
+    profile: CostProfile, context: Context, sizes: PayloadSizes, space: PlanSpace = STANDARD
+) -> Float[Array, "b p subtask"]:
     """Compute time of the six sub-tasks of every plan, in the order of ``messages.Subtask``; 0 where a plan skips one.
 
     Sending a kept embedding stands in the place of the abstract. Time on the link and the queue are not among them.
     """
-    return jnp.stack(_subtask_columns(profile, context, space), axis=-1)
+    return jnp.stack(_subtask_columns(profile, context, sizes, space), axis=-1)
 
 
-def _subtask_columns(profile: CostProfile, context: Context, space: PlanSpace) -> tuple[PlanValues, ...]:
+def _subtask_columns(profile: CostProfile, context: Context, sizes: PayloadSizes, space: PlanSpace) -> tuple[PlanValues, ...]:
     """The six of ``subtask_ms`` apart: stacking and taking apart again costs a decision more than all its sums."""
     table, tier = space.table, context.tier
     level, on_device = jnp.asarray(table.level), table.structured_device
-    events = context.history_length[:, None]
-    structured_events = jnp.minimum(events, MAX_DEVICE_EVENTS)
+    structured_events = _read_events(context, sizes)
 
     def device(by_tier: Float[Array, "tier"]) -> Float[Array, "b one"]:
         return by_tier[tier][:, None]
 
     abstract = jnp.where(_plan(table.uses_link), profile.abstract_ms[:, jnp.asarray(on_device, jnp.int32), level][tier], 0.0)
-    semantic_cloud = _plan(profile.semantic_ms[level]) + profile.semantic_ms_per_event * _released_events(context, table)
+    semantic_cloud = _plan(profile.semantic_ms[level]) + profile.semantic_ms_per_event * _released_events(context, sizes, table)
     semantic = jnp.where(_plan(table.semantic_cloud), semantic_cloud, 0.0)
 
     def beside_structured(values: Float[Array, "*tier structured p"]) -> Float[Array, "*tier p"]:
@@ -169,7 +176,7 @@ def plan_costs(
       profile: what sub-tasks cost.
       context: [b] requests.
       exposure_by_level: exposure of each EgressLevel; entry NOTHING is 0.
-      sizes: bytes of what travels.
+      sizes: bytes of what travels, and the events that are read.
       transfer: realised time on the link; None predicts it from the context's estimates.
       space: the plans.
 
@@ -181,7 +188,7 @@ def plan_costs(
     table = space.table
     up_bytes, down_bytes = plan_bytes(context, sizes, space)
     times = transfer or predicted_transfer(context, up_bytes, down_bytes, profile.queue_ms)
-    abstract, planning, semantic, retrieval, structured, ranking = _subtask_columns(profile, context, space)
+    abstract, planning, semantic, retrieval, structured, ranking = _subtask_columns(profile, context, sizes, space)
     link, in_cloud = _plan(table.uses_link), _plan(table.ranking_cloud)
     structured_device = jnp.where(_plan(table.structured_device), structured, 0.0)
     structured_cloud = structured - structured_device

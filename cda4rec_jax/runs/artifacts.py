@@ -82,7 +82,7 @@ class TrainedSystem:
         return PlanningWorld(
             profile=costs,
             exposure_by_level=jnp.asarray(self.run.read_json("exposure")["exposure"], jnp.float32),
-            sizes=payload_sizes(self.catalogue),
+            sizes=payload_sizes(self.catalogue, self.config.history_length),
             scales=WeightScales.of(**planner["scales"]),
             space=self.config.space,
         )

@@ -145,7 +145,7 @@ class Trainer:
         return PlanningWorld(
             profile=deployment_profile(Workload(resident_items=len(self.tables.resident_items))),
             exposure_by_level=jnp.asarray(exposure, jnp.float32),
-            sizes=payload_sizes(self.population.catalogue(self.weights())),
+            sizes=payload_sizes(self.population.catalogue(self.weights()), self.config.system.history_length),
             scales=WeightScales.of(quality_gap=0.05, latency_gap_ms=100.0, energy_gap_mj=100.0, exposure_gap=0.5),
             space=self.config.system.space,
         )

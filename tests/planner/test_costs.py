@@ -1,5 +1,5 @@
-import dataclasses
 import json
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,23 @@ def test_bytes_by_hand(make_context):
     assert at(down, "cloud-full-cloud") == 100 + 100 * 10 + 400
 
 
-def test_full_releases_at_most_200_events(make_context):
-    up, _ = plan_bytes(make_context(1, history_length=5000.0), SIZES)
-    assert at(up, "fresh-full-20-skip") == 100 + 25 + 200 * 4 + 5
+def test_a_long_history_costs_no_more_than_the_events_that_are_read(make_context):
+    sizes = replace(SIZES, history_events=50.0)
+    short, long = (make_context(1, history_length=events) for events in (50.0, 5000.0))
+    up, _ = plan_bytes(long, sizes)
+    assert at(up, "fresh-full-20-skip") == 100 + 25 + 50 * 4 + 5
+    assert at(up, "fresh-recent-20-skip") == 100 + 25 + 10 * 4
+    profile = deployment_profile()
+    np.testing.assert_array_equal(subtask_ms(profile, long, sizes), subtask_ms(profile, short, sizes))
+    of_200 = subtask_ms(profile, long, SIZES)[0, plan_index("fresh-full-20-device")]
+    of_50 = subtask_ms(profile, long, sizes)[0, plan_index("fresh-full-20-device")]
+    for subtask in (Subtask.SEMANTIC, Subtask.STRUCTURED):
+        assert of_50[list(Subtask).index(subtask)] < of_200[list(Subtask).index(subtask)]
+
+
+def test_recent_releases_no_more_events_than_agents_read(make_context):
+    up, _ = plan_bytes(make_context(1, history_length=30.0), replace(SIZES, history_events=6.0))
+    assert at(up, "fresh-recent-20-skip") == 100 + 25 + 6 * 4
 
 
 def test_latency_by_hand(make_context):
@@ -107,8 +121,8 @@ def test_exposure_is_that_of_what_leaves(make_context):
 
 
 def test_a_slower_tier_takes_longer_on_the_device_and_as_long_in_the_cloud(make_context):
-    low = subtask_ms(PROFILE, make_context(1, tier=DeviceTier.LOW))
-    high = subtask_ms(PROFILE, make_context(1, tier=DeviceTier.HIGH))
+    low = subtask_ms(PROFILE, make_context(1, tier=DeviceTier.LOW), SIZES)
+    high = subtask_ms(PROFILE, make_context(1, tier=DeviceTier.HIGH), SIZES)
     index, order = plan_index("fresh-full-100-device"), list(Subtask)
     for subtask in Subtask:
         ratio = float(low[0, index, order.index(subtask)] / high[0, index, order.index(subtask)])
@@ -140,7 +154,7 @@ def test_the_modelled_deployment_counts_flops(make_context):
         device_flops_per_s=(1e11, 1e12, 1e13),
         device_dispatch_ms=(4.0, 2.0, 1.0),
     )
-    times = subtask_ms(deployment_profile(workload), make_context(1, history_length=30.0, tier=DeviceTier.MID))
+    times = subtask_ms(deployment_profile(workload), make_context(1, history_length=30.0, tier=DeviceTier.MID), SIZES)
     row = times[0, plan_index("fresh-full-20-device")]
     order = list(Subtask)
     assert float(row[order.index(Subtask.SEMANTIC)]) == pytest.approx(5 + 2e9 * (10 + 60) / 1e12 * 1e3)
@@ -152,7 +166,7 @@ def test_costs_are_differentiable_in_the_profile_and_in_the_estimates(make_conte
     context = make_context(3, history_length=30.0)
 
     def total(profile, round_trip_ms):
-        changed = dataclasses.replace(context, round_trip_ms=round_trip_ms)
+        changed = replace(context, round_trip_ms=round_trip_ms)
         costs = plan_costs(profile, changed, EXPOSURE, SIZES)
         return costs.latency_ms[:, plan_index("fresh-full-100-skip")].sum()
 
@@ -164,7 +178,7 @@ def test_costs_are_differentiable_in_the_profile_and_in_the_estimates(make_conte
 
 
 def test_measured_times_survive_json():
-    again = MeasuredTimes.from_json(json.loads(json.dumps(dataclasses.asdict(TIMES))))
+    again = MeasuredTimes.from_json(json.loads(json.dumps(asdict(TIMES))))
     assert again == TIMES
 
 
@@ -195,4 +209,4 @@ def test_times_of_version_0_1_predict_what_they_predicted_then(make_context):
 )
 def test_bad_measured_times_are_named(change, message):
     with pytest.raises(UserError, match=message):
-        MeasuredTimes.from_json(dataclasses.asdict(TIMES) | change)
+        MeasuredTimes.from_json(asdict(TIMES) | change)

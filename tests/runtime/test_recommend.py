@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel, Link, Placement
-from cda4rec_jax.planner import PLANS
+from cda4rec_jax.planner import PLANS, plan_index
 from cda4rec_jax.runs.artifacts import load_trained
 from cda4rec_jax.runtime import Request
 from cda4rec_jax.runtime.clock import NO_DELAY
@@ -85,6 +85,16 @@ def test_what_left_is_told_field_by_field_and_adds_up(recommender, user):
     assert fields["item_ids"].payload_bytes > 0
     assert sum(field.payload_bytes for field in found.released) == found.uplink_bytes
     assert all(field.payload_bytes > 0 for field in found.released)
+
+
+def test_bytes_are_predicted_by_what_agents_read_not_by_what_the_user_has(recommender, trained):
+    lengths = np.diff(trained.corpus.interactions.offsets)
+    longest = int(np.argmax(lengths))
+    assert lengths[longest] > 2 * trained.config.history_length
+    history = recommender.history(trained.corpus.interactions.user_ids[longest])
+    found = recommender.answer(history, Situation(), plan_index(SENDS_FULL))
+    predicted = float(found.planned.costs.uplink_bytes[0, found.choice.plan_index])
+    assert found.answer.trace.uplink_bytes == pytest.approx(predicted, rel=0.2)
 
 
 def test_nothing_above_consent_leaves(recommender, user):

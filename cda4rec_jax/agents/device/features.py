@@ -35,8 +35,8 @@ STRUCTURED_FEATURES = (
     "followed_recent",  # ... from the last events, decayed by .6
     "followed_last_rare",  # the same counts as a lift: a pair of rare items says more
     "followed_recent_rare",
-    "cooccurring_short",
-    "cooccurring_long",
+    "cooccurring_short",  # item-kNN: cosines with the items of the history, decayed by .6 an event
+    "cooccurring_long",  # ... by .95
     "category_short",
     "category_long",
     "words_last",  # cosine of the words of the title with those of the last item

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cda4rec_jax.messages import DeviceTier, EgressLevel, Link
+from cda4rec_jax.messages import RECENT_ITEMS, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.cost_profiles import CostProfile
-from cda4rec_jax.planner.costs import MAX_DEVICE_EVENTS, MAX_RELEASED_EVENTS, MIN_KBPS, PayloadSizes
+from cda4rec_jax.planner.costs import MIN_KBPS, PayloadSizes
 from cda4rec_jax.planner.plan_space import STANDARD
 from cda4rec_jax.planner.serving import CONTEXT_FIELDS
 
@@ -54,9 +54,10 @@ class NumpyDecision:
         self._sizes = {name: np.float32(value) for name, value in vars(sizes).items()}
         self._profile = {name: np.asarray(value) for name, value in vars(profile).items() if name != "name"}
         self._exposure = np.asarray(exposure_by_level, np.float32)
-        self._limits = np.asarray(MAX_RELEASED_EVENTS, np.float32)[table.level]
         link, fresh = table.uses_link.astype(np.float32), table.semantic_cloud.astype(np.float32)
         size = self._sizes
+        releases = {EgressLevel.RECENT: RECENT_ITEMS, EgressLevel.FULL: np.inf}
+        self._limits = np.asarray([releases.get(EgressLevel(level), 0) for level in table.level], np.float32)
         self._up_fixed = link * (
             size["header_bytes"]
             + fresh * (size["profile_bytes"] + size["attributes_bytes"] * (table.level == EgressLevel.FULL))
@@ -104,8 +105,8 @@ class NumpyDecision:
 
     def _cost(self, at: dict[str, np.ndarray], enums: dict[str, np.ndarray]) -> np.ndarray:
         table, profile, tier, link = STANDARD.table, self._profile, enums["tier"], enums["link"]
-        history = at["history_length"][:, None]
-        released, events = np.minimum(history, self._limits), np.minimum(history, np.float32(MAX_DEVICE_EVENTS))
+        events = np.minimum(at["history_length"], self._sizes["history_events"])[:, None]
+        released = np.minimum(events, self._limits)
         up_bytes = self._up_fixed + self._up_per_event * released
         half_ms, floor = np.float32(0.5) * at["round_trip_ms"][:, None], np.float32(MIN_KBPS)
         link_ms = (

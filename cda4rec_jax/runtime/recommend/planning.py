@@ -266,7 +266,7 @@ def _planned(policy: LearnedPlanner, trained_for: PlanningWorld, measured: Plann
         regret=regret,
         repaired=repair(jnp.arange(space.num_plans), jnp.broadcast_to(scores.mask, (space.num_plans, space.num_plans)), space),
         fallback=local_repair(scores.mask, space),
-        subtask_ms=subtask_ms(measured.profile, here, space),
+        subtask_ms=subtask_ms(measured.profile, here, measured.sizes, space),
         transfer=transfer,
         here=measured.costs(here, transfer),
     )
