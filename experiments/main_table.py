@@ -3,12 +3,13 @@
     python experiments/main_table.py --data path/to/ml-100k --seeds 3
 
 Trains what is not there yet: each system and seed keeps its ranks in ``--work``, so a stopped table goes on where it was. Baselines have
-the sizes of the dataset's preset; each of those that are trained by gradients tries ``--learning-rates`` with seed 0 and keeps the one with
-the best validation ndcg@10, as does SASRec with full cross-entropy (ours keeps its preset). The row of the whole system answers by
-``fresh-full-100-device``, or by the fresh plan that is surely better on validation. Writes ``results/table-<dataset>.json``, ``.md`` and
-``.png``.
+the sizes of the dataset's preset. Each of those that are trained by gradients tries ``--learning-rates`` with seed 0 and keeps the one with
+the best validation ndcg@10, as does SASRec with full cross-entropy (ours keeps its preset); EASE and co-occurrence try ``COUNTED``. The row
+of the whole system answers by ``fresh-full-100-device``, or by the fresh plan that is surely better on validation. Writes
+``results/table-<dataset>.json``, ``.md`` and ``.png``.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -55,6 +56,13 @@ PLAN_NAME = "fresh-full-100-device"
 CLOUD, PLAN = "cda4rec, cloud agent alone", f"cda4rec, {PLAN_NAME}"
 SYSTEMS = (OURS, SASREC_CE, *BASELINES)
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+# Baselines without gradients, which no seed changes, and the values of their settings that are tried in all combinations.
+COUNTED: dict[str, dict[str, tuple[float, ...]]] = {
+    "popularity": {},
+    "cooccurrence": {"window": (1, 3, 10), "history_decay": (0.4, 0.6, 0.8)},
+    "ease": {"regularisation": (50.0, 250.0, 1000.0, 4000.0), "history_decay": (0.5, 0.8, 1.0)},
+}
+Setting = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,7 @@ class Cell:
     parameters: int
     curve: list[tuple[float, float]]  # (seconds of training, validation ndcg@10)
     chosen_plan: str | None = None  # of the system: the fresh plan that validation chose
+    setting: Setting | None = None  # of a baseline: what validation chose
 
     def save(self, path: Path) -> None:
         """Write the whole file or none of it."""
@@ -146,18 +155,27 @@ def _tuned(
     folder: Path,
     console: Console,
 ) -> Callable[[int], Cell]:
-    """Makes the cell of a seed, at the learning rate that seed 0 chose on validation where there is one to choose."""
+    """Makes the cell of a seed, in the setting that seed 0 chose on validation where there is one to choose."""
     if system == OURS:
         return lambda seed: _ours(config, prepared, folder / f"{system}-{seed}", seed)
     make = partial(_sasrec if system == SASREC_CE else partial(_baseline, system), config, corpus, prepared, folder)
-    if system in ("popularity", "cooccurrence", "ease"):
-        return lambda seed: make(seed, None)
-    tried = {
-        rate: _cell(folder / f"{system}-0-rate-{rate:g}.npz", partial(make, 0, rate), console).validation_ndcg
-        for rate in learning_rates
-    }
-    best = max(tried, key=lambda rate: tried[rate])
-    return lambda seed: Cell.load(folder / f"{system}-0-rate-{best:g}.npz") if seed == 0 else make(seed, best)
+    tried = [
+        _cell(folder / f"{system}-0{_labelled(setting)}.npz", partial(make, 0, setting), console)
+        for setting in settings_of(system, learning_rates)
+    ]
+    best = max(tried, key=lambda cell: cell.validation_ndcg)
+    assert best.setting is not None
+    return lambda seed: best if seed == 0 or system in COUNTED else make(seed, best.setting)
+
+
+def settings_of(system: str, learning_rates: tuple[float, ...]) -> list[Setting]:
+    """What a baseline tries: learning rates, or the combinations of what ``COUNTED`` has for it."""
+    values = COUNTED.get(system, {"learning_rate": learning_rates})
+    return [dict(zip(values, combined, strict=True)) for combined in itertools.product(*values.values())]
+
+
+def _labelled(setting: Setting) -> str:
+    return "".join(f"-{name}-{value:g}" for name, value in setting.items())
 
 
 def _ours(config: RunConfig, prepared: Path, run_path: Path, seed: int) -> Cell:
@@ -194,12 +212,12 @@ def _plan_ranks(trained: TrainedSystem, split: Split, users: np.ndarray) -> np.n
     return trained.population.records(jax.device_put(trained.weights), trained.world(), users, positions, draws=1).ranks
 
 
-def _sasrec(config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, seed: int, rate: float) -> Cell:
+def _sasrec(config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, seed: int, setting: Setting) -> Cell:
     """SASRec with full cross-entropy, on ids: the cloud decoder of the preset."""
     del corpus
     base = sasrec(config)
-    train = replace(base.train, seed=seed, learning_rate=rate)
-    path = folder / f"{SASREC_CE}-{seed}-rate-{rate:g}"
+    train = replace(base.train, seed=seed, **setting)
+    path = folder / f"{SASREC_CE}-{seed}{_labelled(setting)}"
     run = train_run(str(prepared), replace(base, train=train), path, overwrite=True)
     trained = load_trained(run.path)
     weights, users = jax.device_put(trained.weights), np.arange(trained.corpus.interactions.num_users)
@@ -210,10 +228,11 @@ def _sasrec(config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, see
         seconds=run.read_json("training")["seconds"],
         parameters=_num_parameters(trained),
         curve=curve,
+        setting=setting,
     )
 
 
-def _baseline(name: str, config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, seed: int, rate: float | None) -> Cell:
+def _baseline(name: str, config: RunConfig, corpus: Corpus, prepared: Path, folder: Path, seed: int, setting: Setting) -> Cell:
     del prepared, folder
     started, curve = time.monotonic(), []
 
@@ -221,7 +240,7 @@ def _baseline(name: str, config: RunConfig, corpus: Corpus, prepared: Path, fold
         if progress.validation is not None:
             curve.append((time.monotonic() - started, progress.validation["ndcg@10"]))
 
-    fitted: Recommender = BASELINES[name](corpus, _baseline_config(name, config, seed, rate), watch)
+    fitted: Recommender = BASELINES[name](corpus, _baseline_config(name, config, seed, setting), watch)
     seconds = time.monotonic() - started
     users = np.arange(corpus.interactions.num_users)
     ranks = catalogue_ranks(fitted, corpus, users, corpus.target_positions(Split.TEST))
@@ -233,15 +252,16 @@ def _baseline(name: str, config: RunConfig, corpus: Corpus, prepared: Path, fold
         seconds=seconds,
         parameters=fitted.num_parameters,
         curve=curve,
+        setting=setting,
     )
 
 
-def _baseline_config(name: str, config: RunConfig, seed: int, rate: float | None) -> Any:
-    """The baseline's own defaults, in the sizes of the preset."""
+def _baseline_config(name: str, config: RunConfig, seed: int, setting: Setting) -> Any:
+    """The baseline's own defaults but for the setting; of those that are trained by gradients, in the sizes of the preset."""
     base = CONFIGS[name]()
-    if rate is None:
-        return base
-    sizes = sequence_sizes(config, seed, rate)
+    if name in COUNTED:
+        return replace(base, **setting)
+    sizes = sequence_sizes(config, seed, setting["learning_rate"])
     if isinstance(base, LSC4RecConfig):
         device = config.system.device
         assert device is not None
@@ -287,6 +307,7 @@ def _table(cells: dict[str, list[Cell]], corpus: Corpus, seeds: int, learning_ra
                 "parameters": row["cells"][0].parameters,
                 "validation_ndcg@10": _validation_ndcg(row),
                 "curve": row["cells"][0].curve if row["row"] in (OURS, SASREC_CE) else [],
+                "setting": row["cells"][0].setting,
                 "chosen_plans": [cell.chosen_plan for cell in row["cells"]] if row["row"] == OURS else [],
             }
         )
@@ -323,9 +344,12 @@ def _minus(row: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _told(learning_rates: tuple[float, ...]) -> str:
+    counted = (
+        f"of EASE and co-occurrence {len(settings_of('ease', ()))} and {len(settings_of('cooccurrence', ()))} settings likewise"
+    )
     if len(learning_rates) == 1:
-        return f"baselines at a learning rate of {learning_rates[0]:g}"
-    return f"learning rates of baselines from {learning_rates} by validation of seed 0"
+        return f"baselines at a learning rate of {learning_rates[0]:g}; {counted}"
+    return f"learning rates of baselines from {learning_rates} by validation of seed 0; {counted}"
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -349,12 +373,19 @@ def markdown(table: dict[str, Any]) -> str:
             "",
             f"Plan of `{OURS}`, {PLAN_NAME} unless another is surely better on validation, by seed: {', '.join(chosen)}.",
         ]
+    settings = [f"`{row['system']}` {_in_words(row['setting'])}" for row in table["rows"] if row["setting"]]
+    if settings:
+        lines += ["", f"Chosen on validation: {', '.join(settings)}."]
     best = next((row["minus_best_baseline"] for row in table["rows"] if row["system"] == OURS), {})
     if best:
         found = ", ".join(f"{name} {_interval(interval)}" for name, interval in best.items())
         lines += ["", f"`{OURS}` minus `{table['best_baseline']}`, of these baselines the best on validation: {found}."]
     lines += ["", f"Protocol: {table['protocol']}.", "", f"{origin}, {source['cores']} cores of {source['cpu_model']}.", ""]
     return "\n".join(lines)
+
+
+def _in_words(setting: Setting) -> str:
+    return " and ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in setting.items())
 
 
 def _interval(interval: dict[str, Any]) -> str:

@@ -48,6 +48,13 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
             )
     assert f"minus `{table['best_baseline']}`" in (tmp_path / "table-synthetic.md").read_text()
     assert "| ease |" in (tmp_path / "table-synthetic.md").read_text() and (tmp_path / "table-synthetic.png").exists()
+    chosen = rows["ease"]["setting"]
+    tried = {path.stem for path in (tmp_path / "work" / "synthetic").glob("ease-0-*.npz")}
+    assert (
+        len(tried) == 12
+        and f"ease-0-regularisation-{chosen['regularisation']:g}-history_decay-{chosen['history_decay']:g}" in tried
+    )
+    assert rows["sasrec-ce"]["setting"] == {"learning_rate": 4e-3} and rows["cda4rec"]["setting"] is None
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")}
     again = {"preset_name": "tiny", "seeds": 1, **work}
     scripts("main_table").main(SOURCE, systems=("ease", "sasrec-ce"), learning_rates=(4e-3,), **again)
