@@ -46,10 +46,13 @@ class Histories:
     attributes: np.ndarray  # float32 [u, a]
 
     def category_counts(self) -> np.ndarray:
-        """Running sum over all events, float32 [N + 1, g]; differences of it are the counts of any stretch."""
+        """Running sum over all events, float64 [N + 1, g]; differences of it are the counts of any stretch.
+
+        In float32 the thirds and sixths of items with several categories would be lost behind a few hundred thousand events.
+        """
         weights = self.item_categories / np.maximum(self.item_categories.sum(axis=1, keepdims=True), 1.0)
-        counts = np.zeros((len(self.items) + 1, weights.shape[1]), np.float32)
-        counts[1:] = np.cumsum(weights[self.items].astype(np.float64), axis=0)
+        counts = np.zeros((len(self.items) + 1, weights.shape[1]))
+        np.cumsum(weights[self.items], axis=0, dtype=np.float64, out=counts[1:])
         return counts
 
 

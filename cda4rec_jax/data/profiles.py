@@ -10,6 +10,7 @@ from cda4rec_jax.messages import EgressLevel
 
 PROFILE_CATEGORIES = 8  # shares that a profile names
 SHARE_STEPS = 15  # 4 bits
+_PARTS_OF_EVENT = 60  # an event's item has up to 6 categories, and 60 is a multiple of 1 to 6
 LENGTH_BUCKETS = (5, 20, 100)  # upper edges; a fourth bucket holds all longer histories
 
 
@@ -22,8 +23,9 @@ def quantise_shares(category_counts: Any) -> Any:
         category_counts: float [..., g], events of each category (an event with several categories counts a part in each).
     """
     xp = category_counts.__array_namespace__()
-    total = xp.sum(category_counts, axis=-1, keepdims=True)
-    shares = category_counts / xp.maximum(total, xp.asarray(1e-6, dtype=category_counts.dtype))
+    # Whole numbers are summed and compared without error, so no order of summing decides a tie.
+    parts = xp.round(_PARTS_OF_EVENT * category_counts).astype(xp.float32)
+    shares = parts / xp.maximum(xp.sum(parts, axis=-1, keepdims=True), xp.ones_like(parts[..., :1]))
     order = xp.argsort(-shares, axis=-1, stable=True)
     place = xp.argsort(order, axis=-1, stable=True)
     steps = xp.round(SHARE_STEPS * xp.sqrt(shares))

@@ -1,9 +1,11 @@
 """Packing: every token is real, every target is predicted once, and no prefix knows what it predicts."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cda4rec_jax.data.packing import Histories, PackedEpoch, PackingConfig, draw_segments, pack
+from cda4rec_jax.data.profiles import quantise_shares
 from cda4rec_jax.messages import EgressLevel
 
 CONFIG = PackingConfig(history_length=7, row_tokens=12, recent_length=3, recent_share=0.5, profile_targets=0.5, profile_events=4)
@@ -68,6 +70,25 @@ def test_prefixes_summarise_only_what_came_before_the_segment():
     changed.items[begin + start : begin + stop] = 50
     before, after = data.category_counts(), changed.category_counts()
     np.testing.assert_array_equal(before[begin + start] - before[begin], after[begin + start] - after[begin])
+
+
+def test_profiles_of_training_are_those_of_requests_behind_many_events():
+    rng = np.random.default_rng(0)
+    categories = np.zeros((301, 12), np.float32)
+    for row in range(1, 301):
+        categories[row, rng.choice(12, rng.integers(1, 7), replace=False)] = 1
+    sizes = np.array([2_000_000, *[30] * 200])
+    items = rng.integers(1, 301, sizes.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    data = Histories(
+        offsets=offsets, items=items, lengths=sizes, item_categories=categories, attributes=np.zeros((201, 0), np.float32)
+    )
+    counts = data.category_counts()
+    of_training = quantise_shares(counts[offsets[1:-1] + 30] - counts[offsets[1:-1]])
+    weights = jnp.asarray(categories / np.maximum(categories.sum(axis=1, keepdims=True), 1.0))
+    histories = jnp.asarray(items[sizes[0] :].reshape(200, 30))
+    of_requests = quantise_shares(jnp.einsum("bl,blg->bg", jnp.ones(histories.shape), weights[histories]))
+    np.testing.assert_array_equal(of_training, of_requests)
 
 
 def test_profile_segments_predict_one_target_and_recent_ones_read_few_items():
