@@ -1,8 +1,12 @@
 """Contract of linear_cross_entropy: every implementation against the specification, and the promises of the chunked one."""
 
+import ctypes
 import math
 import re
+import shutil
+import subprocess
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -16,6 +20,7 @@ from cda4rec_jax.kernels import native_build
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy, native, pallas
 from cda4rec_jax.kernels.linear_cross_entropy.api import Implementation, default_chunk_size
 from cda4rec_jax.kernels.linear_cross_entropy.cases import CONTRACT_CASES, WORKLOAD_CASES, Case
+from cda4rec_jax.processor import cpu_features
 from tests.kernels.contract import (
     assert_trees_close,
     assert_trees_equal,
@@ -101,14 +106,44 @@ def test_float32_is_as_near_to_the_reference_in_float64_as_rounding_allows(imple
     np.testing.assert_allclose(value_alone(inputs, **options), expected[0], rtol=2e-5, atol=1e-5)
 
 
+def lends_matrix_unit() -> bool:
+    """Whether the processor has one that computes with bfloat16, and the system lends it to this process (as matrix_unit.h asks)."""
+    return "amx_bf16" in cpu_features().split() and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+
+
 @NEEDS_NATIVE
-@pytest.mark.parametrize("case", CONTRACT_CASES + WIDE_CASES, ids=lambda case: case.name)
-def test_operands_that_may_be_split_cost_native_few_of_their_bits(case):
-    """On a processor without a matrix unit none are."""
+@pytest.mark.skipif(not lends_matrix_unit(), reason="no matrix unit (AMX) here, so no operands are split")
+@pytest.mark.parametrize("case", WIDE_CASES, ids=lambda case: case.name)
+def test_operands_are_split_on_the_matrix_unit_and_only_where_that_is_allowed(case):
     inputs = make_inputs(case)
-    expected = value_and_gradients(inputs, **by("native", chunk_size=case.chunk_size))
-    with jax.default_matmul_precision("high"):
-        actual = value_and_gradients(inputs, **by("native", chunk_size=case.chunk_size))
+    split, again, whole = (_with_precision(name, inputs, case.chunk_size) for name in ("high", "high", "highest"))
+    assert_trees_equal(split, again)
+    assert any(not np.array_equal(*pair) for pair in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True))
+
+
+def _with_precision(name: str, inputs, chunk_size: int):
+    with jax.default_matmul_precision(name):
+        return value_and_gradients(inputs, **by("native", chunk_size=chunk_size))
+
+
+def test_the_matrix_unit_compiles_also_where_there_is_none():
+    compiler = shutil.which("g++")
+    flags = ["-std=c++17", "-fsyntax-only", "-w", "-march=sapphirerapids", f"-I{jax.ffi.include_dir()}"]
+    if compiler is None or subprocess.run([compiler, *flags, "-x", "c++", "/dev/null"], capture_output=True).returncode:
+        pytest.skip("no g++ that knows this processor")
+    source = Path(native.__file__).with_name("native.cc")
+    asked = [compiler, *flags, "-x", "c++", "-"]
+    program = f'#include "{source}"\nstatic_assert(CDA4REC_MATRIX_UNIT == 1);\n'
+    done = subprocess.run(asked, input=program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@NEEDS_NATIVE
+@pytest.mark.skipif(not lends_matrix_unit(), reason="no matrix unit (AMX) here, so no operands are split")
+@pytest.mark.parametrize("case", CONTRACT_CASES + WIDE_CASES, ids=lambda case: case.name)
+def test_operands_that_are_split_lose_few_of_their_bits(case):
+    inputs = make_inputs(case)
+    expected, actual = (_with_precision(name, inputs, case.chunk_size) for name in ("highest", "high"))
     for found, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-5 * max(1, np.abs(wanted).max()))
 
