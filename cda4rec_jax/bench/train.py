@@ -33,8 +33,10 @@ from cda4rec_jax.bench.train_systems import loss_memory, make_model, packed_batc
 from cda4rec_jax.data import read_interactions
 from cda4rec_jax.data.sources import source_name
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.kernels.linear_cross_entropy.native import may_split_operands
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.presets import preset
+from cda4rec_jax.processor import cpu_features
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 from cda4rec_jax.training import RunConfig
@@ -119,6 +121,15 @@ class TrainBenchmark:
         say(console, lines)
 
 
+def _precision_remark() -> str | None:
+    if jax.default_backend() != "cpu" or "amx_bf16" not in cpu_features().split() or not may_split_operands():
+        return None
+    return (
+        "our loss splits float32 operands into two bfloat16 (17 of 24 bits) for this processor's matrix unit, and no other does; with "
+        "JAX_DEFAULT_MATMUL_PRECISION=highest it keeps all bits"
+    )
+
+
 def _as_published(config: RunConfig) -> RunConfig:
     """SASRec drops attention weights too (Kang and McAuley, arXiv 1808.09781), which our presets do not."""
     cloud = config.system.cloud
@@ -179,7 +190,7 @@ def bench_train(
         progress("preparing and compiling", len(making), len(making))
         with OtherLoad() as others:
             measurement = _measured(competitors, timing, same_allocator, partial(progress, "measuring"))
-        remarks = tuple(filter(None, (one.remark() for one in competitors)))
+        remarks = tuple(filter(None, (_precision_remark(), *(one.remark() for one in competitors))))
     found = TrainBenchmark(
         data=source_name(source),
         num_items=interactions.num_items,

@@ -51,12 +51,17 @@ def _forward(chunk_size: int, hidden: Array, items: Array, targets: Array, weigh
     shapes = ((tokens,), hidden.shape, items.shape, (items.shape[0] - 1, chunk))
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     call = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")
-    exact = np.bool_(jax.default_matmul_precision.value in _EXACT)
-    losses, d_hidden, d_items, _ = call(hidden, items, targets.astype(jnp.int32), weights, exact=exact)
+    exact = not may_split_operands()
+    losses, d_hidden, d_items, _ = call(hidden, items, targets.astype(jnp.int32), weights, exact=np.bool_(exact))
     return jnp.sum(weights * losses), (d_hidden[:, :width], d_items[:, :width], losses)
 
 
 linear_cross_entropy_native.defvjp(_forward, lambda chunk_size, residuals, cotangent: backward(residuals, cotangent))
+
+
+def may_split_operands() -> bool:
+    """Whether ``jax.default_matmul_precision`` lets operands be split where there is a matrix unit."""
+    return jax.default_matmul_precision.value not in _EXACT
 
 
 @functools.cache
