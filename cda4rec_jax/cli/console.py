@@ -32,6 +32,9 @@ _PHASES = {
     "outcomes": "preparing the planner",
     "policy": "training the planner",
 }
+_AGENTS, _HEAD = ("loss", ("cloud_loss", "device_loss")), ("fusion loss", ("fusion_loss",))
+# What is learned in a phase, and the terms of the loss that tell how far it is; the planner's say nothing to people.
+_LOSSES = {"joint": _AGENTS, "refit": _AGENTS, "practice": _HEAD, "planner": _HEAD}
 
 
 def standard_output(*, quiet: bool = False) -> Console:
@@ -77,7 +80,7 @@ class TrainingView:
             self._phase, self._first = progress.phase, (progress.step, now)
             self._bar.remove_task(self._task)
             self._task = self._bar.add_task(name, total=progress.num_steps, figures="")
-        figures = [f"loss {progress.values['loss']:.3f}"] if progress.values else []
+        figures = _losses(progress)
         left = self._seconds_left(progress.step, progress.num_steps, now)
         if left is not None:
             figures.append(f"{_clock(left)} left")
@@ -128,6 +131,12 @@ class StagesView:
         if self._lines and time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             self._lines.print(f"{stage}: {done:,} of {total:,}", markup=False, soft_wrap=True)
+
+
+def _losses(progress: "Report") -> list[str]:
+    label, terms = _LOSSES.get(progress.phase, ("", ()))
+    found = [progress.values[term] for term in terms if term in progress.values]
+    return [f"{label} {sum(found):.3f}"] if found else []
 
 
 def _bar(console: Console, *figures: ProgressColumn) -> Progress:

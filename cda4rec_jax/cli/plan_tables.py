@@ -65,7 +65,9 @@ def print_explanation(found: Explanation, console: Console) -> None:
         print_table(console, Table(title="The smallest change that flips the decision", columns=columns, rows=rows))
     for flip in found.flips:
         if flip.to is None:
-            _say(console, f"No {_NAMES.get(flip.axis, flip.axis)} flips it (tried {flip.tried}).")
+            _say(
+                console, f"Another value of {_NAMES.get(flip.axis, flip.axis)} alone never changes the plan (tried {flip.tried})."
+            )
 
 
 def _terms(terms: PlanTerms) -> list[str]:

@@ -25,14 +25,20 @@ class Gate:
 
     def lines(self) -> list[str]:
         """What was asked and what was found, one line each."""
-        gain = self.oracle_gain
+        gain, top, plans = self.oracle_gain, self.plug_in_top_share, self.plug_in_plans
         checks = (
-            (self.plug_in_top_share <= MAX_TOP_SHARE, f"plug-in's top plan has {self.plug_in_top_share:.1%}, at most 50%"),
-            (self.plug_in_plans >= MIN_PLANS, f"plug-in gives {self.plug_in_plans} plans 5% or more each, at least 5"),
+            (
+                self.plug_in_top_share <= MAX_TOP_SHARE,
+                f"plug-in gives one plan to {self.plug_in_top_share:.1%} of the requests (at most 50%)",
+            ),
+            (
+                self.plug_in_plans >= MIN_PLANS,
+                f"plug-in gives {self.plug_in_plans} plans 5% of the requests or more each (at least 5)",
+            ),
             (
                 self.oracle_gain_in_gaps >= MIN_ORACLE_GAIN,
                 f"context oracle - best fixed plan: {gain.mean_difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] = "
-                f"{self.oracle_gain_in_gaps:.3f} dQ, at least .1",
+                f"{self.oracle_gain_in_gaps:.3f} of what asking the cloud is worth (at least .1)",
             ),
         )
         return [f"{'pass' if holds else 'FAIL'}  {text}" for holds, text in checks]

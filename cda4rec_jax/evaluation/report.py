@@ -119,7 +119,11 @@ class Report:
 
     def notes(self) -> list[str]:
         """The gate, what the numbers mean, and where they come from, a line each."""
-        gate = [] if self.gate is None else [f"gate: {line}" for line in self.gate.lines()]
+        if self.gate is None:
+            gate = []
+        else:
+            gate = [f"Is choosing a plan a task on this data? {'Yes' if self.gate.passed else 'Not by all of three marks'}:"]
+            gate += [f"  {line}" for line in self.gate.lines()]
         seconds = ", ".join(f"{name} {value:,.0f} s" for name, value in self.training_seconds.items())
         origin = self.provenance
         commit = f"{(origin.get('commit') or 'none')[:12]}{' (dirty)' if origin.get('dirty') else ''}"
@@ -146,7 +150,11 @@ class Report:
         ]
         header = ["system or plan", *columns, *(["ndcg@10 - SASRec [95%]"] if compared else [])]
         left = len(best) - len(shown)
-        return Table(title="Accuracy" + (f" (best plans; {left} more in the JSON)" if left else ""), columns=header, rows=rows)
+        return Table(
+            title="Accuracy" + (f" (best plans; {left} more with --json and in the run's results.json)" if left else ""),
+            columns=header,
+            rows=rows,
+        )
 
     def _shown_planners(self, everything: bool) -> list[PlannerRow]:
         ordered = sorted(self.planners, key=lambda row: -row.utility)

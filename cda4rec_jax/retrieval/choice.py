@@ -212,8 +212,9 @@ def _reason(
         here = vector_instructions()
         machine = f"{times.provenance['cores']} cores with {times.instructions}"
         machine += f", while this machine has {here}" if here != times.instructions else ""
+    queries = "one query" if batch == 1 else f"{batch:,} queries"
     parts = [
-        f"{chosen.way}: about {_number(chosen.call_ms)} ms for {batch:,} of {num_items:,} items at recall@{times.k} of {recall:g}",
+        f"{chosen.way}: about {_number(chosen.call_ms)} ms for {queries} over {num_items:,} items, at a recall@{times.k} of {recall:g}",
         *([", ".join(f"{offer.way} {_number(offer.call_ms)} ms" for offer in others)] if others else []),
         *([f"none is {LEAST_GAIN} times as fast"] if others and others[0].call_ms < chosen.call_ms else []),
         f"measured on {times.backend} ({machine}), width {times.width}, at {sizes}",

@@ -107,7 +107,7 @@ def test_print_fits_100_columns_without_cutting_a_cell(report: Report):
 
 def test_print_shows_the_best_and_says_how_many_are_left(report: Report):
     text = "\n".join(printed(report))
-    assert "23 more in the JSON" in text  # 8 best and the reference plan
+    assert "23 more with --json and in the run's results.json" in text  # 8 best and the reference plan
     for name in ("cloud-full-cloud", "fresh-full-100-device", "fixed fresh-profile-500-device *", "hindsight (upper bound)"):
         assert name in text
     assert "fresh-profile-20-skip" not in text

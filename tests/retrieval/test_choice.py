@@ -69,7 +69,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_times_are_interpolated_in_the_logarithms_of_size_and_batch():
     chosen = choose_index(1000, recall=1.0)
     assert chosen.implementation == "quantised" and chosen.config is None
-    assert "quantised: about 4.87 ms for 1 of 1,000 items at recall@100 of 1; exact 10 ms" in chosen.reason
+    assert "quantised: about 4.87 ms for one query over 1,000 items, at a recall@100 of 1; exact 10 ms" in chosen.reason
     assert "measured on cpu (2 cores with AVX2), width 64, at 100 and 10,000 items" in chosen.reason and not chosen.missing
     chosen = choose_index(10_000, batch=10, recall=1.0)
     assert "exact: about 316 ms" in chosen.reason and "; quantised 316 ms" in chosen.reason
@@ -104,7 +104,7 @@ def test_settings_are_the_wider_ones_of_the_two_sizes_around():
 @pytest.mark.usefixtures("table")
 def test_beyond_what_was_measured_the_nearest_counts_and_the_reason_says_so():
     chosen = choose_index(10**6, batch=5000, recall=1.0)
-    assert chosen.implementation == "exact" and "exact: about 1,000 ms for 5,000 of 1,000,000 items" in chosen.reason
+    assert chosen.implementation == "exact" and "exact: about 1,000 ms for 5,000 queries over 1,000,000 items" in chosen.reason
     assert "at 10,000 items, the nearest size" in chosen.reason and "the nearest batch measured is 100" in chosen.reason
 
 
@@ -181,8 +181,8 @@ def test_none_builds_what_is_chosen_and_logs_why(caplog):
     with caplog.at_level(logging.INFO):
         assert build_index(vectors, recall=1.0).implementation == "exact"
         assert build_index(vectors, batch=100, recall=0.9).implementation == "exact"
-    assert caplog.messages[0].startswith("index: exact: about 1 ms for 1 of 100 items at recall@100 of 1")
-    assert caplog.messages[1].startswith("index: exact: about 10 ms for 100 of 100 items at recall@100 of 0.9")
+    assert caplog.messages[0].startswith("index: exact: about 1 ms for one query over 100 items, at a recall@100 of 1")
+    assert caplog.messages[1].startswith("index: exact: about 10 ms for 100 queries over 100 items, at a recall@100 of 0.9")
 
 
 @pytest.mark.parametrize("wrong", [{"num_items": 0}, {"batch": 0}, {"recall": 0.0}, {"recall": 1.5}])
