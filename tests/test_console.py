@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from cda4rec_jax.cli import console as views
-from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.console import StagesView, TrainingView
+from cda4rec_jax.training import Progress
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(-1.0, "building: 1 of 2,000\nbuilding: 2 of 2,000\n"), (60.0, "")])
@@ -20,3 +21,14 @@ def test_stages_are_told_on_standard_error_now_and_then(
             view.progress("building", done, 2000)
     assert results.getvalue() == ""
     assert capsys.readouterr().err == expected
+
+
+def test_what_is_told_of_a_loss_is_that_of_what_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "PLAIN_LINE_SECONDS", -1.0)
+    results = io.StringIO()
+    view = TrainingView(Console(file=results))
+    values = {"cloud_loss": 6.5, "device_loss": 0.25, "fusion_loss": 3.8, "decision_loss": 2300.0, "loss": 2310.55}
+    for phase in ("joint", "planner", "policy"):
+        view.watch(Progress(phase=phase, step=1, num_steps=9, values=values))
+    lines = results.getvalue().splitlines()
+    assert [line.partition(" of 9")[2] for line in lines] == [", loss 6.750", ", fusion loss 3.800", ""]

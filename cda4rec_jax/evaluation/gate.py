@@ -27,14 +27,8 @@ class Gate:
         """What was asked and what was found, one line each."""
         gain, top, plans = self.oracle_gain, self.plug_in_top_share, self.plug_in_plans
         checks = (
-            (
-                self.plug_in_top_share <= MAX_TOP_SHARE,
-                f"plug-in gives one plan to {self.plug_in_top_share:.1%} of the requests (at most 50%)",
-            ),
-            (
-                self.plug_in_plans >= MIN_PLANS,
-                f"plug-in gives {self.plug_in_plans} plans 5% of the requests or more each (at least 5)",
-            ),
+            (top <= MAX_TOP_SHARE, f"plug-in gives one plan to {top:.1%} of the requests (at most 50%)"),
+            (plans >= MIN_PLANS, f"plug-in gives {plans} plans 5% of the requests or more each (at least 5)"),
             (
                 self.oracle_gain_in_gaps >= MIN_ORACLE_GAIN,
                 f"context oracle - best fixed plan: {gain.mean_difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] = "
