@@ -41,6 +41,14 @@ def test_every_make_target_exists_and_so_does_its_variable(line: str) -> None:
     assert all(f"$({setting.split('=')[0]})" in makefile for setting in settings)
 
 
+def test_the_example_in_python_recommends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    exec(compile(example, "README.md", "exec"), {})
+    name, num_bytes, *titles = capsys.readouterr().out.split(maxsplit=2)
+    assert name in {plan.name for plan in PLANS} and int(num_bytes) >= 0 and titles[0].startswith("['")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_to_a_file_or_a_heading_leads_somewhere(page: Path) -> None:
     missing = []
