@@ -59,7 +59,7 @@ LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 # Baselines without gradients, which no seed changes, and the values of their settings that are tried in all combinations.
 COUNTED: dict[str, dict[str, tuple[float, ...]]] = {
     "popularity": {},
-    "cooccurrence": {"window": (1, 3, 10), "history_decay": (0.4, 0.6, 0.8)},
+    "cooccurrence": {"window": (3, 10, 30), "history_decay": (0.6, 0.8, 0.9, 0.95)},
     "ease": {"regularisation": (50.0, 250.0, 1000.0, 4000.0), "history_decay": (0.5, 0.8, 1.0)},
 }
 Setting = dict[str, float]
@@ -416,7 +416,8 @@ def _plot(table: dict[str, Any], pyplot: Any) -> Any:
             curves.plot(*zip(*row["curve"], strict=True), marker="o", markersize=3, label=label)
     curves.set_xlabel("seconds of training")
     curves.set_ylabel("validation ndcg@10")
-    curves.legend()
+    if any(row["curve"] for row in table["rows"]):
+        curves.legend()
     curves.grid(alpha=0.3)
     return figure
 
