@@ -86,16 +86,8 @@ class Gate:
                 raise ValueError(f"consent is {self._consent.name}; revoke cannot raise it to {consent.name}")
             self._consent = consent
 
-    def preview(self, fields: UplinkFields) -> list[FieldBytes]:
-        """What ``release`` would let out, field by field, without letting it out. Raises EgressDenied as ``release`` does."""
-        return _check(fields, self._consent)[1]
-
-    def release(self, fields: UplinkFields, epsilon: float | None = None) -> GatedUplink:
-        """Let the fields out: one row in the ledger, and an object that the wire accepts.
-
-        Args:
-            fields: the whole of what is to leave.
-            epsilon: what a noise mechanism spent on the fields; None where none was applied.
+    def release(self, fields: UplinkFields) -> GatedUplink:
+        """Let the fields out, the whole of what is to leave: one row in the ledger, and an object that the wire accepts.
 
         Raises:
             EgressDenied: a rule forbids a field, or the ledger cannot record the release.
@@ -109,7 +101,6 @@ class Gate:
                     fields=listed,
                     payload_bytes=len(body),
                     sha256=hashlib.sha256(body).hexdigest(),
-                    epsilon=epsilon,
                 )
             except sqlite3.Error as error:
                 raise EgressDenied(f"the ledger cannot record the release ({error}), so nothing leaves") from error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cda4rec_jax import links
-from cda4rec_jax.links import LinkConfig, Realisation, expected_transfer_ms
+from cda4rec_jax.links import LinkConfig, Realisation
 from cda4rec_jax.messages import Context, Link
 
 SIZE = 1000
@@ -54,18 +54,11 @@ def test_packets_beyond_the_tracked_ones_lose_their_expected_share():
     np.testing.assert_allclose(uplink_ms(sizes, link)[0], [expected], rtol=1e-6)
 
 
-def test_expected_transfer_time_by_hand():
-    one = jnp.ones((1,))
-    times = expected_transfer_ms(jnp.asarray([[0.0, 2000.0]]), 50.0 * one, 1000.0 * one, 0.01 * one)
-    np.testing.assert_allclose(times[0], [0.0, 25 + 16 + 2 * 0.01 * 200], rtol=1e-6)
-
-
 def test_the_mean_of_realised_times_is_the_expected_time():
     config = LinkConfig(spread=0.0)
     link = realise(context_on(Link.EDGE), IDS, 0, 0.0, config=config)
-    sizes = jnp.full((SIZE, 1), 20_000.0)
-    expected = expected_transfer_ms(sizes, link.round_trip_ms, link.downlink_kbps, link.loss_probability)
-    assert float(downlink_ms(sizes, link).mean()) == pytest.approx(float(expected.mean()), rel=0.1)
+    expected = 25 + 20 + 14 * config.loss_probability[Link.EDGE] * 200  # 20,000 bytes are 14 packets
+    assert float(downlink_ms(jnp.full((SIZE, 1), 20_000.0), link).mean()) == pytest.approx(expected, rel=0.1)
 
 
 def test_more_bytes_never_take_less_time():
