@@ -93,7 +93,8 @@ def replay_traces(trained: TrainedSystem, traces: Sequence[StoredTrace]) -> Repl
         raise UserError(f"{trained.run.path} holds a baseline ({trained.run.kind}) without a planner: replay needs a joint run")
     space = trained.config.space
     names = list(space.names)
-    unknown = sorted({name for trace in traces for name in (trace.plan, trace.executed_plan)} - set(names))
+    # What a plan became need not be a plan to choose: one of a user's own loses structured modelling and has no other to turn into.
+    unknown = sorted({trace.plan for trace in traces} - set(names))
     if unknown:
         raise UserError(
             f"the traces hold plans that this run does not have: {', '.join(unknown)}. Replay them under their own run"

@@ -209,6 +209,12 @@ def test_what_this_run_cannot_decide_is_refused(recorded: Sequence[StoredTrace],
         replay_traces(trained, [other])
 
 
+def test_a_plan_that_became_none_of_the_runs_plans_is_replayed(recorded: Sequence[StoredTrace], trained: TrainedSystem) -> None:
+    lost = msgspec.structs.replace(recorded[0], executed_plan="fresh-full-50-skip")
+    found = replay_traces(trained, [lost])
+    assert (found.num_traces, found.num_equal, found.num_failed) == (1, 1, 1)
+
+
 @pytest.mark.parametrize("consent", [EgressLevel.PROFILE, EgressLevel.FULL])
 def test_an_explanation_fits_100_columns(recommender: Recommender, consent: EgressLevel) -> None:
     situation, memory = Situation(consent=consent), Departures(free_memory_mb=100.0)
