@@ -118,9 +118,16 @@ class Ledger:
         return release_id
 
     def count_send(self, release_id: int) -> None:
-        """Note that the bytes of a release are put on the link once more. Raises sqlite3.Error if it cannot be stored."""
+        """Note that the bytes of a release are put on the link once more.
+
+        Raises:
+            sqlite3.Error: it cannot be stored.
+            LookupError: there is no such release.
+        """
         with self._lock:
-            self._database.execute("UPDATE releases SET sends = sends + 1 WHERE release_id = ?", (release_id,))
+            counted = self._database.execute("UPDATE releases SET sends = sends + 1 WHERE release_id = ?", (release_id,)).rowcount
+        if counted != 1:
+            raise LookupError(f"it holds no release {release_id}")
 
     def entries(self, request_id: str | None = None) -> list[LedgerEntry]:
         """All releases, oldest first, or those of one request."""

@@ -41,7 +41,7 @@ def test_every_field_has_a_label_and_every_label_a_field():
 def test_a_gated_uplink_cannot_be_made_copied_changed_or_subclassed_outside_the_gate(ledger):
     gated = Gate(EgressLevel.FULL, ledger).release(fields(EgressLevel.PROFILE))
     with pytest.raises(TypeError, match=r"Gate\.release only"):
-        GatedUplink(object(), gated.fields, gated.body, 1)
+        GatedUplink(object(), gated.fields, gated.body, ledger, 1)
     for forge in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"Gate\.release only"):
             forge(gated)
@@ -170,6 +170,20 @@ def test_one_release_is_one_ledger_row_however_often_it_is_sent(ledger):
     assert (entry.sends, entry.level) == (3, EgressLevel.RECENT)
     assert entry.sha256 == hashlib.sha256(gated.body).hexdigest()
     assert entry.payload_bytes == len(gated.body)
+
+
+def test_a_send_that_no_row_counts_is_denied(ledger):
+    other = Ledger()
+    gated = Gate(EgressLevel.FULL, other).release(fields(EgressLevel.PROFILE))
+    gate = Gate(EgressLevel.FULL, ledger)
+    gate.release(fields(EgressLevel.PROFILE))  # its row has the same number
+    with pytest.raises(EgressDenied, match="another ledger"):
+        gate.authorise_send(gated)
+    assert [entry.sends for entry in (*ledger.entries(), *other.entries())] == [0, 0]
+    other._database.execute("DELETE FROM releases")
+    with pytest.raises(EgressDenied, match="holds no release 1"):
+        Gate(EgressLevel.FULL, other).authorise_send(gated)
+    other.close()
 
 
 def test_the_ledger_lists_what_left_byte_by_byte(ledger):
