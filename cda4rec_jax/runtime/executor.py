@@ -170,9 +170,9 @@ class Executor:
         deadline, they follow that moment. Structured modelling that is late then, or out of memory, is left out.
 
         Flags of the trace: ``link_failed``, ``cloud_failed``, ``egress_denied``, ``cache_missing``, ``deadline_hedged`` say why
-        the executed plan is another; ``context_shift`` that link or cloud, ``device_exhausted`` that the device took more than
-        ``surprise_ratio`` times what was predicted (or had no memory); ``regret_high`` that the plan was a poor choice, expected to be
-        worth less than the best allowed one by more than ``high_regret``.
+        the device answered alone; ``context_shift`` that link or cloud, ``device_exhausted`` that the device took more than
+        ``surprise_ratio`` times what was predicted (or left structured modelling out: late, or out of memory); ``regret_high`` that the
+        plan was a poor choice, expected to be worth less than the best allowed one by more than ``high_regret``.
 
         Raises:
             UserError: the deadline is shorter than planning and the local plan take.
@@ -321,7 +321,7 @@ class Executor:
         except TimeoutError:
             structuring.result.cancel()
             run.clock.advance_to(run.hedge_at_ms)
-            run.flags.extend(flag for flag in ("deadline_hedged", "device_exhausted") if flag not in run.flags)
+            run.flags.append("device_exhausted")
             return replace(plan, structured=Placement.SKIP), None
         except MemoryError:
             run.clock.advance_to(structuring.clock.now_ms())

@@ -310,7 +310,7 @@ def test_structured_modelling_that_hangs_is_left_out():
         answer = setting.run(fresh(), deadline_ms=1500.0)
         release.set()
     assert answer.trace.executed_plan == fresh(structured=Placement.SKIP)
-    assert answer.trace.flags == ("deadline_hedged", "device_exhausted")
+    assert answer.trace.flags == ("device_exhausted",)  # what is ranked came from the cloud
     assert setting.device.states == [None]
 
 
