@@ -87,7 +87,7 @@ class DeviceClient:
 
     Args:
         transport: carries request bytes to the cloud and returns the reply's. It raises ConnectionError or TimeoutError when it
-            fails, and should have a time limit of its own.
+            fails, and needs a time limit of its own: nothing here ends its wait.
         gate: the user's gate.
         attempts: sends of one release at most, where the transport fails.
         codec: of requests and replies.
@@ -116,7 +116,7 @@ class DeviceClient:
             link: what the request meets.
             clock: of the branch.
             log: counts bytes as they leave and come.
-            timeout_ms: wait for a reply that never comes.
+            timeout_ms: wait for a reply where ``link`` has failed; the transport's waits are its own.
 
         Raises:
             EgressDenied: consent was withdrawn; nothing (more) is sent.

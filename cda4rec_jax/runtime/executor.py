@@ -28,7 +28,8 @@ class ExecutorConfig:
     Attributes:
         real_delay: sleep the link's delays; otherwise they are only added to the request's clock.
         concurrent: run the branches side by side; one after the other serves to measure what that gains.
-        failure_timeout_ms: wait for an answer that never comes.
+        failure_timeout_ms: wait for an answer where the link model says that none comes. A transport that really hangs is not
+            interrupted: what ends the wait is its own time limit, or with ``concurrent`` the deadline.
         local_p99_ms: time that a local plan needs in 99 of 100 requests: a shorter deadline is refused, and this long before the
             deadline the device stops waiting.
         surprise_ratio: measured time over predicted time from which on the trace is flagged...
