@@ -57,7 +57,8 @@ class DeviceFunctions:
 
     Attributes:
         abstract: the user abstract at a level.
-        structured: structured user modelling over the private history; its result is handed to ``rank`` as it is.
+        structured: structured user modelling over the private history; its result is handed to ``rank`` as it is. Raises MemoryError
+            where the device has none left for it.
         cached_embedding: the embedding that may be reused, or None.
         cached_candidates: the candidate cache for a semantic placement: REUSE with scores, SKIP without.
         complete: (items int32 [c], their scores, the records that came with them, the embedding behind them) -> what is ranked.

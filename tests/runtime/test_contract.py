@@ -1,5 +1,6 @@
 """For every plan, the slate that cloud and device make over the wire is the slate that ``pipeline.outcomes`` says it makes."""
 
+from copy import copy
 from types import SimpleNamespace
 
 import jax
@@ -19,7 +20,7 @@ from cda4rec_jax.pipeline.corpus import build_corpus
 from cda4rec_jax.pipeline.outcomes import outcomes
 from cda4rec_jax.pipeline.request import RequestFunctions
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import OwnPlanner, PolicyConfig
+from cda4rec_jax.planner import OwnPlanner, PolicyConfig, fresh_plan
 from cda4rec_jax.privacy.gate import Gate
 from cda4rec_jax.privacy.ledger import Ledger
 from cda4rec_jax.privacy.levels import UplinkFields
@@ -170,6 +171,24 @@ def test_cloud_and_device_model_the_same_structure_from_a_full_abstract(shop):
         theirs = shop.cloud.structured(released(shop, row, EgressLevel.FULL))
         for leaf, other in zip(jax.tree.leaves(own), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(leaf, other)
+
+
+def test_a_device_whose_memory_ends_leaves_structured_modelling_out(shop):
+    greedy = copy(shop.functions)
+    greedy.structured = lambda *_: jnp.zeros(1 << 48)  # more than an address can name
+    without = SimpleNamespace(functions=greedy, cloud=shop.cloud, states=shop.states)
+    trace = execute(without, 2, fresh_plan(EgressLevel.FULL, 20, Placement.DEVICE)).trace
+    assert (trace.executed_plan, trace.flags) == (fresh_plan(EgressLevel.FULL, 20, Placement.SKIP), ("device_exhausted",))
+
+
+def test_other_errors_of_structured_modelling_are_raised(shop):
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    functions = copy(shop.functions)
+    functions.structured = broken
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        device_functions(functions, shop.states[2], K).structured()
 
 
 def test_an_embedding_that_is_not_kept_cannot_be_reused(shop):
