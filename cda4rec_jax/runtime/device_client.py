@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cda4rec_jax.privacy.gate import Gate, GatedUplink
 from cda4rec_jax.privacy.levels import UplinkFields
 from cda4rec_jax.runtime.clock import LinkRealisation, RequestClock
-from cda4rec_jax.runtime.wire import Codec, ErrorResponse, RetrieveResponse, WireError, decode_reply, encode_uplink
+from cda4rec_jax.runtime.wire import Codec, ErrorResponse, RetrieveResponse, decode_reply, encode_uplink
 
 Transport = Callable[[bytes], bytes]
 
@@ -146,8 +146,8 @@ class DeviceClient:
     def _read(self, answer: bytes, request_id: str) -> RetrieveResponse:
         try:
             reply = decode_reply(answer, self._codec)
-        except WireError as error:
-            raise CloudFailed(str(error)) from error
+        except Exception as error:  # whatever the parser makes of it, it is no reply
+            raise CloudFailed(f"{type(error).__name__}: {error}") from error
         if isinstance(reply, ErrorResponse):
             raise CloudFailed(f"{reply.code}: {reply.message}")
         if reply.request_id != request_id:

@@ -18,7 +18,7 @@ from cda4rec_jax.privacy.levels import UplinkFields
 from cda4rec_jax.runtime.clock import LinkRealisation, RequestClock
 from cda4rec_jax.runtime.device_client import BranchFailed, CacheMissing, CloudFailed, DeviceClient, Exchange, Late, TransferLog
 from cda4rec_jax.runtime.functions import CachedEmbedding, CandidatePool, DeviceFunctions, Ranked
-from cda4rec_jax.runtime.wire import EVIDENCE_FIELDS, candidates_of, unpack
+from cda4rec_jax.runtime.replies import checked_reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,20 +246,16 @@ class Executor:
         timeout_ms = max(0.0, min(self._config.failure_timeout_ms, run.hedge_at_ms - clock.now_ms()))
         exchanged = self._client.exchange(uplink, run.request.link, clock, run.log, timeout_ms)
         branch.spans.extend(_cloud_spans(run, exchanged))
-        response = exchanged.response
-        items, scores, evidence = candidates_of(response)
-        needed = EVIDENCE_FIELDS if fields.want_evidence else {"log_popularity"}
-        if response.ranked is not fields.want_ranking or not (response.ranked or needed <= set(evidence)):
-            raise CloudFailed("the reply is not of the kind that was asked for")
-        if response.semantic is not None:
-            branch.embedding = CachedEmbedding(values=unpack(response.semantic), level=fields.level, age_events=0)
-        if response.ranked:
-            branch.ranked = (items, scores)
-        elif (behind := cached or branch.embedding) is None:
-            raise CloudFailed("the reply holds no embedding")
+        reply = checked_reply(exchanged.response, fields, self._functions)
+        if reply.semantic is not None:
+            branch.embedding = CachedEmbedding(values=reply.semantic, level=fields.level, age_events=0)
+        if exchanged.response.ranked:
+            branch.ranked = (reply.items, reply.scores)
         else:
+            behind = cached or branch.embedding
+            assert behind is not None
             try:
-                branch.pool = self._functions.complete(items, scores, evidence, behind)
+                branch.pool = self._functions.complete(reply.items, reply.scores, reply.evidence, behind)
             except ValueError as error:
                 raise CloudFailed(str(error)) from error
         branch.end_ms = clock.now_ms()

@@ -140,6 +140,9 @@ def device_functions(functions: RequestFunctions, state: DeviceState, k: int) ->
         return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
 
     return DeviceFunctions(
+        num_items=functions.num_items,
+        embedding_size=functions.embedding_size,
+        no_records=_rows(functions.evidence(np.zeros(0, np.int32))),
         abstract=abstract,
         structured=structured,
         cached_embedding=lambda: state.embedding,
