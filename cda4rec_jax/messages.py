@@ -43,6 +43,7 @@ class EgressLevel(enum.IntEnum):
 
 
 RECENT_ITEMS = 10  # newest events that RECENT releases
+MIN_KBPS = 1.0  # keeps times finite where there is no link
 
 
 class Subtask(enum.StrEnum):

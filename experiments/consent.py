@@ -146,6 +146,9 @@ def _device(trial: Trial) -> DeviceFunctions:
         return CachedEmbedding(values=np.ones(WIDTH, np.float32), level=CACHED, age_events=3)
 
     return DeviceFunctions(
+        num_items=NUM_ITEMS,
+        embedding_size=WIDTH,
+        no_records=_evidence(np.zeros(0, np.int32)),
         abstract=abstract,
         structured=trial.structured,
         cached_embedding=cached,

@@ -46,7 +46,7 @@ from cda4rec_jax.runtime import (
     Request,
     realised_link,
 )
-from cda4rec_jax.runtime.models import DeviceState, device_functions, device_state
+from cda4rec_jax.runtime.models import DeviceState, device_functions, device_state, memory_errors
 from cda4rec_jax.runtime.recommend import Recommender
 
 NONE, POOR, WORST, FAILED, SHIFT, SLOW, MEMORY = (
@@ -199,8 +199,9 @@ class Lab:
 
             return repeated
 
+        @memory_errors()
         def fail() -> object:
-            raise MemoryError
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory, says the fault")
 
         if scenario == SLOW:
             names = ("abstract", "structured", "cached_candidates", "complete", "rank")

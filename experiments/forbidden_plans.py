@@ -181,7 +181,7 @@ def mask_by_rules(rows: Float[np.ndarray, "n field"], plan: Plan) -> np.ndarray:
     if plan == PLANS[STANDARD.last_resort]:
         return np.ones(len(rows), bool)
     needed_mb = STRUCTURED_MEMORY_MB * (plan.structured is Placement.DEVICE) + LARGE_RANKING_MEMORY_MB * (
-        plan.num_candidates > 100
+        plan.num_candidates > 100 and plan.ranking is Placement.DEVICE
     )
     reuses = plan.semantic is Placement.REUSE
     may = rows[:, COLUMNS["free_memory_mb"]] >= needed_mb  # memory that is not known is none

@@ -110,7 +110,8 @@ def print_replay(found: Replay, console: Console) -> None:
     if found.changes:
         rows = [_change(change) for change in found.changes[:SHOWN_PAIRS]]
         title = f"Where plans differ{_left(len(found.changes))}"
-        print_table(console, Table(title=title, columns=["stored plan", "plan now", "requests", "utility"], rows=rows))
+        columns = ["stored plan", "plan now", "requests", "forbidden now", "utility"]
+        print_table(console, Table(title=title, columns=columns, rows=rows))
     times = [*([found.latency] if found.latency else []), *found.subtasks]
     if times:
         rows = [_error(time) for time in times]
@@ -122,8 +123,8 @@ def print_replay(found: Replay, console: Console) -> None:
 
 
 def _change(change: PlanChange) -> list[str]:
-    gained = "forbidden now" if change.utility is None else f"{change.utility:+.4f}"
-    return [change.before, change.now, f"{change.count:,}", gained]
+    gained = "-" if change.utility is None else f"{change.utility:+.4f}"
+    return [change.before, change.now, f"{change.count:,}", f"{change.forbidden:,}", gained]
 
 
 def _error(accuracy: Accuracy) -> list[str]:

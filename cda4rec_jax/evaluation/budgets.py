@@ -50,9 +50,12 @@ class BudgetRow:
 
 def known_requests(requests: Iterable[Requests], logits: Logits, limited: Limited) -> KnownRequests:
     """Batches of requests, as a planner with these ``logits`` scores them, in one."""
-    found = [_scored(batch, logits=logits, limited=limited) for batch in requests]
+    found, last_resort = [], 0
+    for batch in requests:
+        found.append(_scored(batch, logits=logits, limited=limited))
+        last_resort = batch.predicted.space.last_resort  # every batch has the same plans
     scores, mask, units, spent = (np.concatenate([np.asarray(leaf) for leaf in leaves]) for leaves in zip(*found, strict=True))
-    return KnownRequests(logits=scores, mask=mask, units=units, spent=spent)
+    return KnownRequests(logits=scores, mask=mask, units=units, spent=spent, last_resort=last_resort)
 
 
 @partial(jax.jit, static_argnames=("logits", "limited"))

@@ -5,7 +5,7 @@
 """
 
 from cda4rec_jax.links.profiles import PACKET_BYTES, LinkConfig
-from cda4rec_jax.links.virtual_clock import Realisation, as_estimated, downlink_ms, expected_transfer_ms, realise, uplink_ms
+from cda4rec_jax.links.virtual_clock import Realisation, as_estimated, downlink_ms, realise, uplink_ms
 
 __all__ = [
     "PACKET_BYTES",
@@ -13,7 +13,6 @@ __all__ = [
     "Realisation",
     "as_estimated",
     "downlink_ms",
-    "expected_transfer_ms",
     "realise",
     "uplink_ms",
 ]

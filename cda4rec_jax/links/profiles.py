@@ -6,7 +6,6 @@ from cda4rec_jax.messages import Link
 
 PACKET_BYTES = 1460  # TCP payload of an Ethernet frame of 1500 bytes (IPv4 and TCP headers take 20 each)
 MIN_RETRANSMIT_MS = 200.0  # the usual minimum of the retransmission timer (Linux TCP_RTO_MIN; RFC 6298 suggests 1 s)
-MIN_KBPS = 1.0  # keeps times finite where there is no link
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.draws import log_normal
-from cda4rec_jax.links.profiles import MIN_KBPS, MIN_RETRANSMIT_MS, PACKET_BYTES, LinkConfig
-from cda4rec_jax.messages import Context
+from cda4rec_jax.links.profiles import MIN_RETRANSMIT_MS, PACKET_BYTES, LinkConfig
+from cda4rec_jax.messages import MIN_KBPS, Context
 
 TRACKED_PACKETS = 512  # packets of one transfer with a fate of their own (750 KB); later ones lose their expected share
 
@@ -125,16 +125,3 @@ def downlink_ms(payload_bytes: Float[Array, "b x"], realisation: Realisation) ->
         realisation.downlink_losses,
         realisation.loss_probability,
     )
-
-
-def expected_transfer_ms(
-    payload_bytes: Float[Array, "b x"],
-    round_trip_ms: Float[Array, "b"],
-    kbps: Float[Array, "b"],
-    loss_probability: Float[Array, "b"],
-) -> Float[Array, "b x"]:
-    """Expected time one way of a link with this round trip and bandwidth; 0 for 0 bytes.
-
-    half a round trip + 8 * bytes / kbps + ceil(bytes / 1460) * loss_probability * max(200 ms, 2 round trips)
-    """
-    return _transfer_ms(payload_bytes, round_trip_ms, kbps, jnp.ceil(payload_bytes / PACKET_BYTES) * loss_probability[:, None])

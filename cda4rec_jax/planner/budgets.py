@@ -117,6 +117,7 @@ class KnownRequests:
     mask: Bool[np.ndarray, "n p"]
     units: Float[np.ndarray, "n p"]  # ``priced_units`` of the predicted costs
     spent: Float[np.ndarray, "n p"]  # realised: 1 for a call, ms, or exposure
+    last_resort: int  # the plan that is taken where no allowed one has a score, as ``policy.choose`` has it
 
     def used(self, budget: Budget, multiplier: float) -> float:
         """What the choices under this multiplier use of the budget; at infinity every request takes the fewest units that it can."""
@@ -125,7 +126,7 @@ class KnownRequests:
             fewest = np.where(usable, self.units, np.inf).min(axis=1, keepdims=True)
             usable, multiplier = usable & (self.units <= fewest), 0.0
         scores = self.logits.astype(np.float64) - multiplier * self.units.astype(np.float64)
-        choices = np.where(usable, scores, -np.inf).argmax(axis=1)
+        choices = np.where(usable.any(axis=1), np.where(usable, scores, -np.inf).argmax(axis=1), self.last_resort)
         return budget.used(np.take_along_axis(self.spent, choices[:, None], axis=1)[:, 0])
 
 

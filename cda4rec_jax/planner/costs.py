@@ -16,11 +16,10 @@ import numpy as np
 from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array, PlanValues
-from cda4rec_jax.messages import RECENT_ITEMS, Context, EgressLevel
+from cda4rec_jax.messages import MIN_KBPS, RECENT_ITEMS, Context, EgressLevel
 from cda4rec_jax.planner.cost_profiles import CostProfile
 from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, STANDARD, PlanSpace, PlanTable
 
-MIN_KBPS = 1.0  # keeps costs finite where there is no link; such plans are masked
 Scalar = float | Float[Array, ""]
 
 

@@ -111,7 +111,7 @@ def _plan_table(plans: tuple[Plan, ...]) -> PlanTable:
         return np.asarray(values)
 
     needs_structured = column([plan.structured is Placement.DEVICE for plan in plans])
-    ranks_many = column([plan.num_candidates > 100 for plan in plans])
+    ranks_many = column([plan.num_candidates > 100 and plan.ranking is Placement.DEVICE for plan in plans])
     candidates = column([plan.num_candidates for plan in plans]).astype(np.float32)
     place = np.interp(candidates, CANDIDATE_COUNTS, np.arange(len(CANDIDATE_COUNTS)))
     return PlanTable(

@@ -34,20 +34,23 @@ class GatedUplink:
     Attributes:
         fields: what leaves; immutable.
         body: its canonical msgpack bytes, whose hash the ledger holds.
-        release_id: its row in the ledger.
+        ledger: where it is recorded, and its sends are counted.
+        release_id: its row there.
     """
 
-    __slots__ = ("body", "fields", "release_id")
+    __slots__ = ("body", "fields", "ledger", "release_id")
 
     body: bytes
     fields: UplinkFields
+    ledger: Ledger
     release_id: int
 
-    def __init__(self, token: object, fields: UplinkFields, body: bytes, release_id: int) -> None:
+    def __init__(self, token: object, fields: UplinkFields, body: bytes, ledger: Ledger, release_id: int) -> None:
         if token is not _TOKEN:
             raise TypeError("a GatedUplink comes from Gate.release only")
         object.__setattr__(self, "fields", fields)
         object.__setattr__(self, "body", body)
+        object.__setattr__(self, "ledger", ledger)
         object.__setattr__(self, "release_id", release_id)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -86,16 +89,8 @@ class Gate:
                 raise ValueError(f"consent is {self._consent.name}; revoke cannot raise it to {consent.name}")
             self._consent = consent
 
-    def preview(self, fields: UplinkFields) -> list[FieldBytes]:
-        """What ``release`` would let out, field by field, without letting it out. Raises EgressDenied as ``release`` does."""
-        return _check(fields, self._consent)[1]
-
-    def release(self, fields: UplinkFields, epsilon: float | None = None) -> GatedUplink:
-        """Let the fields out: one row in the ledger, and an object that the wire accepts.
-
-        Args:
-            fields: the whole of what is to leave.
-            epsilon: what a noise mechanism spent on the fields; None where none was applied.
+    def release(self, fields: UplinkFields) -> GatedUplink:
+        """Let the fields out, the whole of what is to leave: one row in the ledger, and an object that the wire accepts.
 
         Raises:
             EgressDenied: a rule forbids a field, or the ledger cannot record the release.
@@ -109,24 +104,25 @@ class Gate:
                     fields=listed,
                     payload_bytes=len(body),
                     sha256=hashlib.sha256(body).hexdigest(),
-                    epsilon=epsilon,
                 )
             except sqlite3.Error as error:
                 raise EgressDenied(f"the ledger cannot record the release ({error}), so nothing leaves") from error
-        return GatedUplink(_TOKEN, checked, body, release_id)
+        return GatedUplink(_TOKEN, checked, body, self._ledger, release_id)
 
     def authorise_send(self, gated: GatedUplink) -> None:
         """Call before each time the bytes are put on the link: consent is checked again, and the send is counted.
 
         Raises:
-            EgressDenied: consent was withdrawn since the release, or the ledger cannot count the send.
+            EgressDenied: consent was withdrawn since the release, the release is in another ledger, or the ledger cannot count the send.
         """
         with self._lock:
             if gated.fields.level > self._consent:
                 raise EgressDenied(f"consent is now {self._consent.name}; {gated.fields.level.name} stays here")
+            if gated.ledger is not self._ledger:
+                raise EgressDenied("the release is in another ledger than this gate's, so nothing leaves")
             try:
                 self._ledger.count_send(gated.release_id)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, LookupError) as error:
                 raise EgressDenied(f"the ledger cannot count the send ({error}), so nothing leaves") from error
 
 

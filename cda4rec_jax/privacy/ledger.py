@@ -14,7 +14,7 @@ from pathlib import Path
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE releases (
@@ -25,7 +25,6 @@ CREATE TABLE releases (
     fields TEXT NOT NULL,
     payload_bytes INTEGER NOT NULL,
     sha256 TEXT NOT NULL,
-    epsilon REAL,
     sends INTEGER NOT NULL
 )
 """
@@ -42,7 +41,7 @@ class FieldBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerEntry:
-    """One release. ``sends`` counts how often its bytes were put on the link; ``epsilon`` is None where no noise was added."""
+    """One release. ``sends`` counts how often its bytes were put on the link."""
 
     release_id: int
     unix_s: float
@@ -51,7 +50,6 @@ class LedgerEntry:
     fields: tuple[FieldBytes, ...]
     payload_bytes: int
     sha256: str
-    epsilon: float | None
     sends: int
 
 
@@ -107,14 +105,12 @@ class Ledger:
         fields: Sequence[FieldBytes],
         payload_bytes: int,
         sha256: str,
-        epsilon: float | None,
     ) -> int:
         """Store one release, not yet sent, and return its ``release_id``. Raises sqlite3.Error if it cannot be stored."""
         listed = json.dumps([[each.name, each.payload_bytes, int(each.level)] for each in fields])
-        row = (self._clock(), request_id, int(level), listed, payload_bytes, sha256, epsilon)
+        row = (self._clock(), request_id, int(level), listed, payload_bytes, sha256)
         statement = (
-            "INSERT INTO releases (unix_s, request_id, level, fields, payload_bytes, sha256, epsilon, sends)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, 0)"
+            "INSERT INTO releases (unix_s, request_id, level, fields, payload_bytes, sha256, sends) VALUES (?, ?, ?, ?, ?, ?, 0)"
         )
         with self._lock:
             release_id = self._database.execute(statement, row).lastrowid
@@ -122,13 +118,20 @@ class Ledger:
         return release_id
 
     def count_send(self, release_id: int) -> None:
-        """Note that the bytes of a release are put on the link once more. Raises sqlite3.Error if it cannot be stored."""
+        """Note that the bytes of a release are put on the link once more.
+
+        Raises:
+            sqlite3.Error: it cannot be stored.
+            LookupError: there is no such release.
+        """
         with self._lock:
-            self._database.execute("UPDATE releases SET sends = sends + 1 WHERE release_id = ?", (release_id,))
+            counted = self._database.execute("UPDATE releases SET sends = sends + 1 WHERE release_id = ?", (release_id,)).rowcount
+        if counted != 1:
+            raise LookupError(f"it holds no release {release_id}")
 
     def entries(self, request_id: str | None = None) -> list[LedgerEntry]:
         """All releases, oldest first, or those of one request."""
-        columns = "release_id, unix_s, request_id, level, fields, payload_bytes, sha256, epsilon, sends"
+        columns = "release_id, unix_s, request_id, level, fields, payload_bytes, sha256, sends"
         query = f"SELECT {columns} FROM releases WHERE ? IS NULL OR request_id = ? ORDER BY release_id"
         with self._lock:
             rows = self._database.execute(query, (request_id, request_id)).fetchall()
@@ -140,7 +143,7 @@ class Ledger:
 
 
 def _entry(row: tuple) -> LedgerEntry:
-    release_id, unix_s, request_id, level, listed, payload_bytes, sha256, epsilon, sends = row
+    release_id, unix_s, request_id, level, listed, payload_bytes, sha256, sends = row
     fields = tuple(
         FieldBytes(name=name, payload_bytes=size, level=EgressLevel(field_level))
         for name, size, field_level in json.loads(listed)
@@ -153,6 +156,5 @@ def _entry(row: tuple) -> LedgerEntry:
         fields=fields,
         payload_bytes=payload_bytes,
         sha256=sha256,
-        epsilon=epsilon,
         sends=sends,
     )

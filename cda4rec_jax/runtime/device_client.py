@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cda4rec_jax.privacy.gate import Gate, GatedUplink
 from cda4rec_jax.privacy.levels import UplinkFields
 from cda4rec_jax.runtime.clock import LinkRealisation, RequestClock
-from cda4rec_jax.runtime.wire import Codec, ErrorResponse, RetrieveResponse, WireError, decode_reply, encode_uplink
+from cda4rec_jax.runtime.wire import Codec, ErrorResponse, RetrieveResponse, decode_reply, encode_uplink
 
 Transport = Callable[[bytes], bytes]
 
@@ -87,7 +87,7 @@ class DeviceClient:
 
     Args:
         transport: carries request bytes to the cloud and returns the reply's. It raises ConnectionError or TimeoutError when it
-            fails, and should have a time limit of its own.
+            fails, and needs a time limit of its own: nothing here ends its wait.
         gate: the user's gate.
         attempts: sends of one release at most, where the transport fails.
         codec: of requests and replies.
@@ -116,7 +116,7 @@ class DeviceClient:
             link: what the request meets.
             clock: of the branch.
             log: counts bytes as they leave and come.
-            timeout_ms: wait for a reply that never comes.
+            timeout_ms: wait for a reply where ``link`` has failed; the transport's waits are its own.
 
         Raises:
             EgressDenied: consent was withdrawn; nothing (more) is sent.
@@ -146,8 +146,8 @@ class DeviceClient:
     def _read(self, answer: bytes, request_id: str) -> RetrieveResponse:
         try:
             reply = decode_reply(answer, self._codec)
-        except WireError as error:
-            raise CloudFailed(str(error)) from error
+        except Exception as error:  # whatever the parser makes of it, it is no reply
+            raise CloudFailed(f"{type(error).__name__}: {error}") from error
         if isinstance(reply, ErrorResponse):
             raise CloudFailed(f"{reply.code}: {reply.message}")
         if reply.request_id != request_id:

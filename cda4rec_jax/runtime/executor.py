@@ -18,7 +18,7 @@ from cda4rec_jax.privacy.levels import UplinkFields
 from cda4rec_jax.runtime.clock import LinkRealisation, RequestClock
 from cda4rec_jax.runtime.device_client import BranchFailed, CacheMissing, CloudFailed, DeviceClient, Exchange, Late, TransferLog
 from cda4rec_jax.runtime.functions import CachedEmbedding, CandidatePool, DeviceFunctions, Ranked
-from cda4rec_jax.runtime.wire import EVIDENCE_FIELDS, candidates_of, unpack
+from cda4rec_jax.runtime.replies import checked_reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class ExecutorConfig:
     Attributes:
         real_delay: sleep the link's delays; otherwise they are only added to the request's clock.
         concurrent: run the branches side by side; one after the other serves to measure what that gains.
-        failure_timeout_ms: wait for an answer that never comes.
+        failure_timeout_ms: wait for an answer where the link model says that none comes. A transport that really hangs is not
+            interrupted: what ends the wait is its own time limit, or with ``concurrent`` the deadline.
         local_p99_ms: time that a local plan needs in 99 of 100 requests: a shorter deadline is refused, and this long before the
             deadline the device stops waiting.
         surprise_ratio: measured time over predicted time from which on the trace is flagged...
@@ -170,9 +171,9 @@ class Executor:
         deadline, they follow that moment. Structured modelling that is late then, or out of memory, is left out.
 
         Flags of the trace: ``link_failed``, ``cloud_failed``, ``egress_denied``, ``cache_missing``, ``deadline_hedged`` say why
-        the executed plan is another; ``context_shift`` that link or cloud, ``device_exhausted`` that the device took more than
-        ``surprise_ratio`` times what was predicted (or had no memory); ``regret_high`` that the plan was a poor choice, expected to be
-        worth less than the best allowed one by more than ``high_regret``.
+        the device answered alone; ``context_shift`` that link or cloud, ``device_exhausted`` that the device took more than
+        ``surprise_ratio`` times what was predicted (or left structured modelling out: late, or out of memory); ``regret_high`` that the
+        plan was a poor choice, expected to be worth less than the best allowed one by more than ``high_regret``.
 
         Raises:
             UserError: the deadline is shorter than planning and the local plan take.
@@ -245,20 +246,16 @@ class Executor:
         timeout_ms = max(0.0, min(self._config.failure_timeout_ms, run.hedge_at_ms - clock.now_ms()))
         exchanged = self._client.exchange(uplink, run.request.link, clock, run.log, timeout_ms)
         branch.spans.extend(_cloud_spans(run, exchanged))
-        response = exchanged.response
-        items, scores, evidence = candidates_of(response)
-        needed = EVIDENCE_FIELDS if fields.want_evidence else {"log_popularity"}
-        if response.ranked is not fields.want_ranking or not (response.ranked or needed <= set(evidence)):
-            raise CloudFailed("the reply is not of the kind that was asked for")
-        if response.semantic is not None:
-            branch.embedding = CachedEmbedding(values=unpack(response.semantic), level=fields.level, age_events=0)
-        if response.ranked:
-            branch.ranked = (items, scores)
-        elif (behind := cached or branch.embedding) is None:
-            raise CloudFailed("the reply holds no embedding")
+        reply = checked_reply(exchanged.response, fields, self._functions)
+        if reply.semantic is not None:
+            branch.embedding = CachedEmbedding(values=reply.semantic, level=fields.level, age_events=0)
+        if exchanged.response.ranked:
+            branch.ranked = (reply.items, reply.scores)
         else:
+            behind = cached or branch.embedding
+            assert behind is not None
             try:
-                branch.pool = self._functions.complete(items, scores, evidence, behind)
+                branch.pool = self._functions.complete(reply.items, reply.scores, reply.evidence, behind)
             except ValueError as error:
                 raise CloudFailed(str(error)) from error
         branch.end_ms = clock.now_ms()
@@ -321,7 +318,7 @@ class Executor:
         except TimeoutError:
             structuring.result.cancel()
             run.clock.advance_to(run.hedge_at_ms)
-            run.flags.extend(flag for flag in ("deadline_hedged", "device_exhausted") if flag not in run.flags)
+            run.flags.append("device_exhausted")
             return replace(plan, structured=Placement.SKIP), None
         except MemoryError:
             run.clock.advance_to(structuring.clock.now_ms())

@@ -56,8 +56,12 @@ class DeviceFunctions:
     """The device's sub-tasks for one user. Called from several threads at once.
 
     Attributes:
+        num_items: catalogue size; a larger item index in a reply is refused.
+        embedding_size: d; a reply with an embedding of another size is refused.
+        no_records: all fields of ``messages.Evidence`` with rows of no item: the types and widths in which records are read.
         abstract: the user abstract at a level.
-        structured: structured user modelling over the private history; its result is handed to ``rank`` as it is.
+        structured: structured user modelling over the private history; its result is handed to ``rank`` as it is. Raises MemoryError
+            where the device has none left for it.
         cached_embedding: the embedding that may be reused, or None.
         cached_candidates: the candidate cache for a semantic placement: REUSE with scores, SKIP without.
         complete: (items int32 [c], their scores, the records that came with them, the embedding behind them) -> what is ranked.
@@ -67,6 +71,9 @@ class DeviceFunctions:
         finish: (items, scores) ranked by the cloud -> the slate, of the same form.
     """
 
+    num_items: int
+    embedding_size: int
+    no_records: EvidenceRows
     abstract: Callable[[EgressLevel], AbstractData]
     structured: Callable[[], object]
     cached_embedding: Callable[[], CachedEmbedding | None]

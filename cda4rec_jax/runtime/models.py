@@ -1,5 +1,7 @@
 """The trained models as the callables that the runtime runs: what one user's device holds, and what the cloud answers with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import cast
@@ -37,6 +39,17 @@ _NO_EVIDENCE = {
     "words": np.zeros(0, np.uint16),
     "word_weights": np.zeros(0, np.uint8),
 }
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raises MemoryError where JAX is out of memory, which it tells by a word in an error of any kind."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +118,7 @@ def device_functions(functions: RequestFunctions, state: DeviceState, k: int) ->
     def abstract(level: EgressLevel) -> AbstractData:
         return _abstract_data(state.newest if level is EgressLevel.FULL else functions.abstract(state.history, level, 0))
 
+    @memory_errors()
     def structured() -> StructuredState:
         own = functions.structured(state.newest, state.own_evidence)
         jax.block_until_ready(own.state)
@@ -126,6 +140,9 @@ def device_functions(functions: RequestFunctions, state: DeviceState, k: int) ->
         return np.asarray(slate.items)[0], np.asarray(slate.scores)[0]
 
     return DeviceFunctions(
+        num_items=functions.num_items,
+        embedding_size=functions.embedding_size,
+        no_records=_rows(functions.evidence(np.zeros(0, np.int32))),
         abstract=abstract,
         structured=structured,
         cached_embedding=lambda: state.embedding,

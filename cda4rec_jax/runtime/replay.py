@@ -23,12 +23,13 @@ from cda4rec_jax.runtime.traces import RunIdentity, StoredTrace, batch_contexts,
 
 @dataclass(frozen=True, kw_only=True)
 class PlanChange:
-    """Requests whose plan was ``before`` and is ``now``; ``utility`` is now minus before, None where ``before`` is forbidden now."""
+    """Requests whose plan was ``before`` and is ``now``."""
 
     before: str
     now: str
     count: int
-    utility: float | None
+    forbidden: int  # of them, those to which ``before`` is forbidden now
+    utility: float | None  # now minus before, mean over the others; None where there are none, or the planner tells no quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,8 @@ def replay_traces(trained: TrainedSystem, traces: Sequence[StoredTrace]) -> Repl
         raise UserError(f"{trained.run.path} holds a baseline ({trained.run.kind}) without a planner: replay needs a joint run")
     space = trained.config.space
     names = list(space.names)
-    unknown = sorted({name for trace in traces for name in (trace.plan, trace.executed_plan)} - set(names))
+    # What a plan became need not be a plan to choose: one of a user's own loses structured modelling and has no other to turn into.
+    unknown = sorted({trace.plan for trace in traces} - set(names))
     if unknown:
         raise UserError(
             f"the traces hold plans that this run does not have: {', '.join(unknown)}. Replay them under their own run"
@@ -120,7 +122,7 @@ def replay_traces(trained: TrainedSystem, traces: Sequence[StoredTrace]) -> Repl
         num_compared=int(chosen.sum()),
         num_equal=int((chosen & (now == before)).sum()),
         gain=_by_user(gains, users, chosen & ~np.isnan(gains)),
-        changes=_changes([names[plan] for plan in before], [names[plan] for plan in now], gains, chosen & (now != before)),
+        changes=_changes([names[plan] for plan in before], [names[plan] for plan in now], gains, chosen & (now != before), lost),
         forbidden={rule: int(found.sum()) for rule, found in rules.items() if found.any()},
         num_forbidden=int(lost.sum()),
         latency=_request_accuracy(traces),
@@ -139,14 +141,17 @@ def _by_user(values: Float[np.ndarray, "n"], users: np.ndarray, counted: np.ndar
     return paired_interval(means[:, None], np.zeros((len(means), 1)))
 
 
-def _changes(before: list[str], now: list[str], gains: np.ndarray, differs: np.ndarray) -> tuple[PlanChange, ...]:
-    pairs: dict[tuple[str, str], list[float]] = {}
-    for row in np.flatnonzero(differs):
-        pairs.setdefault((before[row], now[row]), []).append(float(gains[row]))
-    found = [
-        PlanChange(before=old, now=new, count=len(values), utility=None if np.isnan(values).any() else float(np.mean(values)))
-        for (old, new), values in pairs.items()
-    ]
+def _changes(
+    before: list[str], now: list[str], gains: np.ndarray, differs: np.ndarray, forbidden: np.ndarray
+) -> tuple[PlanChange, ...]:
+    pairs: dict[tuple[str, str], list[int]] = {}
+    for row in np.flatnonzero(differs).tolist():
+        pairs.setdefault((before[row], now[row]), []).append(row)
+    found = []
+    for (old, new), rows in pairs.items():
+        lost, known = int(forbidden[rows].sum()), gains[rows][~np.isnan(gains[rows])]
+        worth = float(known.mean()) if len(known) else None
+        found.append(PlanChange(before=old, now=new, count=len(rows), forbidden=lost, utility=worth))
     return tuple(sorted(found, key=lambda change: (-change.count, change.before, change.now)))
 
 

@@ -19,7 +19,7 @@ WIRE_VERSION = 3
 EVIDENCE_FIELDS = frozenset(each.name for each in dataclasses.fields(Evidence))
 
 _Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
-_Milliseconds = Annotated[float, msgspec.Meta(ge=0.0)]
+_Milliseconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]  # finite, so that a trace can add them up
 
 
 class WireError(ValueError):

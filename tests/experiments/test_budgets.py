@@ -70,7 +70,7 @@ def test_what_the_policy_never_uses_has_rows_that_say_so(
 
 def test_a_limit_needs_something_that_a_price_can_save(scripts: Scripts):
     same = np.full((4, 2), 7.0)
-    known = KnownRequests(logits=np.zeros((4, 2)), mask=np.ones((4, 2), bool), units=same, spent=same)
+    known = KnownRequests(logits=np.zeros((4, 2)), mask=np.ones((4, 2), bool), units=same, spent=same, last_resort=0)
     assert scripts("budgets").calibrated(known, Limited.P95_MS, 0.5) is None
     cheaper = replace(known, logits=np.tile([0.0, 1.0], (4, 1)), units=same - [5.0, 0.0], spent=same - [5.0, 0.0])
     price = scripts("budgets").calibrated(cheaper, Limited.P95_MS, 0.5)

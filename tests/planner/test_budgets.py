@@ -1,11 +1,13 @@
 """Budgets: what they count, the price that keeps them, and what happens when none does."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.planner import NUM_PLANS, PlanCosts, allowed, plan_index
+from cda4rec_jax.planner import NUM_PLANS, STANDARD, PlanCosts, allowed, choose, plan_index
 from cda4rec_jax.planner.budgets import Budget, Budgeted, KnownRequests, Limited, calibrate, priced_units
 
 SIZE = 2000
@@ -18,12 +20,12 @@ def known(seed: int = 0, size: int = SIZE) -> KnownRequests:
     units = np.stack([np.full(size, 5.0), random.uniform(50.0, 400.0, size)], axis=1)
     spent = units * random.lognormal(0.0, 0.2, (size, 2))
     mask = np.stack([np.ones(size, bool), random.uniform(size=size) < 0.9], axis=1)
-    return KnownRequests(logits=logits, mask=mask, units=units, spent=spent)
+    return KnownRequests(logits=logits, mask=mask, units=units, spent=spent, last_resort=0)
 
 
 def calls(requests: KnownRequests) -> KnownRequests:
     is_call = np.broadcast_to(np.asarray([0.0, 1.0]), requests.units.shape)
-    return KnownRequests(logits=requests.logits, mask=requests.mask, units=is_call, spent=is_call)
+    return replace(requests, units=is_call, spent=is_call)
 
 
 def test_what_is_used_by_hand():
@@ -51,6 +53,19 @@ def test_a_higher_price_never_makes_more_calls():
 def test_a_budget_that_is_kept_anyway_costs_nothing():
     found = calibrate(calls(known()), Budget(limited=Limited.CALLS, limit=10.0))
     assert found.multiplier == 0.0 and found.used == found.unlimited < 10.0
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 1.0, float("inf")])
+def test_requests_without_a_score_take_the_last_resort_as_in_service(multiplier: float):
+    logits = np.full((3, NUM_PLANS), np.nan)
+    logits[0], logits[:, 0], logits[2, 5] = -np.inf, 9.0, 1.0
+    mask = np.broadcast_to(np.arange(NUM_PLANS) > 0, logits.shape)  # the first plan is forbidden
+    chosen = np.asarray(choose(jnp.asarray(logits), jnp.asarray(mask)))
+    assert chosen.tolist() == [STANDARD.last_resort, STANDARD.last_resort, 5]
+    spent = np.broadcast_to(100.0 + np.arange(NUM_PLANS), logits.shape)
+    requests = KnownRequests(logits=logits, mask=mask, units=spent, spent=spent, last_resort=STANDARD.last_resort)
+    used = requests.used(Budget(limited=Limited.EXPOSURE, limit=1.0), multiplier)
+    assert used == pytest.approx(spent[np.arange(3), chosen].mean())
 
 
 def test_a_budget_that_no_price_keeps_is_refused_with_the_closest_that_one_does():

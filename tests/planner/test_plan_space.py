@@ -4,7 +4,18 @@ import pytest
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel, Link, Placement
-from cda4rec_jax.planner import NUM_PLANS, PLANS, STANDARD, allowed, local_repair, plan_index, repair
+from cda4rec_jax.planner import (
+    NUM_PLANS,
+    PLANS,
+    STANDARD,
+    PlanSpace,
+    allowed,
+    cloud_plan,
+    fresh_plan,
+    local_repair,
+    plan_index,
+    repair,
+)
 
 
 def allowed_names(context) -> set[str]:
@@ -80,6 +91,11 @@ def test_memory_masks_structured_modelling_on_the_device_and_500_candidates(make
     assert not any("500" in name for name in allowed_names(make_context(1, free_memory_mb=63.0)))
     both = allowed_names(make_context(1, free_memory_mb=200.0))
     assert "fresh-full-100-device" in both and "fresh-full-500-device" not in both
+
+
+def test_many_candidates_that_the_cloud_ranks_need_no_memory_on_the_device():
+    own = (cloud_plan(EgressLevel.FULL, 500, Placement.SKIP), fresh_plan(EgressLevel.FULL, 400, Placement.SKIP))
+    assert PlanSpace(plans=(*PLANS, *own)).table.memory_mb[NUM_PLANS:].tolist() == [0.0, 64.0]
 
 
 def test_the_last_resort_is_allowed_whatever_the_context_says(make_context):

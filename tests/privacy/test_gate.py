@@ -41,7 +41,7 @@ def test_every_field_has_a_label_and_every_label_a_field():
 def test_a_gated_uplink_cannot_be_made_copied_changed_or_subclassed_outside_the_gate(ledger):
     gated = Gate(EgressLevel.FULL, ledger).release(fields(EgressLevel.PROFILE))
     with pytest.raises(TypeError, match=r"Gate\.release only"):
-        GatedUplink(object(), gated.fields, gated.body, 1)
+        GatedUplink(object(), gated.fields, gated.body, ledger, 1)
     for forge in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"Gate\.release only"):
             forge(gated)
@@ -163,24 +163,35 @@ def test_revoked_consent_stops_releases_and_resends_at_once(ledger):
 
 def test_one_release_is_one_ledger_row_however_often_it_is_sent(ledger):
     gate = Gate(EgressLevel.FULL, ledger)
-    gated = gate.release(fields(EgressLevel.RECENT, item_ids=(5, 6)), epsilon=0.5)
+    gated = gate.release(fields(EgressLevel.RECENT, item_ids=(5, 6)))
     for _ in range(3):
         gate.authorise_send(gated)
     (entry,) = ledger.entries()
-    assert (entry.sends, entry.epsilon, entry.level) == (3, 0.5, EgressLevel.RECENT)
+    assert (entry.sends, entry.level) == (3, EgressLevel.RECENT)
     assert entry.sha256 == hashlib.sha256(gated.body).hexdigest()
     assert entry.payload_bytes == len(gated.body)
 
 
-def test_preview_lists_what_would_leave_byte_by_byte_and_releases_nothing(ledger):
+def test_a_send_that_no_row_counts_is_denied(ledger):
+    other = Ledger()
+    gated = Gate(EgressLevel.FULL, other).release(fields(EgressLevel.PROFILE))
     gate = Gate(EgressLevel.FULL, ledger)
+    gate.release(fields(EgressLevel.PROFILE))  # its row has the same number
+    with pytest.raises(EgressDenied, match="another ledger"):
+        gate.authorise_send(gated)
+    assert [entry.sends for entry in (*ledger.entries(), *other.entries())] == [0, 0]
+    other._database.execute("DELETE FROM releases")
+    with pytest.raises(EgressDenied, match="holds no release 1"):
+        Gate(EgressLevel.FULL, other).authorise_send(gated)
+    other.close()
+
+
+def test_the_ledger_lists_what_left_byte_by_byte(ledger):
     asked = fields(EgressLevel.FULL, item_ids=(5, 600), attributes=(2,), category_shares=((1, 15),), want_evidence=True)
-    listed = gate.preview(asked)
-    assert ledger.entries() == []
-    gated = gate.release(asked)
+    gated = Gate(EgressLevel.FULL, ledger).release(asked)
+    listed = ledger.entries()[0].fields
     # One more byte is the header of the map.
     assert 1 + sum(each.payload_bytes for each in listed) == len(gated.body)
-    assert tuple(listed) == ledger.entries()[0].fields
     levels = {each.name: each.level for each in listed}
     assert levels["item_ids"] is EgressLevel.RECENT
     assert levels["attributes"] is EgressLevel.FULL

@@ -17,7 +17,6 @@ def record(ledger: Ledger, request_id: str = "a") -> int:
         fields=[FieldBytes(name="item_ids", payload_bytes=31, level=EgressLevel.RECENT)],
         payload_bytes=60,
         sha256="ff",
-        epsilon=None,
     )
 
 
@@ -34,7 +33,6 @@ def test_entries_survive_closing_and_are_listed_oldest_first(tmp_path):
     assert [entry.request_id for entry in entries] == ["a", "b"]
     assert (entries[0].unix_s, entries[0].sends, entries[1].sends) == (12.5, 2, 0)
     assert entries[0].fields == (FieldBytes(name="item_ids", payload_bytes=31, level=EgressLevel.RECENT),)
-    assert entries[0].epsilon is None
     assert [entry.request_id for entry in second.entries("b")] == ["b"]
     second.close()
 
@@ -60,7 +58,7 @@ def test_a_file_that_is_no_ledger_is_refused_and_left_as_it_was(tmp_path):
     database.execute("CREATE TABLE mine (x)")
     database.commit()
     database.close()
-    with pytest.raises(UserError, match="ledger version 0, expected 1"):
+    with pytest.raises(UserError, match="ledger version 0, expected 2"):
         Ledger(other)
 
 

@@ -128,6 +128,9 @@ class FakeDevice:
 
     def functions(self, **overrides) -> DeviceFunctions:
         functions = {
+            "num_items": NUM_ITEMS,
+            "embedding_size": WIDTH,
+            "no_records": evidence_of(np.zeros(0, np.int32)),
             "abstract": self.abstract,
             "structured": lambda: "device state",
             "cached_embedding": self.cached_embedding,

@@ -29,15 +29,30 @@ def test_forks_go_on_by_themselves():
 
 
 def test_the_time_of_computing_a_delay_is_part_of_it():
-    clock = RequestClock(0.0, real_delay=True)
+    clock = RequestClock(0.0, real_delay=False)
 
     def slow_delay() -> float:
-        time.sleep(0.03)
+        time.sleep(0.3)
+        return 200.0
+
+    before_s, before_ms = time.perf_counter(), clock.now_ms()
+    assert clock.wait(slow_delay) == 200.0
+    moved_ms, taken_ms = clock.now_ms() - before_ms, (time.perf_counter() - before_s) * 1e3
+    assert 200.0 <= moved_ms <= taken_ms - 100.0  # of 300 ms at least, 200 count
+
+
+def test_a_delay_that_took_as_long_to_compute_is_not_slept(monkeypatch: pytest.MonkeyPatch):
+    clock, sleep, slept = RequestClock(0.0, real_delay=True), time.sleep, []
+
+    def slow_delay() -> float:
+        sleep(0.03)
         return 20.0
 
-    before_s = time.perf_counter()
+    monkeypatch.setattr(time, "sleep", slept.append)
     assert clock.wait(slow_delay) == 20.0
-    assert time.perf_counter() - before_s < 5
+    assert slept == []
+    clock.wait(lambda: 60_000.0)
+    assert 0 < slept[0] <= 60
 
 
 def test_a_realised_link_agrees_with_the_link_model():

@@ -1,9 +1,11 @@
 """For every plan, the slate that cloud and device make over the wire is the slate that ``pipeline.outcomes`` says it makes."""
 
+from copy import copy
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,13 +21,14 @@ from cda4rec_jax.pipeline.corpus import build_corpus
 from cda4rec_jax.pipeline.outcomes import outcomes
 from cda4rec_jax.pipeline.request import RequestFunctions
 from cda4rec_jax.pipeline.system import System, SystemConfig
-from cda4rec_jax.planner import OwnPlanner, PolicyConfig
+from cda4rec_jax.planner import OwnPlanner, PolicyConfig, fresh_plan
 from cda4rec_jax.privacy.gate import Gate
 from cda4rec_jax.privacy.ledger import Ledger
 from cda4rec_jax.privacy.levels import UplinkFields
 from cda4rec_jax.retrieval import ExactIndex
 from cda4rec_jax.runtime import NO_DELAY, CloudService, DeviceClient, Executor, Request
 from cda4rec_jax.runtime.models import cloud_functions, device_functions, device_state
+from cda4rec_jax.runtime.wire import decode_reply, encode_reply, pack, unpack
 
 K = 10
 # The level and the age of each user's cache; the last age is the oldest that there may be.
@@ -90,10 +93,13 @@ def shop() -> SimpleNamespace:
     return SimpleNamespace(functions=functions, cloud=cloud, states=states, expected=expected, history=history)
 
 
-def execute(shop: SimpleNamespace, row: int, plan):
+def execute(shop: SimpleNamespace, row: int, plan, spoil=lambda reply: reply):
+    def carry(payload: bytes) -> bytes:
+        return encode_reply(spoil(decode_reply(service.handle(payload))))
+
     with CloudService(shop.cloud) as service:
         ledger = Ledger()
-        client = DeviceClient(service.handle, Gate(EgressLevel.FULL, ledger))
+        client = DeviceClient(carry, Gate(EgressLevel.FULL, ledger))
         with Executor(device_functions(shop.functions, shop.states[row], K), client) as executor:
             fallback = PLANS[CONFIG.space.last_resort]
             answer = executor.execute(Request(plan=plan, fallback=fallback, link=NO_DELAY, deadline_ms=120_000.0))
@@ -111,6 +117,25 @@ def test_the_executors_slate_is_the_slate_of_outcomes(shop, plan):
         assert answer.trace.executed_plan == plan
         assert answer.trace.flags == ()
         np.testing.assert_array_equal(np.asarray(answer.slate.items[0]), shop.expected[row, index], f"user {row}")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda reply: msgspec.structs.replace(reply, items=pack(unpack(reply.items) + np.int32(10**6))),
+        lambda reply: msgspec.structs.replace(reply, semantic=pack(unpack(reply.semantic)[:3])),
+        lambda reply: msgspec.structs.replace(
+            reply, evidence=reply.evidence | {"words": pack(unpack(reply.evidence["words"])[:, :1])}
+        ),
+    ],
+    ids=["items", "semantic", "words"],
+)
+def test_a_reply_that_ranking_cannot_read_is_answered_locally(shop, spoil):
+    answer = execute(shop, 2, fresh_plan(EgressLevel.FULL, 20, Placement.DEVICE), spoil)
+    assert answer.trace.flags == ("cloud_failed",)
+    index = CONFIG.space.last_resort
+    assert answer.trace.executed_plan == PLANS[index]
+    np.testing.assert_array_equal(np.asarray(answer.slate.items[0]), shop.expected[2, index])
 
 
 def test_the_plans_differ(shop):
@@ -170,6 +195,24 @@ def test_cloud_and_device_model_the_same_structure_from_a_full_abstract(shop):
         theirs = shop.cloud.structured(released(shop, row, EgressLevel.FULL))
         for leaf, other in zip(jax.tree.leaves(own), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(leaf, other)
+
+
+def test_a_device_whose_memory_ends_leaves_structured_modelling_out(shop):
+    greedy = copy(shop.functions)
+    greedy.structured = lambda *_: jnp.zeros(1 << 48)  # more than an address can name
+    without = SimpleNamespace(functions=greedy, cloud=shop.cloud, states=shop.states)
+    trace = execute(without, 2, fresh_plan(EgressLevel.FULL, 20, Placement.DEVICE)).trace
+    assert (trace.executed_plan, trace.flags) == (fresh_plan(EgressLevel.FULL, 20, Placement.SKIP), ("device_exhausted",))
+
+
+def test_other_errors_of_structured_modelling_are_raised(shop):
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    functions = copy(shop.functions)
+    functions.structured = broken
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        device_functions(functions, shop.states[2], K).structured()
 
 
 def test_an_embedding_that_is_not_kept_cannot_be_reused(shop):

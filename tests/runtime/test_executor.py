@@ -2,19 +2,21 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
 import pytest
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.messages import EgressLevel, Placement, Subtask
+from cda4rec_jax.messages import EgressLevel, Placement, Plan, Subtask
 from cda4rec_jax.planner.plan_space import PLANS
+from cda4rec_jax.runtime import device_client
 from cda4rec_jax.runtime.clock import LinkRealisation
 from cda4rec_jax.runtime.executor import Prediction, Request
 from cda4rec_jax.runtime.functions import AbstractData
-from cda4rec_jax.runtime.wire import EVIDENCE_FIELDS, decode_request
-from tests.runtime.fakes import CLOUD_FULL, REUSE, SEEN, K, Setting, finish, fresh, local, retrieve, sleeping
+from cda4rec_jax.runtime.wire import EVIDENCE_FIELDS, Tensor, decode_request, pack, unpack
+from tests.runtime.fakes import CLOUD_FULL, NUM_ITEMS, REUSE, SEEN, K, Setting, finish, fresh, local, retrieve, sleeping
 from tests.runtime.fakes import embedding_of as embedding
 
 FAILED = LinkRealisation(transfer_ms=lambda payload_bytes, direction: 0.0, failed=True)
@@ -170,6 +172,16 @@ def test_a_cloud_that_talks_nonsense_is_answered_locally(failure):
     assert answer.trace.executed_plan == local()
 
 
+def test_a_reply_that_breaks_the_parser_is_answered_locally(monkeypatch: pytest.MonkeyPatch):
+    def decode(*_):
+        raise RuntimeError("a fault of the parser")
+
+    monkeypatch.setattr(device_client, "decode_reply", decode)
+    with Setting() as setting:
+        answer = setting.run(fresh())
+    assert answer.trace.flags == ("cloud_failed",) and answer.trace.executed_plan == local()
+
+
 def without_embedding(reply: dict) -> dict:
     return {**reply, "semantic": None}
 
@@ -182,13 +194,66 @@ def with_fewer_records(reply: dict) -> dict:
     return {**reply, "evidence": {name: shorter(tensor) for name, tensor in reply["evidence"].items()}}
 
 
-@pytest.mark.parametrize("spoil", [without_embedding, with_fewer_records])
-def test_a_reply_that_the_device_cannot_complete_is_answered_locally(spoil):
+def changed(field: str, change) -> Callable[[dict], dict]:
+    """Spoils an array of a reply."""
+    return lambda reply: {**reply, field: msgspec.to_builtins(pack(change(told(reply[field]))), builtin_types=(bytes,))}
+
+
+def told(tensor: dict) -> np.ndarray:
+    return unpack(msgspec.convert(tensor, Tensor)).copy()
+
+
+def with_record(name: str, change) -> Callable[[dict], dict]:
+    return lambda reply: {**reply, "evidence": changed(name, change)(reply["evidence"])}
+
+
+def at_first(value: float):
+    def change(array: np.ndarray) -> np.ndarray:
+        array[0] = value
+        return array
+
+    return change
+
+
+def with_times(reply: dict) -> dict:
+    return {**reply, "times": dict.fromkeys(reply["times"], float("inf"))}
+
+
+def with_one_candidate_less(reply: dict) -> dict:
+    return with_fewer_records(changed("scores", lambda scores: scores[:-1])(changed("items", lambda items: items[:-1])(reply)))
+
+
+SPOILT = {
+    "no embedding": (fresh(), without_embedding),
+    "too few records": (fresh(), with_fewer_records),
+    "too few candidates": (fresh(), with_one_candidate_less),
+    "unknown item": (fresh(), changed("items", at_first(10**6))),
+    "item above the last": (fresh(), changed("items", at_first(NUM_ITEMS + 1))),
+    "unknown item ranked by the cloud": (CLOUD_FULL, changed("items", at_first(10**6))),
+    "unknown item for a reused embedding": (REUSE, changed("items", at_first(10**6))),
+    "infinite score": (fresh(), changed("scores", at_first(np.inf))),
+    "no score": (CLOUD_FULL, changed("scores", at_first(-np.inf))),
+    "huge score": (fresh(), changed("scores", at_first(3e38))),
+    "narrow embedding": (fresh(), changed("semantic", lambda embedding: embedding[:3])),
+    "narrow embedding of a ranked list": (CLOUD_FULL, changed("semantic", lambda embedding: embedding[:3])),
+    "embedding of no numbers": (fresh(), changed("semantic", at_first(np.nan))),
+    "huge embedding": (fresh(), changed("semantic", at_first(3e38))),
+    "narrow records": (fresh(), with_record("vectors", lambda rows: rows[:, :3])),
+    "flat records": (fresh(), with_record("words", lambda rows: rows[:, 0])),
+    "records of another type": (fresh(), with_record("vectors", lambda rows: rows.astype(np.int32))),
+    "records of no numbers": (fresh(), with_record("vector_scales", at_first(np.nan))),
+    "no popularity": (fresh(structured=Placement.SKIP), with_record("log_popularity", at_first(np.inf))),
+    "endless times": (fresh(), with_times),
+}
+
+
+@pytest.mark.parametrize(("plan", "spoil"), SPOILT.values(), ids=SPOILT.keys())
+def test_a_reply_that_the_device_cannot_use_is_answered_locally(plan: Plan, spoil: Callable[[dict], dict]):
     def wrap(handle):
         return lambda payload: msgspec.msgpack.encode(spoil(msgspec.msgpack.decode(handle(payload))))
 
     with Setting(wrap=wrap) as setting:
-        answer = setting.run(fresh())
+        answer = setting.run(plan)
     assert answer.trace.flags == ("cloud_failed",) and answer.trace.executed_plan == local()
 
 
@@ -310,7 +375,7 @@ def test_structured_modelling_that_hangs_is_left_out():
         answer = setting.run(fresh(), deadline_ms=1500.0)
         release.set()
     assert answer.trace.executed_plan == fresh(structured=Placement.SKIP)
-    assert answer.trace.flags == ("deadline_hedged", "device_exhausted")
+    assert answer.trace.flags == ("device_exhausted",)  # what is ranked came from the cloud
     assert setting.device.states == [None]
 
 

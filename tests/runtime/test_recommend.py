@@ -21,6 +21,7 @@ from cda4rec_jax.runtime.recommend import Recommender
 from cda4rec_jax.runtime.recommend.planning import Situation
 from cda4rec_jax.runtime.recommend.report import in_words
 from cda4rec_jax.runtime.recommend.waterfall import stages_of
+from cda4rec_jax.runtime.wire import decode_request
 
 SENDS_FULL = "fresh-full-100-device"
 
@@ -95,6 +96,25 @@ def test_bytes_are_predicted_by_what_agents_read_not_by_what_the_user_has(recomm
     found = recommender.answer(history, Situation(), plan_index(SENDS_FULL))
     predicted = float(found.planned.costs.uplink_bytes[0, found.choice.plan_index])
     assert found.answer.trace.uplink_bytes == pytest.approx(predicted, rel=0.2)
+
+
+def test_warming_up_tells_the_cloud_nothing_of_the_user(recommender, user, monkeypatch):
+    handled, handle = [], recommender.service.handle
+    monkeypatch.setattr(
+        recommender.service, "handle", lambda payload: handled.append(decode_request(payload).fields) or handle(payload)
+    )
+    monkeypatch.setattr(recommender, "_compiled", set())
+    before = len(recommender._ledger.entries())
+    found = recommender.recommend(user, plan=SENDS_FULL)
+    assert found.executed_plan.name == SENDS_FULL
+    (entry,) = recommender._ledger.entries()[before:]
+    *warming, real = handled
+    assert (entry.request_id, entry.sends) == (real.request_id, 1)
+    own = set(recommender.history(user).items[0].tolist())
+    assert warming and len(set(real.item_ids)) > 1 and set(real.item_ids) <= own
+    assert {item for fields in warming for item in fields.item_ids} == {1}
+    assert not any(fields.attributes or fields.semantic_embedding for fields in warming)
+    assert all(fields.category_shares != real.category_shares for fields in warming)
 
 
 def test_nothing_above_consent_leaves(recommender, user):

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from cda4rec_jax.cli.plan_tables import print_explanation
+from cda4rec_jax.cli.plan_tables import print_explanation, print_replay
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Context, EgressLevel, Link, Placement, Subtask
 from cda4rec_jax.planner import PLANS, STANDARD, PolicyConfig, plan_index
@@ -183,7 +183,14 @@ def test_stored_plans_that_are_forbidden_now_are_told_by_rule(recorded: Sequence
     )
     assert found.num_forbidden == 3
     assert found.forbidden == {"consent": 2, "link down": 1, "memory": 1}
-    assert {change.before for change in found.changes if change.utility is None} == {"fresh-full-20-skip", "fresh-full-20-device"}
+    assert sum(change.forbidden for change in found.changes) == 3
+    assert all((change.utility is None) == (change.forbidden == change.count) for change in found.changes)
+
+    # At this price nothing leaves, whatever may: one pair of plans, forbidden to two of three requests.
+    dear = [stored("fresh-full-20-skip", utility_per_exposure=1e3, consent=EgressLevel(level)) for level in (1, 3, 2)]
+    (change,), (alone,) = (replay_traces(trained, traces).changes for traces in (dear, dear[1:2]))
+    assert (change.now, change.count, change.forbidden) == (alone.now, 3, 2) and alone.forbidden == 0
+    assert change.utility == pytest.approx(alone.utility) and alone.utility is not None and alone.utility > 0
 
 
 def test_prediction_error_is_the_median_relative_one_of_requests_that_ran_as_planned(
@@ -207,6 +214,12 @@ def test_what_this_run_cannot_decide_is_refused(recorded: Sequence[StoredTrace],
     other = msgspec.structs.replace(recorded[0], plan="teleport-20")
     with pytest.raises(UserError, match="plans that this run does not have: teleport-20"):
         replay_traces(trained, [other])
+
+
+def test_a_plan_that_became_none_of_the_runs_plans_is_replayed(recorded: Sequence[StoredTrace], trained: TrainedSystem) -> None:
+    lost = msgspec.structs.replace(recorded[0], executed_plan="fresh-full-50-skip")
+    found = replay_traces(trained, [lost])
+    assert (found.num_traces, found.num_equal, found.num_failed) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("consent", [EgressLevel.PROFILE, EgressLevel.FULL])
@@ -275,7 +288,13 @@ def test_a_planner_without_a_score_is_served_explained_and_replayed_alike(record
     assert [terms.name for terms in explained.ranked] == [last_resort] and all(flip.to is None for flip in explained.flips)
     print_explanation(explained, Console(file=io.StringIO()))
     forced.print(Console(file=io.StringIO()))
-    assert {change.now for change in replay_traces(trained, recorded).changes} == {last_resort}
+    replayed = replay_traces(trained, recorded)
+    assert {(change.now, change.forbidden, change.utility) for change in replayed.changes} == {(last_resort, 0, None)}
+    console = Console(width=100, file=io.StringIO())
+    print_replay(replayed, console)
+    assert isinstance(console.file, io.StringIO)
+    rows = [line.split() for line in console.file.getvalue().splitlines() if last_resort in line]
+    assert rows and all(row[-2:] == ["0", "-"] for row in rows)
 
 
 def test_departures_change_what_they_name_and_nothing_else(recommender: Recommender) -> None:

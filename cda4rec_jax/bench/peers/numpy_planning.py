@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cda4rec_jax.messages import RECENT_ITEMS, DeviceTier, EgressLevel, Link
+from cda4rec_jax.messages import MIN_KBPS, RECENT_ITEMS, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.cost_profiles import CostProfile
-from cda4rec_jax.planner.costs import MIN_KBPS, PayloadSizes
+from cda4rec_jax.planner.costs import PayloadSizes
 from cda4rec_jax.planner.plan_space import STANDARD
 from cda4rec_jax.planner.serving import CONTEXT_FIELDS
 

@@ -8,6 +8,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import TypeVar
 
+import jax
 import numpy as np
 
 from cda4rec_jax.errors import UserError
@@ -180,7 +181,7 @@ class Recommender:
         plan, fallback = plans[choice.plan_index], plans[int(planned.fallback[0, choice.plan_index])]
         state = self.state(history, planned)
         met = self.planner.estimated(planned) if draw is None else self.planner.meet(planned, history.event_ids, draw)
-        self._compile(state, (plan, fallback), k, met)
+        self._compile(history, planned, (plan, fallback), k, met)
         prediction = prediction_of(planned, choice.plan_index)
         request = Request(plan=plan, fallback=fallback, link=met, planning_ms=planning_ms, prediction=prediction)
         consent = EgressLevel(int(planned.context.consent[0]))
@@ -207,15 +208,17 @@ class Recommender:
         level, age = EgressLevel(int(planned.context.cache_level[0])), int(planned.context.cache_age_events[0])
         return device_state(self.functions, self.cloud, history, level, age)
 
-    def _compile(self, state: DeviceState, plans: tuple[Plan, ...], k: int, met: LinkRealisation) -> None:
-        """Run each plan once unseen, so that no measured time is one of compiling."""
+    def _compile(self, history: HistoryBatch, planned: Planned, plans: tuple[Plan, ...], k: int, met: LinkRealisation) -> None:
+        """Run each plan once unseen, so that no measured time is one of compiling; for a made-up user, so that nothing real leaves."""
         met.transfer_ms(1, "up")
         met.transfer_ms(1, "down")
-        for plan in plans:
-            if (plan, k) in self._compiled:
-                continue
+        new = [plan for plan in dict.fromkeys(plans) if (plan, k) not in self._compiled]
+        if not new:
+            return
+        state = self.state(_nobodys(history), planned)
+        local = next(other for other in reversed(self.space.plans) if not other.uses_link)
+        for plan in new:
             ledger = Ledger()
-            local = next(other for other in reversed(self.space.plans) if not other.uses_link)
             trial = Request(plan=plan, fallback=local, link=NO_DELAY, deadline_ms=WARM_DEADLINE_MS)
             self._execute(state, EgressLevel.FULL, ledger, trial, k, real_delay=False)
             ledger.close()
@@ -286,6 +289,12 @@ class Recommender:
             )
             released.append(frame)
         return tuple(released)
+
+
+def _nobodys(history: HistoryBatch) -> HistoryBatch:
+    """A past of the same shapes that tells nothing: item 1 in every place, no attributes, nothing to leave out of a slate."""
+    blank, length = jax.tree.map(np.zeros_like, history), np.full_like(history.lengths, history.items.shape[1])
+    return replace(blank, items=np.ones_like(history.items), lengths=length, total_lengths=length)
 
 
 def _named(value: _Named | str | None, names: Mapping[str, _Named], what: str, default: _Named) -> _Named:
