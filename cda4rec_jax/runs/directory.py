@@ -180,6 +180,13 @@ class RunDirectory:
             raise UserError(f"{self.path} has no weights {name!r}: training did not get so far. Continue it with --resume.")
         return store.restore(steps[-1], abstract).state
 
+    def apart(self, out: Path | str) -> Path:
+        """Where a run that is made of this one goes, resolved. Raises UserError where replacing what is there would lose this one."""
+        out = Path(out).expanduser().resolve()
+        if self.path.is_relative_to(out):
+            raise UserError(f"--out, {out}, is the run itself or holds it, and it would be lost: name another directory")
+        return out
+
     def write_json(self, name: str, value: Any) -> None:
         """Store a value as ``<name>.json``: plain data, dataclasses, enums, NumPy. NaN and infinities become null."""
         if not is_first():

@@ -159,13 +159,14 @@ def refit_deciders(
 
     Args:
         path: the finished run.
-        out: the new run.
+        out: the new run; not that of ``path``.
         system: as that of the run but for ``without_features``; None takes the run's.
         practice_steps: steps like those that deciders take beside the trunks, before those of the planner-only phase.
         overwrite: replace the run that ``out`` holds.
 
     Raises:
-        UserError: no such run, a run without deciders, trunks that do not fit ``system``, an existing run without ``overwrite``.
+        UserError: no such run, a run without deciders, trunks that do not fit ``system``, ``out`` is that run or holds another
+            without ``overwrite``.
     """
     given = RunDirectory.open(path)
     if given.kind != JOINT:
@@ -173,7 +174,7 @@ def refit_deciders(
     config = given.read_config("run", RunConfig)
     config = replace(config, system=system or config.system)
     configs = {"run": config, "system": config.system, "source": given.path, "text": given.read_config("text", dict)}
-    run = RunDirectory.create(out, configs, JOINT, overwrite)
+    run = RunDirectory.create(given.apart(out), configs, JOINT, overwrite)
     for name in ("data", "weights/trunk", *(["refit"] if config.train.refit_trunks else [])):
         shutil.copytree(given.path / name, run.path / name)
     for name in ("text.npz", "statistics.npz", "exposure.json"):

@@ -87,6 +87,15 @@ def test_a_run_stays_where_the_one_that_would_replace_it_cannot_be_made(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_made_of_another_does_not_replace_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = make_run(tmp_path / "run" / "inside")
+    for out in ("~/run/inside", tmp_path / "run" / ".." / "run", tmp_path):
+        with pytest.raises(UserError, match="is the run itself or holds it"):
+            run.apart(out)
+    assert run.apart("~/run/inside-2") == run.path.with_name("inside-2")
+
+
 def test_a_run_that_a_killed_process_put_aside_is_named(tmp_path: Path) -> None:
     make_run(tmp_path / "run").path.rename(tmp_path / ".run.replaced-123")
     (tmp_path / ".run.replaced-124").mkdir()  # of which nothing is left
