@@ -50,7 +50,8 @@ def catalogue_ranks(
 ) -> Int[np.ndarray, "n"]:
     """Rank of each target among all items that its user has not seen: ``1 + #{j != target: s_j >= s_target}``.
 
-    The rule is that of ``pipeline.full_ranking``: every tie counts against the target, and so a target that is no candidate is last.
+    The rule is that of ``pipeline.full_ranking``: every tie counts against the target, and so a target whose score is -inf is last; one
+    that its user has seen is removed with all that is seen, and has ``MISS_RANK``.
 
     Args:
         users, positions: one target event each, as in ``Corpus.histories``; its user's earlier events are the history.

@@ -171,6 +171,7 @@ def test_padding_and_history_are_not_unseen():
 def test_full_catalogue_rank_skips_padding_and_seen_items():
     scores = jnp.asarray([[99.0, 5.0, 4.0, 3.0, 3.0]])
     assert ranks_of_unseen(scores, jnp.asarray([[1, 0]]), jnp.asarray([3]))[0] == 3  # items 2 and 4 (a tie)
+    assert ranks_of_unseen(scores, jnp.asarray([[1, 3]]), jnp.asarray([3]))[0] == MISS_RANK  # as in the slate of every plan
 
 
 def test_batches_have_one_shape_and_cover_everything_in_order():
