@@ -39,9 +39,9 @@ class Measured:
     """What the tuner found of a config, on the index that it built: another build of the same config is a little different."""
 
     num_items: int
-    num_queries: int  # on which recall was taken; they chose nothing
+    num_queries: int  # on which recall was taken: those that confirmed the choice, see ``tuning.tune_search``
     k: int
-    recall: float  # mean share of the exact k items that were found
+    recall: float  # mean share of the exact k items that were found; a little too high, as what fell short there was not chosen
     batch: int
     batch_ms: float
     single_ms: float  # of one query alone
