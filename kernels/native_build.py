@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.processor import cpu_features, cpu_model
+from cda4rec_jax.user_cache import cache_folder
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _COMPILE_SECONDS = 120
@@ -46,7 +47,7 @@ def provide(source: Path, targets: Mapping[str, str]) -> str | None:
             _compile(source, compiler, library)
         loaded = ctypes.cdll.LoadLibrary(str(library))
         symbols = {target: getattr(loaded, symbol) for target, symbol in targets.items()}
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, UserError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         return _told(
             f"{source.name} of {source.parent.name} cannot be compiled or loaded "
@@ -71,9 +72,7 @@ def _library(source: Path, compiler: str) -> Path:
     texts = [file.read_text(encoding="utf-8") for file in (source, *headers)]
     facts = (*texts, compiler, version, metadata.version("jaxlib"), *_FLAGS, platform.machine(), cpu_model(), cpu_features())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return folder / "cda4rec_jax" / "native" / f"cda4rec_jax_{source.parent.name}_{source.stem}-{name}.so"
+    return cache_folder() / "native" / f"cda4rec_jax_{source.parent.name}_{source.stem}-{name}.so"
 
 
 def _compile(source: Path, compiler: str, library: Path) -> None:

@@ -350,6 +350,33 @@ def interrupted(*_: object, **__: object) -> None:
     raise Interrupted
 
 
+def test_a_run_below_the_home_folder_is_found_by_every_command(
+    cli: Callable[..., tuple[int, str, str]], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("cda4rec_jax.training.job.measure_exposure", interrupted)
+    for how in (("--preset", "tiny", "--data", SHOP), ("--resume",)):
+        code, _, err = cli("train", *how, "--out=~/run")
+        assert code == 130 and f"cda4rec train --out {tmp_path}/run --resume" in " ".join(err.split())
+    for command in ("evaluate", "calibrate", "recommend --user u", "plan explain --user u", "train-planner", "bench rank"):
+        assert f"There is no run at {tmp_path}/none" in refused(*command.split(), "--run=~/none")
+
+
+def test_stopping_before_a_new_run_began_says_that_the_old_one_stays(
+    cli: Callable[..., tuple[int, str, str]], run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(run_copy)
+    overwrite = ("train", "--preset", "tiny", "--data", SHOP, "--out", run_copy, "--overwrite")
+    monkeypatch.setattr("cda4rec_jax.training.job.prepare", interrupted)
+    code, _, err = cli(*overwrite)
+    assert code == 130 and f"before the new run began; the run in {run_copy} stays as it was" in " ".join(err.split())
+    assert contents(run_copy) == before
+    monkeypatch.undo()
+    monkeypatch.setattr("cda4rec_jax.training.job.measure_exposure", interrupted)
+    code, _, err = cli(*overwrite)
+    assert code == 130 and "the run is saved" in err
+
+
 @pytest.mark.parametrize(
     ("world", "message"),
     [

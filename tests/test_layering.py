@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("errors", "array_typing", "allocator", "processor"),
-    ("timing", "draws"),
+    ("timing", "draws", "user_cache"),
     ("messages",),
     ("kernels",),
     ("nn",),

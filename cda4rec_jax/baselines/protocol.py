@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from cda4rec_jax.array_typing import Array, Lengths
+from cda4rec_jax.array_typing import Array
 from cda4rec_jax.messages import HistoryBatch
 from cda4rec_jax.pipeline.corpus import Corpus
-from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
+from cda4rec_jax.pipeline.full_ranking import checked_ranks, in_batches, ranks_of_unseen
 from cda4rec_jax.pipeline.population import BATCH_USERS
 from cda4rec_jax.training import Progress
 
@@ -50,28 +49,21 @@ def catalogue_ranks(
 ) -> Int[np.ndarray, "n"]:
     """Rank of each target among all items that its user has not seen: ``1 + #{j != target: s_j >= s_target}``.
 
-    The rule is that of ``pipeline.full_ranking``: every tie counts against the target, and so a target that is no candidate is last.
+    The rule is that of ``pipeline.full_ranking``: every tie counts against the target, and so a target whose score is -inf is last; one
+    that its user has seen is removed with all that is seen, and has ``MISS_RANK``.
 
     Args:
         users, positions: one target event each, as in ``Corpus.histories``; its user's earlier events are the history.
 
     Raises:
-        ValueError: a score is NaN.
+        UserError: a score is NaN, as after training that diverged.
     """
     found = []
     for index in in_batches(len(users), BATCH_USERS):
         history = corpus.histories(users[index], positions[index], recommender.history_length)
-        ranks = np.asarray(_ranks_or_zero(recommender.score(history), history.seen, history.targets))
+        ranks = np.asarray(_ranks(recommender.score(history), history.seen, history.targets))
         found.append(ranks[: len(np.unique(index))])
-    ranks = np.concatenate(found) if found else np.zeros(0, np.int32)
-    if np.any(ranks < 1):
-        raise ValueError(
-            f"{np.sum(ranks < 1)} of {len(ranks)} users have scores that are NaN; ranks made of them would mean nothing"
-        )
-    return ranks
+    return checked_ranks(np.concatenate(found) if found else np.zeros(0, np.int32))
 
 
-@jax.jit
-def _ranks_or_zero(scores: Float[Array, "b i"], seen: Int[Array, "b seen"], targets: Lengths) -> Lengths:
-    """Ranks, and 0 where a score is NaN: under jit nothing can raise."""
-    return jnp.where(jnp.isnan(scores).any(axis=1), 0, ranks_of_unseen(scores, seen, targets))
+_ranks = jax.jit(ranks_of_unseen)

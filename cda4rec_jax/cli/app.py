@@ -8,6 +8,7 @@ import tyro
 from rich.console import Console
 
 from cda4rec_jax import __version__
+from cda4rec_jax.cli.arguments import ARGUMENT_TYPES
 from cda4rec_jax.cli.commands import COMMANDS, Command
 from cda4rec_jax.cli.console import Stopped
 from cda4rec_jax.errors import UserError
@@ -67,4 +68,5 @@ def parse(arguments: Sequence[str]) -> Command:
         description=DESCRIPTION,
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=ARGUMENT_TYPES,
     )

@@ -96,8 +96,8 @@ class Encode:
 
         require_positive(self.dimensions, "--dimensions")
         require_positive(self.tfidf, "--tfidf")
-        out, console = self.out.expanduser(), standard_output()
-        check_destination(out)
+        console = standard_output()
+        check_destination(self.out)
         set_up_process()
         with StagesView(console) as view:
             encoder = SentenceEncoder(self.model, self.dimensions, lambda done, total: view.progress("encoding", done, total))
@@ -106,11 +106,11 @@ class Encode:
             started = time.monotonic()
             vectors = encode_items(interactions, provider, encoder.sentences.fingerprint)
             seconds = time.monotonic() - started
-        save_text_vectors(out, vectors)
+        save_text_vectors(self.out, vectors)
         num_items, width = vectors.vectors.shape
         console.print(
-            f"wrote {out}: {num_items:,} items x {width} ({vectors.provider}), {seconds:.1f} s, {num_items / seconds:,.0f} items/s\n"
-            f"train with it: cda4rec train --data {self.source} --text {out}",
+            f"wrote {self.out}: {num_items:,} items x {width} ({vectors.provider}), {seconds:.1f} s, {num_items / seconds:,.0f} items/s\n"
+            f"train with it: cda4rec train --data {self.source} --text {self.out}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -367,21 +367,33 @@ def train(
     from cda4rec_jax.training import train_run
 
     view = TrainingView(console, config.train.max_seconds)
-    with resumable(out), view:
+    with resumable(out, resume), view:
         run = train_run(source, config, out, resume=resume, overwrite=overwrite, mesh=mesh, watch=view.watch, tell=view.tell)
     console.print(f"trained: {run.path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
-    """Turns Ctrl-C into Stopped, which says what is saved."""
+def resumable(out: Path, resume: bool) -> Iterator[None]:
+    """Turns Ctrl-C into Stopped, which says what is saved: the run that is resumed, a new one, or one that was to be replaced."""
     from cda4rec_jax.training import Interrupted
 
+    before = _written(out / "config.json")
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as interruption:
-        if (out / "config.json").is_file():
+        now = _written(out / "config.json")
+        if now is not None and (resume or now != before):
             message = f"stopped; the run is saved. Continue it with: cda4rec train --out {out} --resume"
+        elif now is not None:
+            message = f"stopped before the new run began; the run in {out} stays as it was"
         else:
             message = "stopped before the run began; nothing was written"
         raise Stopped(message) from interruption
+
+
+def _written(file: Path) -> tuple[int, int] | None:
+    """Tells a file from the one that replaces it; None where there is none."""
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns

@@ -170,14 +170,12 @@ class PlanDiff:
 
 
 def _writable(file: Path | None) -> Path | None:
-    """The file with ~ expanded, if it can be written. Raises UserError where it cannot."""
+    """The file, if it can be written. Raises UserError where it cannot."""
     from cda4rec_jax.evaluation.evaluate import check_writable
 
-    if file is None:
-        return None
-    expanded = file.expanduser()
-    check_writable(expanded)
-    return expanded
+    if file is not None:
+        check_writable(file)
+    return file
 
 
 def _write(file: Path | None, text: str) -> None:

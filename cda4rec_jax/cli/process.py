@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import platform
 import sys
 import warnings
@@ -11,6 +10,7 @@ from pathlib import Path
 from cda4rec_jax.allocator import keep_freed_memory
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.processor import cpu_features
+from cda4rec_jax.user_cache import cache_folder
 
 
 def set_up_process() -> None:
@@ -52,7 +52,5 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
 
 def _cache_folder() -> Path:
     """One folder per kind of processor: compiled programs use its instructions, and a home may be shared by machines."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
     features = cpu_features() or platform.processor()
-    return root / "cda4rec_jax" / f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    return cache_folder() / f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"

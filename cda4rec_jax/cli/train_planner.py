@@ -42,7 +42,7 @@ class TrainPlanner:
         config = PlannerTraining(objective=Objective(self.objective), seed=self.seed)
         if self.steps is not None:
             config = replace(config, steps=self.steps)
-        given = self.run_directory.expanduser()
+        given = self.run_directory
         out = self.out or given.with_name(f"{given.name}-planner-{self.objective}")
         console = standard_output()
         with StagesView(console) as view:

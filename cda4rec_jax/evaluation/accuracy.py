@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.data.interactions import Interactions
-from cda4rec_jax.metrics import hit_rate, mrr, ndcg
+from cda4rec_jax.metrics import MISS_RANK, hit_rate, mrr, ndcg
 
 CUTOFFS = (5, 10, 20)
 HISTORY_STARTS = (1, 6, 11, 21, 51)  # events of the histories that are reported apart
@@ -45,7 +45,7 @@ def popularity_ranks(
     """Rank of each target when all unseen items are ordered by training events: ``1 + #{j != target: n_j >= n_target}``.
 
     ``train_counts`` has the training events by item_index, with padding in row 0; ``positions`` are those of each user's target,
-    and what came before it is seen.
+    and what came before it is seen. A target that is seen itself is no candidate, as in the slate of every plan: ``MISS_RANK``.
     """
     ordered = np.sort(train_counts[1:])
     begins = interactions.offsets[users]
@@ -55,8 +55,10 @@ def popularity_ranks(
     place = np.arange(len(rows)) - np.repeat(np.cumsum(positions) - positions, positions)
     past = np.stack([rows, interactions.items[begins[rows] + place]])
     past = np.unique(past, axis=1)  # an item that was seen twice is removed once
-    removed = (train_counts[past[1]] >= train_counts[targets[past[0]]]) & (past[1] != targets[past[0]])
-    return at_least - np.bincount(past[0], weights=removed, minlength=len(users)).astype(np.int64)
+    removed, repeats = train_counts[past[1]] >= train_counts[targets[past[0]]], past[1] == targets[past[0]]
+    ranks = at_least - np.bincount(past[0], weights=removed, minlength=len(users)).astype(np.int64)
+    ranks[past[0][repeats]] = MISS_RANK
+    return ranks
 
 
 def per_user(ranks: Int[np.ndarray, "b"], name: str) -> Float[np.ndarray, "b one"]:

@@ -13,7 +13,7 @@ from cda4rec_jax.array_typing import Array, PlanRanks
 from cda4rec_jax.messages import EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import target_rank
 from cda4rec_jax.pipeline.catalogue import Catalogue
-from cda4rec_jax.pipeline.full_ranking import device_full_ranks
+from cda4rec_jax.pipeline.full_ranking import checked_ranks, device_full_ranks
 from cda4rec_jax.pipeline.outcomes import REUSE, VIEWS, compute_views, plan_group, plan_pool, score_views, target_ranks
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import PLANS, PlanSpace, plan_index
@@ -64,7 +64,7 @@ def device_alone_ranks(
 ) -> Int[np.ndarray, "n"]:
     """Rank of each target among all unseen items by the device alone, were it to hold the records of the whole catalogue."""
     function = _function(_device_alone, trained.config)
-    return trained.population.over_users(function, _weights(trained), users, positions, progress=progress)
+    return checked_ranks(trained.population.over_users(function, _weights(trained), users, positions, progress=progress))
 
 
 def mixture_ranks(

@@ -264,11 +264,17 @@ def _planners(job: _Job) -> dict[str, Logits]:
 
 def _protocol(job: _Job) -> str:
     training_seed = job.trained.run.read_config("run", dict)["train"]["seed"]
+    in_sample = ""
+    if job.split is Split.VALIDATION and job.trained.run.has("planner_training.json"):
+        in_sample = (
+            "; the policy was trained and selected on validation events of these users, and here is measured on them: what it gains "
+            "over other planners, and the intervals, are within the sample"
+        )
     return (
         "leave-one-out in time (n-2 train, n-1 validation, n test); full catalogue; seen items removed; ties count against the "
         f"target; retrieval exact; contexts v1, {job.draws} draws for each event, which share its cache and its consent; "
         f"selection on validation events of {len(job.selection_users):,} users; paired bootstrap by user, 2000 resamples; "
-        f"seed {job.seed} (training seed {training_seed})"
+        f"seed {job.seed} (training seed {training_seed}){in_sample}"
     )
 
 

@@ -10,7 +10,9 @@ from jaxtyping import Float, Int
 from cda4rec_jax.agents.cloud import CloudAgent
 from cda4rec_jax.agents.device import DeviceAgent
 from cda4rec_jax.array_typing import Array, ItemVectors, Lengths
+from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import Candidates, EgressLevel, HistoryBatch
+from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.subtasks import (
     abstract_evidence,
@@ -34,7 +36,7 @@ def full_ranks(
 ) -> Int[Array, "b"]:
     """Rank of each target among all items that the user has not seen, from a FULL abstract: ``1 + #{j != target: s_j >= s_target}``.
 
-    ``age_events`` makes the abstract of each history as it was so many events ago; None is now.
+    ``MISS_RANK`` where the target is seen. ``age_events`` makes the abstract of each history as it was so many events ago; None is now.
     """
     num_users = history.items.shape[0]
     level = jnp.full((num_users,), EgressLevel.FULL.value, jnp.int32)
@@ -85,11 +87,27 @@ def device_full_ranks(device: DeviceAgent, catalogue: Catalogue, history: Histor
 
 
 def ranks_of_unseen(scores: Float[Array, "b i"], seen: Int[Array, "b seen"], targets: Lengths) -> Int[Array, "b"]:
-    """Rank of each target among the items that are neither padding nor seen; every tie counts against the target."""
+    """Rank of each target among the items that are neither padding nor seen; every tie counts against the target.
+
+    A target that is seen itself is no candidate, as in the slate of every plan, and has ``MISS_RANK``. The rank is 0 where a score is
+    NaN, as nothing can raise under jit: see ``checked_ranks``.
+    """
     target_scores = jnp.take_along_axis(scores, targets[:, None], axis=1)
     open_items = jax.vmap(lambda row, items: row.at[items].set(False).at[0].set(False))(jnp.ones(scores.shape, bool), seen)
     is_target = jnp.arange(scores.shape[1])[None, :] == targets[:, None]
-    return 1 + jnp.sum(open_items & ~is_target & (scores >= target_scores), axis=1)
+    ranks = 1 + jnp.sum(open_items & ~is_target & (scores >= target_scores), axis=1)
+    ranks = jnp.where(jnp.any(seen == targets[:, None], axis=1), MISS_RANK, ranks)
+    return jnp.where(jnp.isnan(scores).any(axis=1), 0, ranks)
+
+
+def checked_ranks(ranks: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """The same ranks. Raises UserError where one is below 1, which stands for scores that are no numbers."""
+    if np.any(ranks < 1):
+        raise UserError(
+            f"{np.sum(ranks < 1)} of {len(ranks)} users have scores that are NaN or infinite; ranks made of them would mean nothing. "
+            "Where training diverged, train with a lower --learning-rate"
+        )
+    return ranks
 
 
 def in_batches(count: int, size: int) -> list[np.ndarray]:

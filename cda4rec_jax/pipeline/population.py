@@ -15,7 +15,7 @@ from cda4rec_jax.messages import HistoryBatch
 from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables, build_catalogue
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests, draw_requests, redraw_requests
-from cda4rec_jax.pipeline.full_ranking import full_ranks, in_batches
+from cda4rec_jax.pipeline.full_ranking import checked_ranks, full_ranks, in_batches
 from cda4rec_jax.pipeline.outcomes import compute_views, outcomes
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import ContextConfig, plan_quality
@@ -146,16 +146,17 @@ class Population:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
     def full_ranks(self, weights: Any, users: np.ndarray, positions: np.ndarray, age_events: int = 0) -> np.ndarray:
-        """Rank of each target among all unseen items by the cloud agent alone, whose view is ``age_events`` events old, [n]."""
+        """Rank of each target among all unseen items by the cloud agent alone, whose view is ``age_events`` events old, [n].
+
+        Raises:
+            UserError: scores that are not finite, as after training that diverged.
+        """
         age = np.full((BATCH_USERS,), age_events, np.int32)
         found = [
             np.asarray(self._full(weights, self.tables.categories, history, age))[:size]
             for _, history, size in self._batches(users, positions)
         ]
-        ranks = np.concatenate(found)
-        if np.any(ranks < 1):
-            raise ValueError("a rank below 1: the scores are not finite")
-        return ranks
+        return checked_ranks(np.concatenate(found))
 
     def _batches(self, users: np.ndarray, positions: np.ndarray) -> Iterator[tuple[int, HistoryBatch, int]]:
         for index in in_batches(len(users), BATCH_USERS):

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.kernels.topk_dot import topk_dot
 from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_k, checked_queries
-from cda4rec_jax.retrieval.rows import ItemRows, read_rows, write_rows
+from cda4rec_jax.retrieval.rows import ItemRows, read_rows, replacing_index, write_rows
 
 _LEAST_EXCLUDED = 8
 
@@ -101,7 +101,8 @@ class ExactIndex:
 
     def save(self, directory: Path) -> None:
         """See ``Index.save``. What is made of the vectors is made again by ``load``."""
-        write_rows(directory, self.implementation, self._rows)
+        with replacing_index(directory) as folder:
+            write_rows(folder, self.implementation, self._rows)
 
     @classmethod
     def load(cls, directory: Path) -> "ExactIndex":

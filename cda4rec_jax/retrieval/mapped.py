@@ -21,7 +21,16 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.topk_dot.quantised import BLOCK, QuantisedItems, check_quantised, quantise_rows
 from cda4rec_jax.retrieval.index import Vectors
 from cda4rec_jax.retrieval.quantised import QuantisedIndex
-from cda4rec_jax.retrieval.rows import VECTORS, ItemRows, check_vectors, read_meta, read_rows, write_rows_but_vectors
+from cda4rec_jax.retrieval.rows import (
+    VECTORS,
+    ItemRows,
+    check_vectors,
+    read_meta,
+    read_rows,
+    replacing_index,
+    write_rows,
+    write_rows_but_vectors,
+)
 
 CHUNK_ROWS = 1 << 16  # that are in memory at the same time while files are written
 Rows = Float[np.ndarray, "_ _"]  # some of the table
@@ -39,7 +48,7 @@ class MappedIndex(QuantisedIndex):
 
     def __init__(self, folder: Path, rows: ItemRows, scratch: "_Scratch | None" = None) -> None:
         check_quantised()
-        self._folder, self._rows, self._scratch = folder, rows, scratch
+        self._rows, self._scratch = rows, scratch
         self._table = _mapped_table(folder, rows)
 
     @classmethod
@@ -48,7 +57,7 @@ class MappedIndex(QuantisedIndex):
 
         Args:
             chunks: the item vectors in order, some rows at a time; the first row of all is padding.
-            directory: becomes an index only when all is written.
+            directory: becomes an index, or another one, only when all is written.
 
         Raises:
             UserError: there is no item, chunks differ in width, or a value is not finite.
@@ -67,15 +76,16 @@ class MappedIndex(QuantisedIndex):
         present, order = self._rows.present_after(items, np.asarray(vectors, np.float32)), np.argsort(items)
         items, vectors = np.asarray(items)[order], np.asarray(vectors, np.float32)[order]
         changed = self._temporary(_replaced(self._rows.vectors, len(present), items, vectors), present)
-        self._folder, self._rows, self._scratch, self._table = changed._folder, changed._rows, changed._scratch, changed._table
+        self._rows, self._scratch, self._table = changed._rows, changed._scratch, changed._table
 
     def save(self, directory: Path) -> None:
         """See ``Index.save``."""
-        directory.mkdir(parents=True, exist_ok=True)
-        if directory.resolve() != self._folder.resolve():
-            for name in (VECTORS, *_TABLE):
-                shutil.copyfile(self._folder / name, directory / name)
-        write_rows_but_vectors(directory, self.implementation, self._rows)
+        table = self._table
+        with replacing_index(directory) as folder:
+            # From the memory that they are mapped to: another index may have replaced the files by now.
+            for name, array in zip(_TABLE, (table.codes, table.scales, table.residuals, table.norms), strict=True):
+                np.save(folder / name, np.asarray(array))
+            write_rows(folder, self.implementation, self._rows)
 
     @classmethod
     def load(cls, directory: Path) -> "MappedIndex":
@@ -95,21 +105,21 @@ class MappedIndex(QuantisedIndex):
     @classmethod
     def _written(cls, chunks: Iterable[Rows], directory: Path, present: Bool[np.ndarray, "i"] | None) -> "MappedIndex":
         check_quantised()
-        directory.mkdir(parents=True, exist_ok=True)
-        files = [_GrowingFile(directory / name) for name in (VECTORS, *_TABLE)]
-        try:
-            for rows in _whole_blocks(chunks):
-                for file, values in zip(files, (rows, *quantise_rows(rows)), strict=True):
-                    file.append(values)
-        finally:
-            for file in files:
-                file.close()
-        if files[0].length < 2:
-            raise UserError(f"item vectors have {files[0].length} rows; expected row 0 (padding) and at least one item.")
-        if present is None:
-            present = np.arange(files[0].length) > 0
-        rows = ItemRows(vectors=np.load(directory / VECTORS, mmap_mode="r"), present=present)
-        write_rows_but_vectors(directory, cls.implementation, rows)
+        with replacing_index(directory) as folder:
+            files = [_GrowingFile(folder / name) for name in (VECTORS, *_TABLE)]
+            try:
+                for rows in _whole_blocks(chunks):
+                    for file, values in zip(files, (rows, *quantise_rows(rows)), strict=True):
+                        file.append(values)
+            finally:
+                for file in files:
+                    file.close()
+            if files[0].length < 2:
+                raise UserError(f"item vectors have {files[0].length} rows; expected row 0 (padding) and at least one item.")
+            if present is None:
+                present = np.arange(files[0].length) > 0
+            rows = ItemRows(vectors=np.load(folder / VECTORS, mmap_mode="r"), present=present)
+            write_rows_but_vectors(folder, cls.implementation, rows)
         return cls(directory, rows)
 
 

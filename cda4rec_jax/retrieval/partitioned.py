@@ -18,7 +18,7 @@ from cda4rec_jax.retrieval.anisotropic import BLOCK, CENTRES, code_scores, direc
 from cda4rec_jax.retrieval.exact import filtered_search, padded_excluded
 from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_config, checked_queries
 from cda4rec_jax.retrieval.partition import capacity_for, lay_out, learn_centroids, nearest_leaf, split_leaves
-from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
+from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, replacing_index, write_rows
 
 MOST_SCORES = 2**20  # quantised scores that exist at a time: enough to fill an accelerator, few enough for the caches of a CPU
 SELECTION_RECALL = 0.99  # of the approximate selection of the items that are scored exactly
@@ -221,11 +221,13 @@ class PartitionedIndex:
 
     def save(self, directory: Path) -> None:
         """See ``Index.save``."""
-        write_rows(directory, self.implementation, self._rows)
-        (directory / _CONFIG).write_text(json.dumps(asdict(self._config), indent=2) + "\n")
-        (directory / _PARTITION).unlink(missing_ok=True)
-        if self._partition is not None:
-            np.savez(directory / _PARTITION, changed=self._changed, **vars(self._partition))
+        with replacing_index(directory) as folder:
+            write_rows(folder, self.implementation, self._rows)
+            (folder / _CONFIG).write_text(json.dumps(asdict(self._config), indent=2) + "\n")
+            if self._partition is None:
+                (directory / _PARTITION).unlink(missing_ok=True)
+            else:
+                np.savez(folder / _PARTITION, changed=self._changed, **vars(self._partition))
 
     @classmethod
     def load(cls, directory: Path) -> "PartitionedIndex":

@@ -2,9 +2,14 @@
 
 An index folder holds ``index.json`` (implementation, version, sizes), ``vectors.npy`` and ``present.npy``, so that the exact index can be
 loaded from any of them; an approximate index adds its own files. Folders of version 1 have no ``present.npy``: all their items exist.
+
+A file is never written over, but replaced: a process that has mapped the old one into its memory goes on with that.
 """
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +25,7 @@ _READABLE = (1, 2)
 _META = "index.json"
 VECTORS = "vectors.npy"
 _PRESENT = "present.npy"
+_PARTS = ".parts"  # folder of what is being written
 
 Vectors = Float[Array, "i d"] | Float[np.ndarray, "i d"]
 
@@ -99,9 +105,30 @@ def check_vectors(rows: Float[np.ndarray, "..."], *, first: int) -> None:
         raise UserError("item vectors hold NaN or infinite values; expected finite numbers. Did training diverge?")
 
 
-def write_rows(directory: Path, implementation: str, rows: ItemRows) -> None:
-    """Write the files that every index has."""
+@contextlib.contextmanager
+def replacing_index(directory: Path) -> Iterator[Path]:
+    """A folder inside of ``directory`` for the files of an index, which replace those of ``directory`` if the block ends without error.
+
+    ``index.json`` goes first and comes last, so that a process that dies in between leaves no index rather than parts of two.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    parts = directory / _PARTS
+    shutil.rmtree(parts, ignore_errors=True)  # of a process that died
+    parts.mkdir()
+    try:
+        yield parts
+        (directory / _META).unlink(missing_ok=True)
+        for part in sorted(parts.iterdir(), key=lambda part: part.name == _META):
+            place = directory / part.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            part.replace(place)
+    finally:
+        shutil.rmtree(parts)
+
+
+def write_rows(directory: Path, implementation: str, rows: ItemRows) -> None:
+    """Write the files that every index has into the folder of ``replacing_index``."""
     np.save(directory / VECTORS, rows.vectors)
     write_rows_but_vectors(directory, implementation, rows)
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_config, checked_queries
-from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, write_rows
+from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, replacing_index, write_rows
 from cda4rec_jax.timing import usable_cores
 
 _FILES = "scann"
@@ -39,9 +39,9 @@ class Measured:
     """What the tuner found of a config, on the index that it built: another build of the same config is a little different."""
 
     num_items: int
-    num_queries: int  # on which recall was taken; they chose nothing
+    num_queries: int  # on which recall was taken: those that confirmed the choice, see ``tuning.tune_search``
     k: int
-    recall: float  # mean share of the exact k items that were found
+    recall: float  # mean share of the exact k items that were found; a little too high, as what fell short there was not chosen
     batch: int
     batch_ms: float
     single_ms: float  # of one query alone
@@ -194,10 +194,11 @@ class ScannIndex:
         """See ``Index.save``. Builds again first where items were upserted since the last build."""
         if self._changed.size:
             self._adopt(self._rows, _searcher(self._rows.vectors[1:], self._config))
-        write_rows(directory, self.implementation, self._rows)
-        (directory / _FILES).mkdir(exist_ok=True)
-        (directory / _FILES / _CONFIG).write_text(json.dumps(asdict(self._config), indent=2) + "\n")
-        self._searcher.serialize(str(directory / _FILES), relative_path=True)
+        with replacing_index(directory) as folder:
+            write_rows(folder, self.implementation, self._rows)
+            (folder / _FILES).mkdir()
+            (folder / _FILES / _CONFIG).write_text(json.dumps(asdict(self._config), indent=2) + "\n")
+            self._searcher.serialize(str(folder / _FILES), relative_path=True)
 
     @classmethod
     def load(cls, directory: Path) -> "ScannIndex":
@@ -211,7 +212,13 @@ class ScannIndex:
             searcher = scann_ops.load_searcher(str(directory / _FILES))
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{directory / _FILES} is missing or damaged ({error}). Build the index again.") from error
-        return cls(read_rows(directory), searcher, config)
+        rows = read_rows(directory)
+        if searcher.size() != len(rows.vectors) - 1:
+            raise UserError(
+                f"{directory / _FILES} is damaged (built from {searcher.size()} items, {len(rows.vectors) - 1} expected). "
+                "Build the index again."
+            )
+        return cls(rows, searcher, config)
 
     def _adopt(self, rows: ItemRows, searcher: Any) -> None:
         """Rows that the searcher was built from."""

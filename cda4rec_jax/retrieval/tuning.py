@@ -61,7 +61,7 @@ class HeldOut:
         return self.exact.shape[1]
 
     def halves(self) -> tuple["HeldOut", "HeldOut"]:
-        """Even and odd rows: those that choose, and those that confirm."""
+        """Even and odd rows: those that choose, and those that confirm (and by refusing choose, too)."""
         even, odd = (HeldOut(queries=self.queries[part::2], exact=self.exact[part::2]) for part in (0, 1))
         return even, odd
 
@@ -142,7 +142,9 @@ def tune_scann(
 def tune_search(index: ScannIndex, held_out: HeldOut, *, recall: float, batch: int, timing: TimingConfig = TIMING) -> ScannIndex:
     """The same build, searched in the fastest way that reaches ``recall`` on both halves of the queries; its config holds ``Measured``.
 
-    Where the confirming half falls short, the goal of the other half rises by what was missing, up to the widest search.
+    Where the confirming half falls short, the goal of the other half rises by what was missing, up to the widest search. What comes back
+    is the first that the confirming half does not refuse, so the recall in ``Measured``, which is taken on that half, is biased upwards;
+    queries that had no part in tuning tell the recall without bias.
 
     Raises:
       UserError: The target cannot be reached with this build (``RecallNotReached``), or recall or batch are no such numbers.

@@ -11,6 +11,7 @@ folder. An array that is on devices of one process alone is taken to be equal in
 """
 
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -90,9 +91,17 @@ class CheckpointStore:
         out, and padding that is wanted is 0.
 
         Raises:
-            UserError: the stored arrays are not those of ``abstract`` (all differences are named).
+            UserError: the stored arrays are not those of ``abstract`` (all differences are named), or files are damaged.
         """
         path = self._folder.absolute() / str(step)
+        try:
+            return self._restored(path, step, abstract, shapes)
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the last where a device has no room
+            raise
+        except Exception as error:  # Orbax raises whatever its parts do where files are cut off, missing or changed
+            raise UserError(f"{path} is damaged ({_origin(error)}): restore it, or train again.") from error
+
+    def _restored(self, path: Path, step: int, abstract: Any | None, shapes: Any | None) -> Checkpoint:
         with _checkpointer() as checkpointer:
             unpadded = {}
             if (path / _UNPADDED).is_dir():
@@ -114,6 +123,13 @@ class CheckpointStore:
         doomed = self._folder / f"{step}.removed"
         (self._folder / str(step)).rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _origin(error: BaseException) -> str:
+    """What the first of a chain of errors says, in one short line: Orbax's own add pages of settings to it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
 
 
 def _checkpointer() -> ocp.Checkpointer:

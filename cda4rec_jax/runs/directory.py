@@ -54,7 +54,7 @@ class RunDirectory:
         """Start a run in a new or empty directory.
 
         ``config`` maps names to dataclass configurations or plain values; ``read_config`` gives them back. With ``overwrite`` a
-        run that is there already is replaced.
+        run that is there already is replaced, once the new one has its configuration.
 
         Raises:
             UserError: a run is there and ``overwrite`` is not set; the directory holds something else; it cannot be written.
@@ -63,14 +63,11 @@ class RunDirectory:
         header = {"format_version": FORMAT_VERSION, "kind": kind, "versions": package_versions(), "config": _plain(config)}
         cls.check_destination(path, overwrite)
         with _explained(path, "create the run directory"):
-            is_run = (path / _CONFIG).is_file()
-            replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-            if is_run:
-                path.rename(replaced)
-            path.mkdir(parents=True, exist_ok=True)
-            _write_json(path / _CONFIG, header)
-            if is_run:
-                shutil.rmtree(replaced)
+            if (path / _CONFIG).is_file():
+                _replace_run(path, header)
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                _write_json(path / _CONFIG, header)
         return cls.open(path)
 
     @classmethod
@@ -94,6 +91,9 @@ class RunDirectory:
         """
         path = Path(path).resolve()
         if not path.exists():
+            kept = _replaced_runs(path)
+            if kept:
+                raise UserError(f"There is no run at {path}; an earlier one is kept in {kept[-1]}: rename it back.")
             raise UserError(f"There is no run at {path}: pass the directory that training wrote.")
         file = path / _CONFIG
         if not file.is_file():
@@ -179,6 +179,13 @@ class RunDirectory:
         if not steps:
             raise UserError(f"{self.path} has no weights {name!r}: training did not get so far. Continue it with --resume.")
         return store.restore(steps[-1], abstract).state
+
+    def apart(self, out: Path | str) -> Path:
+        """Where a run that is made of this one goes, resolved. Raises UserError where replacing what is there would lose this one."""
+        out = Path(out).expanduser().resolve()
+        if self.path.is_relative_to(out):
+            raise UserError(f"--out, {out}, is the run itself or holds it, and it would be lost: name another directory")
+        return out
 
     def write_json(self, name: str, value: Any) -> None:
         """Store a value as ``<name>.json``: plain data, dataclasses, enums, NumPy. NaN and infinities become null."""
@@ -281,6 +288,31 @@ def _read_json(file: Path) -> Any:
         return msgspec.json.decode(file.read_bytes())
     except (msgspec.DecodeError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}): restore it, or train again.") from error
+
+
+def _replace_run(path: Path, header: Mapping[str, Any]) -> None:
+    """A new run in the place of one, which is put aside for the moment between two renames, and comes back if the second fails."""
+    begun, replaced = (path.with_name(f".{path.name}.{state}-{os.getpid()}") for state in ("begun", "replaced"))
+    try:
+        begun.mkdir()
+        _write_json(begun / _CONFIG, header)
+        path.rename(replaced)
+        try:
+            begun.rename(path)
+        except BaseException:
+            replaced.rename(path)
+            raise
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+    shutil.rmtree(replaced)
+
+
+def _replaced_runs(path: Path) -> list[Path]:
+    """Runs that were put aside at ``path`` by processes that were killed then, oldest first."""
+    if not path.parent.is_dir():
+        return []
+    beside = [folder for folder in path.parent.iterdir() if folder.name.startswith(f".{path.name}.replaced-")]
+    return sorted((folder for folder in beside if (folder / _CONFIG).is_file()), key=lambda folder: folder.stat().st_mtime_ns)
 
 
 def _is_temporary(file: Path) -> bool:

@@ -91,12 +91,13 @@ def train_run(
             unwritable directory, a batch that the mesh cannot divide.
         Interrupted: Ctrl-C; all is saved.
     """
+    out = Path(out).expanduser()
     run = _reopened(out) if resume else None
     config = config if run is None else run.read_config("run", RunConfig)
     rows_multiple(mesh, config.train.rows_per_batch, config.train.accumulation_steps)
     if run is None:
-        first_does(lambda: _start(source, config, Path(out), overwrite, tell))
-        run = RunDirectory.open(Path(out).expanduser())
+        first_does(lambda: _start(source, config, out, overwrite, tell))
+        run = RunDirectory.open(out)
     elif run.has(_FINISHED):
         tell(f"training of {run.path} is finished already")
         return run
@@ -158,13 +159,14 @@ def refit_deciders(
 
     Args:
         path: the finished run.
-        out: the new run.
+        out: the new run; not that of ``path``.
         system: as that of the run but for ``without_features``; None takes the run's.
         practice_steps: steps like those that deciders take beside the trunks, before those of the planner-only phase.
         overwrite: replace the run that ``out`` holds.
 
     Raises:
-        UserError: no such run, a run without deciders, trunks that do not fit ``system``, an existing run without ``overwrite``.
+        UserError: no such run, a run without deciders, trunks that do not fit ``system``, ``out`` is that run or holds another
+            without ``overwrite``.
     """
     given = RunDirectory.open(path)
     if given.kind != JOINT:
@@ -172,7 +174,7 @@ def refit_deciders(
     config = given.read_config("run", RunConfig)
     config = replace(config, system=system or config.system)
     configs = {"run": config, "system": config.system, "source": given.path, "text": given.read_config("text", dict)}
-    run = RunDirectory.create(out, configs, JOINT, overwrite)
+    run = RunDirectory.create(given.apart(out), configs, JOINT, overwrite)
     for name in ("data", "weights/trunk", *(["refit"] if config.train.refit_trunks else [])):
         shutil.copytree(given.path / name, run.path / name)
     for name in ("text.npz", "statistics.npz", "exposure.json"):
@@ -216,8 +218,8 @@ def _conclude(
     run.write_json("training", {"seconds": seconds, "best_step": trainer.position.best_step})
 
 
-def _reopened(out: Path | str) -> RunDirectory:
-    if not (Path(out) / "config.json").exists():
+def _reopened(out: Path) -> RunDirectory:
+    if not (out / "config.json").exists():
         raise UserError(f"{out} holds no run to resume; start one without --resume")
     run = RunDirectory.open(out)
     if not run.data_folder.is_dir():
@@ -227,7 +229,7 @@ def _reopened(out: Path | str) -> RunDirectory:
 
 def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Callable[[str], None]) -> None:
     """A new run that has its data, prepared beside it first."""
-    out = out.expanduser().resolve()
+    out = out.resolve()
     RunDirectory.check_destination(out, overwrite)
     vectors = _text_vectors(config)
     staged = out.with_name(f".{out.name}.data-{os.getpid()}")

@@ -62,9 +62,7 @@ def train_planner_run(
     given = RunDirectory.open(path)
     if given.kind != JOINT:
         raise UserError(f"{given.path} is a run of kind {given.kind!r}, which has no planner: name a joint run")
-    out = Path(out).expanduser().resolve()
-    if out == given.path:
-        raise UserError(f"--out is the run itself, {out}, whose planner would be lost: name another directory")
+    out = given.apart(out)
     RunDirectory.check_destination(out, overwrite)
     trained = load_trained(given.path)
     if planner is not None:

@@ -178,6 +178,11 @@ def test_movielens_csv_folders_are_read_with_quoted_titles(tmp_path: Path) -> No
     assert data.categories[data.item_ids.index("20")] == ()
     (tmp_path / "movies.csv").write_text("movieId,title,genres\n10,American President, The (1995),Comedy\n")
     assert "movies.csv, line 2: expected 3 fields, found 4" in refusal(str(tmp_path))
+    many = "".join(f"{number},Film {number},Comedy\n" for number in range(40, 9000))
+    (tmp_path / "movies.csv").write_text(f'movieId,title,genres\n10,Heat,Drama\n20,"Heat,Drama\n{many}')
+    assert "movies.csv, line 3: field larger than field limit (131072): is there a quote that is not closed?" in refusal(
+        str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("name", ["ml-1m", "amazon-beauty"])

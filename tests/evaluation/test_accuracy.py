@@ -28,10 +28,11 @@ def interactions_of(histories: list[list[int]], num_items: int) -> Interactions:
 def test_popularity_ranks_by_hand():
     # Items 1..5 have 9, 7, 7, 3, 0 training events.
     counts = np.array([0, 9, 7, 7, 3, 0])
-    data = interactions_of([[1, 4, 2], [2, 2, 3], [4, 3, 5]], 5)
-    ranks = popularity_ranks(counts, data, np.arange(3), np.array([2, 2, 2]))
-    # Item 2 ties with 3, while 1 is seen; item 3 has 1 above it, and its tie is seen twice; nothing unseen is below item 5.
-    np.testing.assert_array_equal(ranks, [2, 2, 3])
+    data = interactions_of([[1, 4, 2], [2, 2, 3], [4, 3, 5], [1, 2, 1]], 5)
+    ranks = popularity_ranks(counts, data, np.arange(4), np.array([2, 2, 2, 2]))
+    # Item 2 ties with 3, while 1 is seen; item 3 has 1 above it, and its tie is seen twice; nothing unseen is below item 5; the last
+    # user has had item 1 before.
+    np.testing.assert_array_equal(ranks, [2, 2, 3, MISS_RANK])
 
 
 def test_popularity_agrees_with_the_ranking_of_the_whole_catalogue():
@@ -40,14 +41,15 @@ def test_popularity_agrees_with_the_ranking_of_the_whole_catalogue():
     histories = [rng.integers(1, num_items + 1, rng.integers(3, 12)).tolist() for _ in range(num_users)]
     data = interactions_of(histories, num_items)
     counts = rng.integers(0, 6, num_items + 1)
-    users = np.array([1, 5, 5, 19])
-    positions = np.diff(data.offsets)[users] - np.array([1, 1, 2, 2])
+    users = np.repeat(np.arange(num_users), 2)
+    positions = np.diff(data.offsets)[users] - np.tile([1, 2], num_users)
     seen = np.zeros((len(users), 12), np.int32)
     for row, (user, position) in enumerate(zip(users, positions, strict=True)):
         seen[row, :position] = data.history(int(user))[:position]
     targets = data.items[data.offsets[users] + positions]
     scores = np.broadcast_to(counts.astype(np.float32), (len(users), num_items + 1))
-    expected = ranks_of_unseen(scores, seen, targets)
+    expected = np.asarray(ranks_of_unseen(scores, seen, targets))
+    assert 0 < np.sum(expected == MISS_RANK) < len(users), "some targets are repeated"
     np.testing.assert_array_equal(popularity_ranks(counts, data, users, positions), expected)
 
 

@@ -4,11 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cda4rec_jax.data import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation import Report, evaluate_run
+from cda4rec_jax.evaluation.evaluate import _Job, _protocol
 from cda4rec_jax.planner import PLANS
+from cda4rec_jax.runs.artifacts import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +147,18 @@ def test_a_baseline_has_a_report_of_its_own(sasrec_run: Path):
     assert report.plans == report.planners == []
     assert (sasrec_run / "results.json").exists()
     assert "policy" not in report.to_markdown()
+
+
+def test_the_protocol_says_where_the_policy_is_measured_on_events_that_it_learned_from(tmp_path: Path):
+    path = shutil.copytree(Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny", tmp_path / "run")
+    trained = load_trained(path)
+
+    def protocol(split: Split) -> str:
+        users = np.arange(30)
+        return _protocol(
+            _Job(trained=trained, baseline=None, split=split, users=users, draws=8, seed=0, progress=lambda *_: None)
+        )
+
+    assert "within the sample" not in protocol(Split.VALIDATION), "it learned in joint training alone"
+    trained.run.write_json("planner_training", {})
+    assert "within the sample" in protocol(Split.VALIDATION) and "within the sample" not in protocol(Split.TEST)

@@ -1,10 +1,15 @@
 """Ranks of targets and slates: by hand."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from cda4rec_jax.array_typing import Array
+from cda4rec_jax.data import Split
+from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel, Placement
 from cda4rec_jax.metrics import MISS_RANK, ndcg
 from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
@@ -20,6 +25,9 @@ from cda4rec_jax.pipeline.outcomes import (
 )
 from cda4rec_jax.pipeline.subtasks import rank_slate, unseen
 from cda4rec_jax.planner import PLANS, PlanSpace, fresh_plan, plan_index
+from cda4rec_jax.runs.artifacts import load_trained
+
+COMMITTED = Path(__file__).resolve().parents[2] / "checkpoints" / "synthetic-tiny"
 
 
 def views_and_scores(items, allowed, scores, places=None) -> tuple[dict[str, View], Scores]:
@@ -171,6 +179,25 @@ def test_padding_and_history_are_not_unseen():
 def test_full_catalogue_rank_skips_padding_and_seen_items():
     scores = jnp.asarray([[99.0, 5.0, 4.0, 3.0, 3.0]])
     assert ranks_of_unseen(scores, jnp.asarray([[1, 0]]), jnp.asarray([3]))[0] == 3  # items 2 and 4 (a tie)
+    assert ranks_of_unseen(scores, jnp.asarray([[1, 3]]), jnp.asarray([3]))[0] == MISS_RANK  # as in the slate of every plan
+
+
+@pytest.mark.parametrize("where", ["cloud/decoder", "cloud/items"])
+def test_ranks_of_an_agent_that_diverged_are_refused(where: str) -> None:
+    trained = load_trained(COMMITTED)
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: np.full_like(leaf, np.nan) if is_trained_below(where, path, leaf) else leaf, trained.weights
+    )
+    users = np.arange(5)
+    asked = users, trained.corpus.target_positions(Split.TEST)[users]
+    assert trained.population.full_ranks(trained.weights, *asked).min() >= 1
+    with pytest.raises(UserError, match=r"5 of 5 users have scores that are NaN.*train with a lower --learning-rate"):
+        trained.population.full_ranks(broken, *asked)
+
+
+def is_trained_below(where: str, path: tuple, leaf: np.ndarray) -> bool:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.startswith(where) and np.issubdtype(leaf.dtype, np.floating)
 
 
 def test_batches_have_one_shape_and_cover_everything_in_order():

@@ -58,6 +58,20 @@ def test_changes_leave_the_files_that_were_opened_alone(tmp_path: Path, monkeypa
             np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_an_index_that_is_served_survives_that_its_folder_gets_another(tmp_path: Path) -> None:
+    """Files that are cut off under a process that has them mapped end it, and files that are written over change its answers."""
+    vectors = make_vectors(40_000)
+    MappedIndex.build_streamed([vectors], tmp_path / "index")
+    served, expected = MappedIndex.load(tmp_path / "index"), ExactIndex.build(vectors).search(vectors[:9], 20)
+    for count, write in ((20, MappedIndex.build_streamed), (30, lambda chunks, path: MappedIndex.build(chunks[0]).save(path))):
+        write([make_vectors(count)], tmp_path / "index")
+        assert load_index(tmp_path / "index").num_items == count - 1
+        for found, wanted in zip(served.search(vectors[:9], 20), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    served.save(tmp_path / "index")
+    np.testing.assert_array_equal(load_index(tmp_path / "index").search(vectors[:9], 20)[0], expected[0])
+
+
 def test_bad_pieces_and_damaged_folders_raise(tmp_path: Path) -> None:
     vectors = make_vectors()
     with pytest.raises(UserError, match="widths 8 and 5"):

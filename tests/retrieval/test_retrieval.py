@@ -217,6 +217,22 @@ def test_a_saved_index_answers_the_same_after_its_folder_moved(implementation, t
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_save_that_fails_leaves_the_index_that_was_there(implementation, tmp_path, monkeypatch):
+    vectors, queries = make_vectors(300), make_queries(3)
+    build_index(vectors, implementation).save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("cda4rec_jax.retrieval.rows.write_rows_but_vectors", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_index(make_vectors(200), implementation).save(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert load_index(tmp_path).search(queries, 5)[0].max() < 301
+
+
 @needs_scann
 def test_scann_keeps_its_config_in_the_folder(tmp_path):
     config = ScannConfig(brute_force_items=10, tree_items=20, leaf_share=0.01)
@@ -279,6 +295,11 @@ def test_folders_that_are_no_index_raise(tmp_path):
 @needs_scann
 def test_a_damaged_scann_folder_raises(tmp_path):
     build_index(make_vectors(50), "scann").save(tmp_path)
+    build_index(make_vectors(60), "scann").save(tmp_path / "other")
+    (tmp_path / "other" / "vectors.npy").replace(tmp_path / "vectors.npy")
+    (tmp_path / "other" / "present.npy").replace(tmp_path / "present.npy")
+    with pytest.raises(UserError, match=r"scann is damaged \(built from 50 items, 60 expected\)"):
+        load_index(tmp_path)
     shutil.rmtree(tmp_path / "scann")
     with pytest.raises(UserError, match="scann is missing or damaged"):
         load_index(tmp_path)

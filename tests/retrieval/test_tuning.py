@@ -1,4 +1,4 @@
-"""The tuner reaches its target on queries that chose nothing, its config survives a folder, and a search adds little to ScaNN's own."""
+"""The tuner reaches its target on the queries that confirm, its config survives a folder, and a search adds little to ScaNN's own."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def tuned(items, queries, lines) -> Tuned:
     return tune_scann(items, queries, K, recall=0.9, batch=32, candidates=candidates, timing=QUICK, progress=lines.append)
 
 
-def test_the_target_is_reached_on_queries_that_chose_nothing(tuned, held_out):
+def test_the_target_is_reached_on_the_queries_that_confirm(tuned, held_out):
     measured = tuned.index.config.measured
     _, confirming = held_out.halves()
     assert confirming.recall(tuned.index) == measured.recall >= 0.9

@@ -1,5 +1,6 @@
 """A checkpoint gives back exactly what was saved, on other devices too, and a killed process never breaks the older one."""
 
+import gc
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,27 @@ def test_every_difference_from_the_expected_state_is_named(run: RunDirectory) ->
         UserError, match=r"a is float32\[2\], expected int32\[2\]; b/c is .*\[3\].*\[4\]; new is missing; old is not"
     ):
         run.restore_latest({"a": jnp.zeros((2,), int), "b": {"c": jnp.zeros((4,))}, "new": jnp.zeros(())})
+
+
+def test_damage_to_any_file_is_told_or_does_no_harm(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # Orbax leaves reads that nobody awaits any more
+    weights = {"a": jnp.arange(4096.0), "b": {"c": jnp.ones((3,))}}
+    folder, told = run.path / "weights" / "best", 0
+    run.save_weights("best", weights)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for file in files:
+        content = file.read_bytes()
+        for damaged in (content[: len(content) // 2], b"", None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            try:
+                assert_same(run.load_weights("best", weights), weights)
+            except UserError as error:
+                assert "is damaged" in str(error) and "train again" in str(error) and len(str(error)) < 500
+                told += 1
+            file.write_bytes(content)
+    gc.collect()
+    assert told >= 4, "the files that hold the arrays were not among these"
+    assert_same(run.load_weights("best", weights), weights)
 
 
 def test_paths_that_would_collide_are_refused(run: RunDirectory) -> None:

@@ -63,6 +63,46 @@ def test_overwrite_replaces_a_run_and_leaves_nothing_beside_it(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("fails", ["write", "rename"])
+def test_a_run_stays_where_the_one_that_would_replace_it_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    make_run(tmp_path / "run").write_json("results", {"ndcg": 0.5})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    real_rename = Path.rename
+
+    def rename(self: Path, target: Path) -> Path | None:
+        return full() if ".begun-" in self.name else real_rename(self, target)
+
+    if fails == "write":
+        monkeypatch.setattr("cda4rec_jax.runs.directory._write_json", full)
+    else:
+        monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="No space left"):
+        make_run(tmp_path / "run", overwrite=True)
+    assert RunDirectory.open(tmp_path / "run").read_json("results") == {"ndcg": 0.5}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_made_of_another_does_not_replace_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = make_run(tmp_path / "run" / "inside")
+    for out in ("~/run/inside", tmp_path / "run" / ".." / "run", tmp_path):
+        with pytest.raises(UserError, match="is the run itself or holds it"):
+            run.apart(out)
+    assert run.apart("~/run/inside-2") == run.path.with_name("inside-2")
+
+
+def test_a_run_that_a_killed_process_put_aside_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "run").path.rename(tmp_path / ".run.replaced-123")
+    (tmp_path / ".run.replaced-124").mkdir()  # of which nothing is left
+    with pytest.raises(UserError, match=r"an earlier one is kept in .*/\.run\.replaced-123: rename it back"):
+        RunDirectory.open(tmp_path / "run")
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_create_refuses_a_directory_of_something_else(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -87,3 +87,11 @@ def test_a_joint_system_without_text_keeps_categories_when_it_is_loaded_again(ti
     made = job._corpus(config, run)
     assert made.prefix_size == load_corpus(run).prefix_size == load_corpus(RunDirectory.open(tiny_run)).prefix_size
     assert made.text.shape == (made.interactions.num_items + 1, 1) and not made.text.any()
+
+
+def test_a_run_is_never_replaced_by_one_that_is_made_of_it(tmp_path: Path):
+    run = shutil.copytree(Path(__file__).parents[2] / "checkpoints" / "synthetic-tiny", tmp_path / "run")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="is the run itself"):
+        refit_deciders(run, tmp_path / "." / "run", overwrite=True)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before

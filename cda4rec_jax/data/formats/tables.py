@@ -95,7 +95,7 @@ def read_rows(path: Path, layout: Layout, required: tuple[str, ...], problems: P
         problems.add_line(path, line, f"not {layout.encoding} text: byte 0x{error.object[error.start]:02x}")
         return
     lines = io.StringIO(text.removeprefix("\ufeff").rstrip("\r\n"), newline=None)
-    numbered = _quoted_lines(lines) if layout.quoted else _plain_lines(lines, layout.delimiter)
+    numbered = _quoted_lines(lines, path, problems) if layout.quoted else _plain_lines(lines, layout.delimiter)
     names = list(layout.columns or column_names(next(numbered, (1, []))[1]))
     if not check_columns(path, names, required, problems):
         return
@@ -110,9 +110,15 @@ def _plain_lines(lines: io.StringIO, delimiter: str) -> Iterator[tuple[int, list
     yield from ((number, line.rstrip("\n").split(delimiter)) for number, line in enumerate(lines, 1))
 
 
-def _quoted_lines(lines: io.StringIO) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(lines)
-    yield from ((reader.line_num, fields) for fields in reader)
+def _quoted_lines(lines: io.StringIO, path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """Rows up to one that cannot be read, which goes to ``problems`` by the line where it begins: after it nothing can be told apart."""
+    reader, begins = csv.reader(lines), 1
+    try:
+        for fields in reader:
+            yield reader.line_num, fields
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        problems.add_line(path, begins, f"{error}: is there a quote that is not closed?")
 
 
 def _header(file: BinaryIO, layout: Layout) -> list[str]:
