@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -45,6 +45,7 @@ Arrays = dict[str, np.ndarray]
 Values = Float[np.ndarray, "users seeds"]  # one metric, by user and seed
 
 
+@tyro.conf.configure(tyro.conf.arg(name="shared"))  # as help calls them
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What every experiment is told.
@@ -62,7 +63,7 @@ class Options:
 
     data: str | None = None
     run: Path | None = None
-    preset_name: str = "auto"
+    preset_name: Annotated[str, tyro.conf.arg(name="preset")] = "auto"
     text: Path | None = None
     seeds: int = 1
     users: int | None = None
@@ -411,11 +412,12 @@ def error_bars(found: list[Mapping[str, Any]]) -> tuple[list[float], np.ndarray]
 
 def run_script(main: Callable[..., dict[str, Any]], page: Callable[[dict[str, Any]], str]) -> None:
     """Print the page of what ``main`` finds with the command line's options; a user's mistake is told in one line, with status 2."""
+    from cda4rec_jax.cli.arguments import ARGUMENT_TYPES
     from cda4rec_jax.cli.process import set_up_process
 
     set_up_process()
     try:
-        print(page(tyro.cli(main, config=COMMAND_LINE)))
+        print(page(tyro.cli(main, config=COMMAND_LINE, registry=ARGUMENT_TYPES)))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

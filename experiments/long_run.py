@@ -14,10 +14,11 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 from harness import (
     RESULTS,
     WORK,
@@ -77,7 +78,7 @@ class Options:
     first_week: int = 30
     weeks: int = 8
     version_week: int = 4
-    preset_name: str = "synthetic"
+    preset_name: Annotated[str, tyro.conf.arg(name="preset")] = "synthetic"
     refresh_steps: int = 200
     seed: int = 0
     work: Path = WORK

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 from harness import (
     OURS,
     RESULTS,
@@ -99,7 +100,7 @@ def main(
     seeds: int = 3,
     systems: tuple[str, ...] = SYSTEMS,
     learning_rates: tuple[float, ...] = LEARNING_RATES,
-    preset_name: str = "auto",
+    preset_name: Annotated[str, tyro.conf.arg(name="preset")] = "auto",
     text: Path | None = None,
     work: Path = WORK,
     out: Path = RESULTS,

@@ -185,12 +185,27 @@ def test_a_typo_in_a_flag_gets_the_right_one_suggested(
     assert "Perhaps you meant" in err and suggestion in err.split("Perhaps you meant")[1]
 
 
-@pytest.mark.parametrize(
-    "arguments", ["", "trian", "recommend --user u", "train --epochs many", "recommend --run x --user y --link 4g"]
-)
+@pytest.mark.parametrize("arguments", ["", "trian", "recommend --user u", "recommend --run x --user y --link 4g"])
 def test_other_mistakes_on_the_command_line_exit_with_code_2(arguments: str, cli: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = cli(*arguments.split())
     assert code == 2 and err.strip() and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("train --epochs many", "got 'many', expected a whole number"),
+        ("train --learning-rate fast", "got 'fast', expected a number"),
+        ("recommend --run x --user y -k 2.5", "got '2.5', expected a whole number"),
+        ("train --compute-dtype half", "Expected one of ('auto', 'float32', 'bfloat16')"),
+        ("train --out=~nobody-has-this-name/run", "expected a path of a user that exists"),
+    ],
+)
+def test_a_word_of_the_wrong_kind_is_told_with_what_was_expected(
+    arguments: str, expected: str, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, err = cli(*arguments.split())
+    assert code == 2 and expected in " ".join(err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -254,7 +269,7 @@ def test_every_flag_of_every_command_is_explained(command: str, cli: Callable[..
     body = ast.parse(inspect.getsource(WITH_FLAGS[command])).body[0]
     assert isinstance(body, ast.ClassDef)
     flags = [(field, text) for field, text in pairwise(body.body) if isinstance(field, ast.AnnAssign)]
-    assert len(flags) >= 2
+    assert len(flags) >= 2 and "None" not in shown
     for field, text in flags:
         assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), f"line {field.lineno} has no explanation"
         assert "".join(str(text.value.value).split()) in shown

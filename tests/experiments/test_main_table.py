@@ -20,7 +20,7 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
     # As if the table had been stopped after this training.
     shutil.copytree(tiny_run, tmp_path / "work" / "synthetic" / "cda4rec-0")
     work = {"work": tmp_path / "work", "out": tmp_path}
-    flags = ["--data", SOURCE, "--preset-name", "tiny", "--seeds", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    flags = ["--data", SOURCE, "--preset", "tiny", "--seeds", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     command = [
         sys.executable,
         str(ROOT / "experiments" / "main_table.py"),
