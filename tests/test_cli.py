@@ -230,6 +230,8 @@ def test_a_word_of_the_wrong_kind_is_told_with_what_was_expected(
         ("train --preset sasrec-tiny --text x.npz --out run", "trains on ids alone and would not read x.npz"),
         ("train --resume --text x.npz", "--resume goes on as the run began"),
         ("train --resume --planner m:P", "--resume goes on as the run began"),
+        ("train --resume --out r --preset ml-1m", "leave --preset and --data out"),
+        ("train --resume --out r --data ml-1m", "leave --preset and --data out"),
         ("train --preset tiny --planner nowhere:Planner", "there is no module 'nowhere'; start from the folder that holds it"),
         ("train --preset sasrec-tiny --planner m:P", "a baseline has one agent and plans nothing: leave the planner m:P out"),
         ("train --preset sasrec-tiny --resident-items 200", "no device: leave --resident-items out"),

@@ -243,6 +243,8 @@ class Train:
 
         if self.overwrite or self.k_core or self.text or self.planner or self.resident_items or self._changes():
             raise UserError("--resume goes on as the run began: leave --overwrite and the settings of training out")
+        if self.out is not None and (self.preset != "auto" or self.data != "synthetic"):  # without --out they name the run
+            raise UserError("--resume goes on with the preset and the data of the run in --out: leave --preset and --data out")
         return RunDirectory.open(out).read_config("run", RunConfig)
 
 

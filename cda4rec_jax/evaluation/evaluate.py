@@ -33,7 +33,7 @@ from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
 from cda4rec_jax.planner import RandomPlanner, RulesPlanner
 from cda4rec_jax.planner.budgets import Budget, Budgeted, KnownRequests, calibrate
-from cda4rec_jax.runs import RunDirectory, provenance
+from cda4rec_jax.runs import FINISHED, RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import SASREC, TrainedSystem, load_trained
 
 SELECTION_USERS = 4096
@@ -281,6 +281,6 @@ def _protocol(job: _Job) -> str:
 def _training_seconds(job: _Job) -> dict[str, float]:
     found = {}
     for name, system in ((job.trained.run.kind, job.trained), ("baseline", job.baseline)):
-        if system is not None and system.run.has("training.json"):
+        if system is not None and system.run.has(FINISHED):
             found[name] = float(system.run.read_json("training")["seconds"])
     return found

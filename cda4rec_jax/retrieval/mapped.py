@@ -28,6 +28,7 @@ from cda4rec_jax.retrieval.rows import (
     read_meta,
     read_rows,
     replacing_index,
+    unreadable,
     write_rows,
     write_rows_but_vectors,
 )
@@ -141,9 +142,9 @@ def _mapped_table(folder: Path, rows: ItemRows) -> QuantisedItems:
         try:
             found = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder / name} is missing or damaged ({error}). Build the index again.") from error
+            raise unreadable(folder / name, type(error).__name__) from error
         if found.shape != shape:
-            raise UserError(f"{folder / name} is damaged (shape {found.shape}, expected {shape}). Build the index again.")
+            raise unreadable(folder / name, f"shape {found.shape}, expected {shape}")
         arrays.append(found)
     items, codes, scales, residuals, norms = (_shared(array) for array in (rows.vectors, *arrays))
     return QuantisedItems(items=items, codes=codes, scales=scales, residuals=residuals, norms=norms)

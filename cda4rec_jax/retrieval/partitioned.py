@@ -18,7 +18,7 @@ from cda4rec_jax.retrieval.anisotropic import BLOCK, CENTRES, code_scores, direc
 from cda4rec_jax.retrieval.exact import filtered_search, padded_excluded
 from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_config, checked_queries
 from cda4rec_jax.retrieval.partition import capacity_for, lay_out, learn_centroids, nearest_leaf, split_leaves
-from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, replacing_index, write_rows
+from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, replacing_index, unreadable, write_rows
 
 MOST_SCORES = 2**20  # quantised scores that exist at a time: enough to fill an accelerator, few enough for the caches of a CPU
 SELECTION_RECALL = 0.99  # of the approximate selection of the items that are scored exactly
@@ -250,7 +250,7 @@ class PartitionedIndex:
             partition = Partition(**{name: jnp.asarray(values) for name, values in found.items()})
             _check(partition, rows)
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, UserError) as error:
-            raise UserError(f"{path} is missing or damaged ({error}). Build the index again.") from error
+            raise unreadable(path, type(error).__name__) from error
         return cls(rows, partition, config, changed)
 
     def _adopt(self, rows: ItemRows, partition: Partition | None, changed: Int[np.ndarray, "n"]) -> None:

@@ -22,6 +22,7 @@ from cda4rec_jax.errors import UserError
 
 INDEX_VERSION = 2
 _READABLE = (1, 2)
+_ADVICE = "Restore it, or build the index again (training does)."
 _META = "index.json"
 VECTORS = "vectors.npy"
 _PRESENT = "present.npy"
@@ -141,6 +142,11 @@ def write_rows_but_vectors(directory: Path, implementation: str, rows: ItemRows)
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
 
 
+def unreadable(part: Path, why: str) -> UserError:
+    """The error for a part of an index that is missing or damaged."""
+    return UserError(f"{part} is missing or damaged ({why}). {_ADVICE}")
+
+
 def read_meta(directory: Path) -> tuple[str, int]:
     """Implementation that wrote an index folder, and the version; UserError if the folder is no index, or of another version."""
     path = directory / _META
@@ -148,9 +154,9 @@ def read_meta(directory: Path) -> tuple[str, int]:
         meta = json.loads(path.read_text())
         implementation, version = meta["implementation"], meta["version"]
     except OSError as error:
-        raise UserError(f"{directory} is no index: {path} cannot be read ({error.strerror}). Build the index again.") from error
+        raise UserError(f"{directory} is no index: {path} cannot be read ({error.strerror}). {_ADVICE}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}). Build the index again.") from error
+        raise unreadable(path, repr(error)) from error
     if version not in _READABLE:
         raise UserError(f"{directory} has index version {version}; this package reads versions {_READABLE}. Build it again.")
     return implementation, version
@@ -165,9 +171,9 @@ def read_rows(directory: Path, *, mapped: bool = False) -> ItemRows:
         path = directory / _PRESENT
         present = np.load(path, allow_pickle=False) if version > 1 else None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}). Build the index again.") from error
+        raise unreadable(path, type(error).__name__) from error
     if present is not None and present.shape != vectors.shape[:1]:
-        raise UserError(f"{path} is missing or damaged (shape {present.shape} for {vectors.shape}). Build the index again.")
+        raise unreadable(path, f"shape {present.shape} for {vectors.shape}")
     if mapped and present is not None:
         return ItemRows(vectors=vectors, present=present)
     return ItemRows.of(vectors, present)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.retrieval.exact import ExactIndex
 from cda4rec_jax.retrieval.index import Found, Queries, Vectors, check_config, checked_queries
-from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, replacing_index, write_rows
+from cda4rec_jax.retrieval.rows import ItemRows, read_meta, read_rows, replacing_index, unreadable, write_rows
 from cda4rec_jax.timing import usable_cores
 
 _FILES = "scann"
@@ -211,13 +211,10 @@ class ScannIndex:
             config = ScannConfig.of_json(json.loads((directory / _FILES / _CONFIG).read_text()))
             searcher = scann_ops.load_searcher(str(directory / _FILES))
         except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{directory / _FILES} is missing or damaged ({error}). Build the index again.") from error
+            raise unreadable(directory / _FILES, type(error).__name__) from error
         rows = read_rows(directory)
         if searcher.size() != len(rows.vectors) - 1:
-            raise UserError(
-                f"{directory / _FILES} is damaged (built from {searcher.size()} items, {len(rows.vectors) - 1} expected). "
-                "Build the index again."
-            )
+            raise unreadable(directory / _FILES, f"built from {searcher.size()} items, expected {len(rows.vectors) - 1}")
         return cls(rows, searcher, config)
 
     def _adopt(self, rows: ItemRows, searcher: Any) -> None:

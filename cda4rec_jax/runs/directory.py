@@ -32,6 +32,7 @@ from cda4rec_jax.runs.provenance import package_versions
 
 FORMAT_VERSION = 2
 _CONFIG = "config.json"
+FINISHED = "training.json"  # is written last
 _METRICS = "metrics.jsonl"
 _T = TypeVar("_T")
 
@@ -177,7 +178,7 @@ class RunDirectory:
         store = self._weights(name)
         steps = store.steps()
         if not steps:
-            raise UserError(f"{self.path} has no weights {name!r}: training did not get so far. Continue it with --resume.")
+            raise self._missing(f"weights {name!r}")
         return store.restore(steps[-1], abstract).state
 
     def apart(self, out: Path | str) -> Path:
@@ -216,7 +217,7 @@ class RunDirectory:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 return dict(arrays)
         except Exception as error:  # NumPy raises zip, zlib, value and end-of-file errors on damaged files
-            raise UserError(f"{file} is damaged ({error}): restore it, or train again.") from error
+            raise UserError(f"{file} is damaged ({type(error).__name__}): restore it, or train again.") from error
 
     def append_metric(self, row: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; a row has a ``step``."""
@@ -262,8 +263,13 @@ class RunDirectory:
     def _existing(self, name: str, suffix: str) -> Path:
         file = self._file(name, suffix)
         if not file.is_file():
-            raise UserError(f"{self.path} has no {file.name}: the run is not complete. Continue it with --resume.")
+            raise self._missing(file.name)
         return file
+
+    def _missing(self, what: str) -> UserError:
+        if self.has(FINISHED):
+            return UserError(f"{self.path} has no {what}, though its training ended: restore it, or train again.")
+        return UserError(f"{self.path} has no {what}: training did not get so far. Continue it with --resume.")
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from cda4rec_jax.pipeline.corpus import Corpus, build_corpus, corpus_with_text
 from cda4rec_jax.pipeline.exposure import measure_exposure
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.retrieval import build_index, choose_index
-from cda4rec_jax.runs import RunDirectory, provenance
+from cda4rec_jax.runs import FINISHED, RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import (
     JOINT,
     SASREC,
@@ -40,7 +40,6 @@ from cda4rec_jax.training.planner_only import OUTCOMES, TRAINING
 from cda4rec_jax.training.planner_run import finish_policy
 from cda4rec_jax.training.step import StepConfig
 
-_FINISHED = "training.json"  # is written last
 _PHASES = {OUTCOMES: "outcomes", TRAINING: "policy"}  # in which a policy is trained alone
 
 
@@ -98,7 +97,7 @@ def train_run(
     if run is None:
         first_does(lambda: _start(source, config, out, overwrite, tell))
         run = RunDirectory.open(out)
-    elif run.has(_FINISHED):
+    elif run.has(FINISHED):
         tell(f"training of {run.path} is finished already")
         return run
     corpus = first_does(lambda: _corpus(config, run)) or load_corpus(run)

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,15 @@ def test_missing_or_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "statistics.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError, match=r"statistics\.npz is damaged"):
         run.load_arrays("statistics")
+
+
+def test_what_is_missing_is_trained_on_only_where_training_has_not_ended(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for advice in ("--resume", "restore it, or train again"):
+        for read in (partial(run.read_json, "planner"), partial(run.load_arrays, "text"), partial(run.load_weights, "final")):
+            with pytest.raises(UserError, match=advice):
+                read()
+        run.write_json("training", {"seconds": 1.0})
 
 
 def test_metrics_are_appended_and_truncated_to_a_step(tmp_path: Path) -> None:
