@@ -142,7 +142,7 @@ def _mapped_table(folder: Path, rows: ItemRows) -> QuantisedItems:
         try:
             found = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise unreadable(folder / name, type(error).__name__) from error
+            raise unreadable(folder / name, error) from error
         if found.shape != shape:
             raise unreadable(folder / name, f"shape {found.shape}, expected {shape}")
         arrays.append(found)

@@ -250,7 +250,7 @@ class PartitionedIndex:
             partition = Partition(**{name: jnp.asarray(values) for name, values in found.items()})
             _check(partition, rows)
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, UserError) as error:
-            raise unreadable(path, type(error).__name__) from error
+            raise unreadable(path, error) from error
         return cls(rows, partition, config, changed)
 
     def _adopt(self, rows: ItemRows, partition: Partition | None, changed: Int[np.ndarray, "n"]) -> None:

@@ -142,9 +142,10 @@ def write_rows_but_vectors(directory: Path, implementation: str, rows: ItemRows)
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def unreadable(part: Path, why: str) -> UserError:
-    """The error for a part of an index that is missing or damaged."""
-    return UserError(f"{part} is missing or damaged ({why}). {_ADVICE}")
+def unreadable(part: Path, why: Exception | str) -> UserError:
+    """The error for a part of an index that is missing or damaged; of a reason the first sentence, as NumPy's go on with bad advice."""
+    reason = repr(why) if isinstance(why, KeyError) else str(why).partition(". ")[0]
+    return UserError(f"{part} is missing or damaged ({reason}). {_ADVICE}")
 
 
 def read_meta(directory: Path) -> tuple[str, int]:
@@ -156,7 +157,7 @@ def read_meta(directory: Path) -> tuple[str, int]:
     except OSError as error:
         raise UserError(f"{directory} is no index: {path} cannot be read ({error.strerror}). {_ADVICE}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise unreadable(path, repr(error)) from error
+        raise unreadable(path, error) from error
     if version not in _READABLE:
         raise UserError(f"{directory} has index version {version}; this package reads versions {_READABLE}. Build it again.")
     return implementation, version
@@ -171,7 +172,7 @@ def read_rows(directory: Path, *, mapped: bool = False) -> ItemRows:
         path = directory / _PRESENT
         present = np.load(path, allow_pickle=False) if version > 1 else None
     except (OSError, ValueError) as error:
-        raise unreadable(path, type(error).__name__) from error
+        raise unreadable(path, error) from error
     if present is not None and present.shape != vectors.shape[:1]:
         raise unreadable(path, f"shape {present.shape} for {vectors.shape}")
     if mapped and present is not None:

@@ -211,7 +211,7 @@ class ScannIndex:
             config = ScannConfig.of_json(json.loads((directory / _FILES / _CONFIG).read_text()))
             searcher = scann_ops.load_searcher(str(directory / _FILES))
         except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise unreadable(directory / _FILES, type(error).__name__) from error
+            raise unreadable(directory / _FILES, error) from error
         rows = read_rows(directory)
         if searcher.size() != len(rows.vectors) - 1:
             raise unreadable(directory / _FILES, f"built from {searcher.size()} items, expected {len(rows.vectors) - 1}")

@@ -84,7 +84,7 @@ def test_bad_pieces_and_damaged_folders_raise(tmp_path: Path) -> None:
         MappedIndex.load(tmp_path)
     MappedIndex.build_streamed([vectors], tmp_path)
     np.save(tmp_path / "norms.npy", np.zeros(3, np.float32))
-    with pytest.raises(UserError, match=r"norms.npy is damaged \(shape \(3,\), expected \(160,\)\)"):
+    with pytest.raises(UserError, match=r"norms.npy is missing or damaged \(shape \(3,\), expected \(160,\)\)"):
         MappedIndex.load(tmp_path)
     (tmp_path / "codes.npy").unlink()
     with pytest.raises(UserError, match=r"codes.npy is missing"):
