@@ -37,8 +37,8 @@ from harness import (
 from planners import TRAINING, records_of, selected_on_validation, trained_alone
 
 from cda4rec_jax.data import Split
-from cda4rec_jax.evaluation.answers import HINDSIGHT, ORACLE, PLUG_IN, Logits
-from cda4rec_jax.evaluation.choices import brings, choose, choose_by_quality, choose_in_hindsight, oracle_quality
+from cda4rec_jax.evaluation.answers import HINDSIGHT, ORACLE, PLUG_IN, Logits, oracle_quality
+from cda4rec_jax.evaluation.choices import brings, choose, choose_by_quality, choose_in_hindsight
 from cda4rec_jax.evaluation.rows import POLICY, RANDOM, RULES
 from cda4rec_jax.evaluation.yardsticks import (
     Estimate,

@@ -65,9 +65,7 @@ def answer(
     halves. The hindsight optimum knows what will be realised, so nothing can exceed it.
     """
     num_users, space = len(records.users), records.requests.predicted.space
-    first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
-    folds = np.random.default_rng(seed).permutation(num_users) % 2
-    oracle = cross_fitted_quality(records.quality, possible_plans(first, space), context_cells(first), folds)
+    oracle = oracle_quality(records, seed)
     means, logits = jnp.asarray(plug_in_means, jnp.float32)[None], tuple(planners.values())
     blocks = []
     for index in in_batches(num_users, min(BLOCK_USERS, num_users)):
@@ -78,6 +76,15 @@ def answer(
     choices, latency_ms, per_user = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *blocks)
     names = (*fixed_names(space), *planners, PLUG_IN, ORACLE, HINDSIGHT)
     return Answers(names=names, choices=choices, latency_ms=latency_ms, per_user=per_user, space=space)
+
+
+def oracle_quality(records: PlanRecords, seed: int = 0) -> Float[np.ndarray, "n p"]:
+    """What the cross-fitted context oracle believes of each user's request; ``seed`` draws the halves of the users."""
+    first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
+    folds = np.random.default_rng(seed).permutation(len(records.users)) % 2
+    return cross_fitted_quality(
+        records.quality, possible_plans(first, records.requests.predicted.space), context_cells(first), folds
+    )
 
 
 @partial(jax.jit, static_argnames="planners")

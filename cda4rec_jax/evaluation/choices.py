@@ -12,7 +12,7 @@ from cda4rec_jax.array_typing import Array, PlanValues
 from cda4rec_jax.evaluation.answers import BLOCK_USERS, Logits, happened
 from cda4rec_jax.pipeline.decisions import Requests
 from cda4rec_jax.pipeline.full_ranking import in_batches
-from cda4rec_jax.pipeline.planners import PlugIn, context_cells, cross_fitted_quality, possible_plans
+from cda4rec_jax.pipeline.planners import PlugIn
 from cda4rec_jax.pipeline.population import PlanRecords
 from cda4rec_jax.planner import choose as choose_plan
 from cda4rec_jax.planner import realised_utility
@@ -35,15 +35,6 @@ def choose_by_quality(records: PlanRecords, quality: Float[Array, "#n p"]) -> Ch
 def choose_in_hindsight(records: PlanRecords) -> Choices:
     """The plan with the highest realised utility: an upper bound that no planner can reach."""
     return _by_blocks(_by_outcome, records, records.quality)["choices"]
-
-
-def oracle_quality(records: PlanRecords, seed: int = 0) -> Float[np.ndarray, "n p"]:
-    """What the cross-fitted context oracle believes of each user's request; ``seed`` draws the halves of the users."""
-    first = jax.tree.map(lambda leaf: leaf[0], records.requests.context)
-    folds = np.random.default_rng(seed).permutation(len(records.users)) % 2
-    return cross_fitted_quality(
-        records.quality, possible_plans(first, records.requests.predicted.space), context_cells(first), folds
-    )
 
 
 def brings(records: PlanRecords, choices: Mapping[str, Choices]) -> dict[str, Quantities]:

@@ -7,15 +7,12 @@ import numpy as np
 from jaxtyping import Int
 
 from cda4rec_jax.links import LinkConfig
-from cda4rec_jax.pipeline.decisions import PlanningWorld, draw_requests, redraw_requests
+from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.full_ranking import in_batches
-from cda4rec_jax.pipeline.population import BATCH_USERS, PlanRecords
+from cda4rec_jax.pipeline.population import BATCH_USERS, PlanRecords, compiled_draw, compiled_redraw
 from cda4rec_jax.planner import ContextConfig, plan_quality
 from cda4rec_jax.planner.contexts import NUM_PRICES
 from cda4rec_jax.runs.artifacts import TrainedSystem
-
-_first = jax.jit(draw_requests, static_argnames=("max_cache_age", "contexts", "links"))
-_again = jax.jit(redraw_requests, static_argnames=("contexts", "links"))
 
 
 def drawn_records(
@@ -36,8 +33,8 @@ def drawn_records(
     for index in in_batches(len(users), BATCH_USERS):
         size = len(np.unique(index))
         history = trained.corpus.histories(users[index], positions[index], trained.config.stored_events)
-        first = _first(world, history, trained.tables, 0, max_cache_age=trained.config.max_cache_age, **drawing)
-        drawn = [first, *(_again(world, first.context, history.event_ids, draw, **drawing) for draw in range(1, draws))]
+        first = compiled_draw(world, history, trained.tables, 0, max_cache_age=trained.config.max_cache_age, **drawing)
+        drawn = [first, *(compiled_redraw(world, first.context, history.event_ids, draw, **drawing) for draw in range(1, draws))]
         blocks.append(jax.tree.map(lambda *leaves, size=size: np.stack([np.asarray(leaf)[:size] for leaf in leaves]), *drawn))
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *blocks)
     return PlanRecords(users=users, ranks=ranks, quality=np.asarray(plan_quality(ranks)), requests=requests)

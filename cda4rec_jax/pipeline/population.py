@@ -62,8 +62,8 @@ class Population:
         self._catalogue = partial(_catalogue, graph)
         self._first = partial(_first_requests, **static)
         self._moments = partial(_feature_moments, **static)
-        self._draw = partial(_drawn, **options)
-        self._redraw = partial(_redrawn, contexts=options["contexts"], links=options["links"])
+        self._draw = partial(compiled_draw, **options)
+        self._redraw = partial(compiled_redraw, contexts=options["contexts"], links=options["links"])
         self._full = partial(_full_ranks, graph=graph, config=config)
 
     def catalogue(self, weights: Any) -> Catalogue:
@@ -165,8 +165,8 @@ class Population:
             yield int(index[-1]) + 1, history, size
 
 
-_drawn = jax.jit(draw_requests, static_argnames=("max_cache_age", "contexts", "links"))
-_redrawn = jax.jit(redraw_requests, static_argnames=("contexts", "links"))
+compiled_draw = jax.jit(draw_requests, static_argnames=("max_cache_age", "contexts", "links"))
+compiled_redraw = jax.jit(redraw_requests, static_argnames=("contexts", "links"))
 
 
 @partial(jax.jit, static_argnums=0)

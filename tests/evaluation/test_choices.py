@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cda4rec_jax.evaluation.answers import HINDSIGHT, ORACLE, PLUG_IN, Answers, answer
-from cda4rec_jax.evaluation.choices import brings, choose, choose_by_quality, choose_in_hindsight, oracle_quality
+from cda4rec_jax.evaluation.answers import HINDSIGHT, ORACLE, PLUG_IN, Answers, answer, oracle_quality
+from cda4rec_jax.evaluation.choices import brings, choose, choose_by_quality, choose_in_hindsight
 from cda4rec_jax.evaluation.drawn import priced
 from cda4rec_jax.metrics import MISS_RANK
 from cda4rec_jax.pipeline.decisions import PlanningWorld
