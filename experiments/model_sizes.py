@@ -213,37 +213,45 @@ def page(result: dict[str, Any]) -> str:
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:
     figure, (accuracy, gains, time) = pyplot.subplots(1, 3, figsize=(16, 4.5))
-    clouds = sorted({row["cloud_width"] for row in result["rows"]})
-    widths = sorted({row["device_width"] for row in result["rows"]})
-    for number, width in enumerate(widths):
-        rows = sorted((row for row in result["rows"] if row["device_width"] == width), key=lambda row: row["cloud_width"])
-        labels, label = [str(row["cloud_width"]) for row in rows], f"fused, device width {width}"
+    widths = {agent: sorted({row[f"{agent}_width"] for row in result["rows"]}) for agent in ("cloud", "device")}
+    along, beside = sorted(widths, key=lambda agent: -len(widths[agent]))  # the agent of more widths is on the axis
+    for number, width in enumerate(widths[beside]):
+        rows = sorted((row for row in result["rows"] if row[f"{beside}_width"] == width), key=lambda row: row[f"{along}_width"])
+        labels, label = [str(row[f"{along}_width"]) for row in rows], f"fused, {beside} width {width}"
         means, _ = error_bars([row["ndcg@10"]["fused"] for row in rows])
         (line,) = accuracy.plot(labels, means, marker="o", label=label)
         late, _ = error_bars([row["ndcg@10"]["lagging"] for row in rows])
         accuracy.plot(labels, late, marker="v", linestyle=":", color=line.get_color(), label=f"{LAG_EVENTS} events late, {width}")
+        alone, _ = error_bars([row["ndcg@10"]["cloud_alone"] for row in rows])
+        if beside == "cloud" or number == 0:
+            accuracy.plot(
+                labels,
+                alone,
+                marker="s",
+                linestyle="--",
+                color="tab:gray",
+                label="cloud alone" + f", {width}" * (beside == "cloud"),
+            )
         milliseconds = [row["ms"]["longest_path"] for row in rows]
         time.plot(milliseconds, means, marker="o", color=line.get_color(), label=label)
         for row, x, y in zip(rows, milliseconds, means, strict=True):
-            time.annotate(f" {row['cloud_width']}x{width}", (x, y), fontsize=8)
+            time.annotate(f" {row['cloud_width']}x{row['device_width']}", (x, y), fontsize=8)
         means, bars = error_bars([row["ndcg@10"]["fused_minus_reference"] for row in rows])
-        place = [clouds.index(row["cloud_width"]) + 0.1 * (number - (len(widths) - 1) / 2) for row in rows]
+        place = [widths[along].index(row[f"{along}_width"]) + 0.1 * (number - (len(widths[beside]) - 1) / 2) for row in rows]
         gains.errorbar(place, means, bars, fmt="o", capsize=3, color=line.get_color(), label=label)
-    alone = [next(row for row in result["rows"] if row["cloud_width"] == cloud) for cloud in clouds]
-    means, _ = error_bars([row["ndcg@10"]["cloud_alone"] for row in alone])
-    accuracy.plot([str(cloud) for cloud in clouds], means, marker="s", color="tab:gray", label="cloud alone")
     accuracy.set_ylabel("test ndcg@10")
     accuracy.set_title(f"{result['dataset']}: accuracy")
     accuracy.legend(fontsize=8)
     reference = result["reference_widths"]
-    gains.set_xticks(range(len(clouds)), [str(cloud) for cloud in clouds])
-    gains.set_xlim(-0.5, len(clouds) - 0.5)
+    gains.set_xticks(range(len(widths[along])), [str(width) for width in widths[along]])
+    gains.set_xlim(-0.5, len(widths[along]) - 0.5)
     gains.axhline(0.0, color="black", linewidth=0.8)
     gains.set_title(f"minus {reference['cloud']}x{reference['device']}, 95% paired by user")
     time.set_xlabel("ms of computing one request, longest path")
     time.set_title("accuracy against time (cloud width x device width)")
+    time.margins(x=0.15)
     for axes in (accuracy, gains):
-        axes.set_xlabel("cloud width")
+        axes.set_xlabel(f"{along} width")
     for axes in (accuracy, gains, time):
         axes.grid(alpha=0.3)
     return figure

@@ -336,7 +336,10 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
         means, bars = error_bars([row["relative"]["hit_rate@10"] for row in rows])
         style = "--" if name in TIMED else "-"
         shares = [row["share_of_calls"] for row in rows]
-        curves.errorbar(shares, means, bars, fmt=f"o{style}", color=colour, capsize=2, markersize=4, linewidth=1.2, label=name)
+        # The two can be the same: then the lower one shows beside the upper.
+        width = 4.0 if f"{name} + freshness" in COLOURS else 1.2
+        bars_of = {"capsize": 2, "elinewidth": 1.2, "markersize": 4, "linewidth": width, "label": name}
+        curves.errorbar(shares, means, bars, fmt=f"o{style}", color=colour, **bars_of)
     for name, marker in ((ALWAYS, "s"), (NEVER, "v"), (THIRD, "D"), (RULES, "^")):
         (row,) = (row for row in result["rows"] if row["scheduler"] == name)
         means, bars = error_bars([row["relative"]["hit_rate@10"]])
@@ -346,10 +349,11 @@ def _draw(result: dict[str, Any], pyplot: Any) -> Any:
     curves.set_xlabel("calls, as a share of always-cloud's")
     curves.set_ylabel("hit_rate@10 relative to always-cloud, 95%")
     curves.set_title(f"{result['dataset']}: {result['users_evaluated']:,} users, {result['steps']} requests in order")
-    for name, colour in zip(CACHED_PLANS, ("tab:green", "tab:orange"), strict=True):
+    for name, colour, width in zip(CACHED_PLANS, ("tab:green", "tab:orange"), (4.5, 1.5), strict=True):
         rows = result["by_age_of_the_cache"]
         means, bars = error_bars([row[name] for row in rows])
-        staleness.errorbar([row["age_events"] for row in rows], means, bars, fmt="o-", color=colour, capsize=2, label=name)
+        ages = [row["age_events"] for row in rows]
+        staleness.errorbar(ages, means, bars, fmt="o-", color=colour, linewidth=width, elinewidth=1.2, capsize=2, label=name)
     staleness.axhline(0.0, color="black", linewidth=0.8)
     staleness.set_xlabel("age of the cached embedding, events")
     staleness.set_ylabel("hit_rate@10 minus that of a fresh one, 95%")
