@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,12 @@ def test_every_make_target_exists_and_so_does_its_variable(line: str) -> None:
 def test_the_example_in_python_recommends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
     monkeypatch.chdir(ROOT)
-    exec(compile(example, "README.md", "exec"), {})
-    name, num_bytes, *titles = capsys.readouterr().out.split(maxsplit=2)
-    assert name in {plan.name for plan in PLANS} and int(num_bytes) >= 0 and titles[0].startswith("['")
+    named: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), named)
+    name, num_bytes, titles = capsys.readouterr().out.split(maxsplit=2)
+    assert name in {plan.name for plan in PLANS} and int(num_bytes) >= 0 and titles.startswith("['")
+    scores = [item.score for item in named["found"].items]
+    assert len(scores) == 10 and scores == sorted(scores, reverse=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
