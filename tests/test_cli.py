@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cda4rec_jax.cli.plan import PlanDiff, PlanExplain, PlanRecord, PlanReplay
 from cda4rec_jax.cli.quickstart import unused
 from cda4rec_jax.data import load_prepared
 from cda4rec_jax.data.text_vectors import load_text_vectors
+from cda4rec_jax.privacy.ledger import Ledger
 from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.artifacts import load_corpus
 from cda4rec_jax.training import Interrupted
@@ -309,6 +311,22 @@ def test_recommend_prints_one_slate_online_and_offline(cli: Callable[..., tuple[
         code, out, err = cli("recommend", "--run", tiny_run, "--user", "user-001", "--link", link, "-k", 5, "--json")
         assert (code, err) == (0, "")
         assert len(json.loads(out)["slate"]) == 5
+
+
+def test_the_ledger_of_several_requests_is_in_the_file_that_was_named(
+    cli: Callable[..., tuple[int, str, str]], refused: Callable[..., str], tiny_run: Path, tmp_path: Path
+) -> None:
+    file, asked = (
+        tmp_path / "sent.sqlite",
+        ("recommend", "--run", tiny_run, "--user", "user-001", "--plan", "fresh-recent-20-skip", "--json"),
+    )
+    told = [json.loads(cli(*asked, "--ledger", file)[1]) for _ in range(2)]
+    with closing(Ledger(file)) as ledger:
+        entries = ledger.entries()
+    assert [entry.payload_bytes > 0 and entry.sends for entry in entries] == [1, 1]
+    assert all(answer["plan"]["executed"] == "fresh-recent-20-skip" for answer in told)
+    file.write_bytes(b"no database")
+    assert "no writable SQLite ledger" in refused(*asked, "--ledger", file)
 
 
 def test_quickstart_takes_a_number_where_the_place_is_taken(tmp_path: Path) -> None:

@@ -321,6 +321,9 @@ class Recommend:
     """Follow this plan instead of the planner's choice."""
     traces: Path | None = None
     """Append what was seen, chosen and measured to this file, one JSON object a line, without the user's id or history."""
+    ledger: Path | None = None
+    """Record what left the device in this SQLite file: when, which fields, how many bytes, their hash and how often they were sent;
+    never what they say."""
 
     def run(self) -> None:
         """Print one recommendation."""
@@ -331,7 +334,7 @@ class Recommend:
 
         trained = load_trained(self.run_directory)
         traces = None if self.traces is None else TraceLog(self.traces, run_identity(trained))
-        with Recommender(trained, real_delay=self.real_delay, traces=traces) as recommender:
+        with Recommender(trained, real_delay=self.real_delay, traces=traces, ledger_file=self.ledger) as recommender:
             found = recommender.recommend(
                 self.user, link=self.link, tier=self.device, consent=self.consent, k=self.k, plan=self.plan
             )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -59,12 +60,16 @@ class Recommender:
         trained: a finished run with both agents.
         real_delay: wait for the link on a real clock; otherwise its time is computed.
         traces: takes one line for each request; None keeps none.
+        ledger_file: where what leaves the devices is recorded for good; None records it for as long as this lives.
 
     Raises:
-        UserError: the run is a baseline without device agent and planner, or its index cannot be loaded.
+        UserError: the run is a baseline without device agent and planner, or its index cannot be loaded; or the file is no ledger that
+            can be written.
     """
 
-    def __init__(self, trained: TrainedSystem, real_delay: bool = False, traces: TraceLog | None = None) -> None:
+    def __init__(
+        self, trained: TrainedSystem, real_delay: bool = False, traces: TraceLog | None = None, ledger_file: Path | None = None
+    ) -> None:
         system = trained.system
         if system.device is None or system.policy is None:
             raise UserError(
@@ -81,7 +86,7 @@ class Recommender:
         self.service = CloudService(self.cloud)
         self._corpus, self._stored_events, self.space = corpus, trained.config.stored_events, trained.config.space
         self._rows = {user_id: row for row, user_id in enumerate(corpus.interactions.user_ids)}
-        self._ledger = Ledger()
+        self._ledger = Ledger(ledger_file)
         self._real_delay, self._traces = real_delay, traces
         self._compiled: set[object] = set()
 
