@@ -46,6 +46,9 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
                 found["low"] <= found["mean_difference"] == pytest.approx(apart, abs=1e-6)
                 and found["mean_difference"] <= found["high"]
             )
+    for name in ("sasrec-ce", "ease"):
+        apart = rows["cda4rec"]["mean"]["ndcg@10"] - rows[name]["mean"]["ndcg@10"]
+        assert rows[name]["ours_minus_this"]["ndcg@10"]["mean_difference"] == pytest.approx(apart, abs=1e-6)
     assert f"minus `{table['best_baseline']}`" in (tmp_path / "table-synthetic.md").read_text()
     assert "| ease |" in (tmp_path / "table-synthetic.md").read_text() and (tmp_path / "table-synthetic.png").exists()
     chosen = rows["ease"]["setting"]
