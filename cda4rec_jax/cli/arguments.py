@@ -1,4 +1,4 @@
-"""What several commands take: the words of a situation, numbers that must be positive, and paths."""
+"""How words of the command line become values, the words of a situation, and numbers that must be positive."""
 
 from collections.abc import Callable
 from pathlib import Path
