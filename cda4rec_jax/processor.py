@@ -26,6 +26,11 @@ def vector_instructions() -> str:
     return "AVX2" if "avx2" in features else platform.machine()
 
 
+def has_matrix_unit() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in a unit of its own (Intel's AMX)."""
+    return "amx_bf16" in cpu_features().split()
+
+
 @functools.cache
 def _first(*names: str) -> str:
     lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines() if _CPUINFO.is_file() else []

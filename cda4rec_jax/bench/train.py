@@ -36,7 +36,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy.native import may_split_operands
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.presets import preset
-from cda4rec_jax.processor import cpu_features
+from cda4rec_jax.processor import has_matrix_unit
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
 from cda4rec_jax.training import RunConfig
@@ -122,7 +122,7 @@ class TrainBenchmark:
 
 
 def _precision_remark() -> str | None:
-    if jax.default_backend() != "cpu" or "amx_bf16" not in cpu_features().split() or not may_split_operands():
+    if jax.default_backend() != "cpu" or not has_matrix_unit() or not may_split_operands():
         return None
     return (
         "our loss splits float32 operands into two bfloat16 (17 of 24 bits) for this processor's matrix unit, and no other does; with "

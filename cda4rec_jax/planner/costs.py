@@ -20,6 +20,7 @@ from cda4rec_jax.messages import MIN_KBPS, RECENT_ITEMS, Context, EgressLevel
 from cda4rec_jax.planner.cost_profiles import CostProfile
 from cda4rec_jax.planner.plan_space import CANDIDATE_COUNTS, STANDARD, PlanSpace, PlanTable
 
+RELEASED_EVENTS = (0.0, 0.0, float(RECENT_ITEMS), np.inf)  # at most, by EgressLevel; FULL releases all that agents read
 Scalar = float | Float[Array, ""]
 
 
@@ -71,8 +72,7 @@ def _read_events(context: Context, sizes: PayloadSizes) -> Float[Array, "b one"]
 
 
 def _released_events(context: Context, sizes: PayloadSizes, table: PlanTable) -> PlanValues:
-    most = np.select([table.level == EgressLevel.FULL, table.level == EgressLevel.RECENT], [np.inf, RECENT_ITEMS])
-    return jnp.minimum(_read_events(context, sizes), _plan(most.astype(np.float32)))
+    return jnp.minimum(_read_events(context, sizes), _plan(np.asarray(RELEASED_EVENTS, np.float32)[table.level]))
 
 
 def plan_bytes(context: Context, sizes: PayloadSizes, space: PlanSpace = STANDARD) -> tuple[PlanValues, PlanValues]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from cda4rec_jax.kernels.linear_cross_entropy.cases import ACCELERATOR_CASES, WORKLOAD_CASES, Case
 from cda4rec_jax.kernels.workloads import PLAIN, Workload
-from cda4rec_jax.processor import cpu_features
+from cda4rec_jax.processor import has_matrix_unit
 
 NUM_BATCHES = 4
 MOST_PLAIN_LOGITS = 2**31  # above, plain JAX would not fit into an accelerator's memory: the chunked version is the baseline
@@ -44,7 +44,7 @@ def workload(case: Case, backend: str) -> Workload:
     losses: dict[str, Callable[..., Array]] = {
         name or OURS: _operands_in_order(partial(linear_cross_entropy, implementation=name)) for name in names
     }
-    if backend == "cpu" and "amx_bf16" in cpu_features().split():
+    if backend == "cpu" and has_matrix_unit():
         losses[f"{OURS}, operands split"] = _operands_in_order(_split)
     has_plain = case.tokens * case.num_items <= MOST_PLAIN_LOGITS
     if has_plain:

@@ -20,7 +20,7 @@ from cda4rec_jax.kernels import native_build
 from cda4rec_jax.kernels.linear_cross_entropy import linear_cross_entropy, native, pallas
 from cda4rec_jax.kernels.linear_cross_entropy.api import Implementation, default_chunk_size
 from cda4rec_jax.kernels.linear_cross_entropy.cases import CONTRACT_CASES, WORKLOAD_CASES, Case
-from cda4rec_jax.processor import cpu_features
+from cda4rec_jax.processor import has_matrix_unit
 from tests.kernels.contract import (
     assert_trees_close,
     assert_trees_equal,
@@ -108,7 +108,7 @@ def test_float32_is_as_near_to_the_reference_in_float64_as_rounding_allows(imple
 
 def lends_matrix_unit() -> bool:
     """Whether the processor has one that computes with bfloat16, and the system lends it to this process (as matrix_unit.h asks)."""
-    return "amx_bf16" in cpu_features().split() and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    return has_matrix_unit() and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
 @NEEDS_NATIVE

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cda4rec_jax.messages import MIN_KBPS, RECENT_ITEMS, DeviceTier, EgressLevel, Link
+from cda4rec_jax.messages import MIN_KBPS, DeviceTier, EgressLevel, Link
 from cda4rec_jax.planner.cost_profiles import CostProfile
-from cda4rec_jax.planner.costs import PayloadSizes
+from cda4rec_jax.planner.costs import RELEASED_EVENTS, PayloadSizes
 from cda4rec_jax.planner.plan_space import STANDARD
 from cda4rec_jax.planner.serving import CONTEXT_FIELDS
 
@@ -56,8 +56,7 @@ class NumpyDecision:
         self._exposure = np.asarray(exposure_by_level, np.float32)
         link, fresh = table.uses_link.astype(np.float32), table.semantic_cloud.astype(np.float32)
         size = self._sizes
-        releases = {EgressLevel.RECENT: RECENT_ITEMS, EgressLevel.FULL: np.inf}
-        self._limits = np.asarray([releases.get(EgressLevel(level), 0) for level in table.level], np.float32)
+        self._limits = np.asarray(RELEASED_EVENTS, np.float32)[table.level]
         self._up_fixed = link * (
             size["header_bytes"]
             + fresh * (size["profile_bytes"] + size["attributes_bytes"] * (table.level == EgressLevel.FULL))
