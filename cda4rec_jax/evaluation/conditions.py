@@ -14,7 +14,7 @@ from cda4rec_jax.messages import EgressLevel, HistoryBatch
 from cda4rec_jax.metrics import target_rank
 from cda4rec_jax.pipeline.catalogue import Catalogue
 from cda4rec_jax.pipeline.full_ranking import checked_ranks, device_full_ranks
-from cda4rec_jax.pipeline.outcomes import REUSE, VIEWS, compute_views, plan_group, plan_pool, score_views, target_ranks
+from cda4rec_jax.pipeline.outcomes import REUSE, VIEWS, compute_views, marked_ranks, plan_group, plan_pool, score_views
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import PLANS, PlanSpace, plan_index
 from cda4rec_jax.runs.artifacts import TrainedSystem
@@ -47,11 +47,13 @@ def plan_ranks(
 
     Raises:
         ValueError: the age is above the ``max_cache_age`` of the system, or a past is too short for it.
+        UserError: scores that are NaN.
     """
     _check(trained.config, positions, age_events)
     condition = (jnp.asarray(int(level), jnp.int32), jnp.asarray(age_events, jnp.float32))
     function = _function(_plan_ranks, trained.config, names=(REUSE,) if by_cache_alone else VIEWS)
-    return trained.population.over_users(function, _weights(trained), users, positions, *condition, progress=progress)
+    ranks = trained.population.over_users(function, _weights(trained), users, positions, *condition, progress=progress)
+    return checked_ranks(ranks)
 
 
 def cache_plans(space: PlanSpace) -> Int[np.ndarray, "q"]:
@@ -117,7 +119,7 @@ def _plan_ranks(
     assert system.device is not None
     levels, ages = jnp.broadcast_to(level, history.lengths.shape), jnp.broadcast_to(age_events, history.lengths.shape)
     views = compute_views(system.cloud, system.device, catalogue, history, levels, ages, config, names)
-    return target_ranks(score_views(system.device.head, views), views, history.targets, config.space)
+    return marked_ranks(score_views(system.device.head, views), views, history.targets, config.space)
 
 
 def _device_alone(system: System, catalogue: Catalogue, history: HistoryBatch, *, config: SystemConfig) -> Int[Array, "b"]:

@@ -30,7 +30,7 @@ from cda4rec_jax.messages import Context, HistoryBatch
 from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.decisions import PlanningWorld, facts_of
-from cda4rec_jax.pipeline.full_ranking import in_batches
+from cda4rec_jax.pipeline.full_ranking import checked_ranks, in_batches
 from cda4rec_jax.pipeline.outcomes import outcomes
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner import STANDARD, PlanSpace, choose, plan_quality, sample_contexts
@@ -88,9 +88,9 @@ class Deployment:
         )
 
     def ranks(self, history: HistoryBatch, cache: Cache) -> PlanRanks:
-        """Rank of each target under every plan with these caches."""
+        """Rank of each target under every plan with these caches. Raises UserError for scores that are NaN."""
         sizes = {"graph": self.graph, "config": self.config}
-        return _ranks(self.weights, self.catalogue, history, cache.level, cache.age_events, **sizes)
+        return checked_ranks(np.asarray(_ranks(self.weights, self.catalogue, history, cache.level, cache.age_events, **sizes)))
 
 
 @partial(jax.jit, static_argnames=("graph", "config"))

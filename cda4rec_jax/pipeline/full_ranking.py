@@ -100,11 +100,12 @@ def ranks_of_unseen(scores: Float[Array, "b i"], seen: Int[Array, "b seen"], tar
     return jnp.where(jnp.isnan(scores).any(axis=1), 0, ranks)
 
 
-def checked_ranks(ranks: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+def checked_ranks(ranks: Int[np.ndarray, "n *p"]) -> Int[np.ndarray, "n *p"]:
     """The same ranks. Raises UserError where one is below 1, which stands for scores that are no numbers."""
-    if np.any(ranks < 1):
+    broken = np.any(ranks < 1, axis=tuple(range(1, ranks.ndim)))
+    if broken.any():
         raise UserError(
-            f"{np.sum(ranks < 1)} of {len(ranks)} users have scores that are NaN or infinite; ranks made of them would mean nothing. "
+            f"{broken.sum()} of {len(ranks)} users have scores that are NaN or infinite; ranks made of them would mean nothing. "
             "Where training diverged, train with a lower --learning-rate"
         )
     return ranks

@@ -80,7 +80,7 @@ class Pool(NamedTuple):
 class Outcomes:
     """Result of every plan, in the order of the configuration's plan space."""
 
-    ranks: PlanRanks  # 1 is best; MISS_RANK where the target is no candidate
+    ranks: PlanRanks  # 1 is best; MISS_RANK where the target is no candidate, 0 where a score is NaN
     slates: Int[Array, "b p k"] | None  # None where none were asked for
 
 
@@ -241,6 +241,12 @@ def target_ranks(scores: Scores, views: dict[str, View], targets: Lengths, space
     return rankings.over_pools(rank)
 
 
+def marked_ranks(scores: Scores, views: dict[str, View], targets: Lengths, space: PlanSpace = STANDARD) -> PlanRanks:
+    """``target_ranks``, but 0 for a user with a score that is NaN, to whom every comparison gives the first rank: see ``checked_ranks``."""
+    broken = jnp.any(jnp.stack([jnp.isnan(own).any(axis=1) for own in scores.values()]), axis=0)
+    return jnp.where(broken[:, None], 0, target_ranks(scores, views, targets, space))
+
+
 def plan_slates(scores: Scores, views: dict[str, View], k: int, space: PlanSpace = STANDARD) -> Int[Array, "b p k"]:
     """The slate of length ``k`` under every plan; 0 where fewer candidates remain."""
     slates = []
@@ -269,7 +275,7 @@ def outcomes(
     views = compute_views(cloud, device, catalogue, history, cache_level, cache_age_events, config)
     scores, space = score_views(device.head, views), config.space
     slates = plan_slates(scores, views, k, space) if k else None
-    return Outcomes(ranks=target_ranks(scores, views, history.targets, space), slates=slates)
+    return Outcomes(ranks=marked_ranks(scores, views, history.targets, space), slates=slates)
 
 
 def fusion_losses(

@@ -85,6 +85,9 @@ class Population:
 
         The contexts are ``draws`` draws from ``first_draw`` on, whose cache and consent all of them share. Evaluation takes draws
         from 0 on; another first draw has other caches.
+
+        Raises:
+            UserError: scores that are NaN, as after training that diverged.
         """
         catalogue = self.catalogue(weights)
         ranks, requests = [], []
@@ -98,7 +101,7 @@ class Population:
             if progress:
                 progress(done, len(users))
         merged = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *requests)
-        all_ranks = np.concatenate(ranks)
+        all_ranks = checked_ranks(np.concatenate(ranks))
         return PlanRecords(users=users, ranks=all_ranks, quality=np.asarray(plan_quality(all_ranks)), requests=merged)
 
     def requests(self, world: PlanningWorld, users: np.ndarray, positions: np.ndarray, *, draws: int) -> Iterator[Requests]:

@@ -1,5 +1,6 @@
 """Ranks of targets and slates: by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.data import Split
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.evaluation.conditions import plan_ranks
 from cda4rec_jax.messages import EgressLevel, Placement
 from cda4rec_jax.metrics import MISS_RANK, ndcg
 from cda4rec_jax.pipeline.full_ranking import in_batches, ranks_of_unseen
@@ -193,6 +195,20 @@ def test_ranks_of_an_agent_that_diverged_are_refused(where: str) -> None:
     assert trained.population.full_ranks(trained.weights, *asked).min() >= 1
     with pytest.raises(UserError, match=r"5 of 5 users have scores that are NaN.*train with a lower --learning-rate"):
         trained.population.full_ranks(broken, *asked)
+
+
+@pytest.mark.parametrize("where", ["cloud/decoder", "device/head/bias"])
+def test_ranks_of_plans_whose_scores_are_no_numbers_are_refused(where: str) -> None:
+    trained = load_trained(COMMITTED)
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: np.full_like(leaf, np.nan) if is_trained_below(where, path, leaf) else leaf, trained.weights
+    )
+    users = np.arange(5)
+    positions = trained.corpus.target_positions(Split.TEST)[users]
+    with pytest.raises(UserError, match="5 of 5 users have scores that are NaN"):
+        trained.population.records(broken, trained.world(), users, positions, draws=1)
+    with pytest.raises(UserError, match="5 of 5 users have scores that are NaN"):
+        plan_ranks(replace(trained, weights=broken), users, positions)
 
 
 def is_trained_below(where: str, path: tuple, leaf: np.ndarray) -> bool:
