@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cda4rec_jax.array_typing import Array
+from cda4rec_jax.data.interactions import Interactions
 from cda4rec_jax.data.packing import PackedEpoch, PackingConfig
 from cda4rec_jax.data.splits import train_lengths
 from cda4rec_jax.messages import HistoryBatch, SequenceBatch
@@ -39,9 +40,9 @@ class WithheldEvents:
         return len(self.users)
 
 
-def withheld_events(corpus: Corpus, share: float, per_user: int, seed: int) -> WithheldEvents:
+def withheld_events(interactions: Interactions, share: float, per_user: int, seed: int) -> WithheldEvents:
     """The last ``per_user`` training events of a seeded share of the users; fewer of those with few events."""
-    lengths = train_lengths(corpus.interactions)
+    lengths = train_lengths(interactions)
     drawn = np.random.default_rng([seed, 17]).random(len(lengths)) < share
     counts = np.where(drawn, np.clip(lengths - MIN_EVENTS_KEPT, 0, per_user), 0)
     users = np.repeat(np.arange(len(lengths)), counts)

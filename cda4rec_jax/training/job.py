@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from cda4rec_jax.data import load_prepared, prepare
+from cda4rec_jax.data import Interactions, load_prepared, prepare
+from cda4rec_jax.data.interactions import MIN_EVENTS
 from cda4rec_jax.data.packing import PackingConfig
 from cda4rec_jax.data.text import TfidfSvd
 from cda4rec_jax.data.text_vectors import TextVectors, load_text_vectors
@@ -33,6 +34,7 @@ from cda4rec_jax.runs.artifacts import (
     save_weights,
 )
 from cda4rec_jax.runs.processes import any_process, first_does, is_first
+from cda4rec_jax.training.batches import MIN_EVENTS_KEPT, withheld_events
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.loop import Progress, Trainer
 from cda4rec_jax.training.mesh import rows_multiple
@@ -235,9 +237,9 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
     try:
         for line in replace(prepare(source, staged, k_core=config.k_core), out=str(out / "data")).lines():
             tell(line)
-        corpus = None
+        interactions, corpus = load_prepared(staged), None
+        _check_withheld(interactions, config)
         if vectors is not None:
-            interactions = load_prepared(staged)
             corpus = corpus_with_text(interactions, vectors.rows(interactions))
         configs = {"run": config, "system": config.system, "source": source, "text": _text_origin(config, vectors)}
         run = RunDirectory.create(out, configs, config.kind, overwrite)
@@ -246,6 +248,18 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
         staged.rename(run.data_folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _check_withheld(interactions: Interactions, config: RunConfig) -> None:
+    """Raise UserError where fusion head and planner would have no event to learn on."""
+    train = config.train
+    withheld = withheld_events(interactions, train.withheld_share, train.withheld_events, train.seed)
+    if config.kind == JOINT and not len(withheld):
+        raise UserError(
+            f"{interactions.name} has no event that can be withheld from the agents for fusion head and planner to learn on: expected "
+            f"users with {MIN_EVENTS + MIN_EVENTS_KEPT} events or more among {train.withheld_share:.0%} of its {interactions.num_users:,} "
+            "users. Take longer histories or more users, or train the baseline alone with --preset sasrec"
+        )
 
 
 def _text_vectors(config: RunConfig) -> TextVectors | None:

@@ -90,7 +90,7 @@ class Trainer:
         train, joint = config.train, config.system.device is not None
         self.layout = Layout(mesh, num_rows=corpus.text.shape[0])
         share = train.withheld_share if withhold else 0.0
-        withheld = withheld_events(corpus, share, train.withheld_events, train.seed) if joint else None
+        withheld = withheld_events(corpus.interactions, share, train.withheld_events, train.seed) if joint else None
         self.source = TrainingSource(
             corpus,
             packing,
