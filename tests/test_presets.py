@@ -1,5 +1,6 @@
 """Which configuration a name and a data source get."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,12 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
         preset("sasrec-books")
     with pytest.raises(UserError, match="does not exist"):
         preset("auto", "nowhere")
+
+
+def test_agents_read_no_more_events_than_a_request_may_release_and_a_baseline_reads_what_it_likes() -> None:
+    system = tiny().system
+    assert system.device is not None
+    long = {"cloud": replace(system.cloud, history_length=201), "device": replace(system.device, history_length=201)}
+    with pytest.raises(ValueError, match=r"history_length is 201: .* at most 200 ids"):
+        replace(system, **long)
+    assert replace(system, cloud=long["cloud"], device=None).history_length == 201

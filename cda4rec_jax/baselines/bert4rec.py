@@ -1,6 +1,7 @@
 """BERT4Rec (Sun et al., arXiv 1904.06690): a bidirectional model that restores masked items; the next item is one more mask at the end.
 
-Its blocks are those of the other models (RMSNorm, rotary positions, SwiGLU), and its loss is over the whole catalogue, as published.
+Its blocks are those of the other models (RMSNorm, rotary positions, SwiGLU). Dropout of attention weights, which the others go without,
+and the loss over the whole catalogue are as published.
 """
 
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ from cda4rec_jax.agents.device import FEATURES, DeviceAgent, DeviceConfig
 from cda4rec_jax.array_typing import ItemText
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.planner import STANDARD, LearnedPlanner, OwnPlanner, PlanSpace, Policy, PolicyConfig
+from cda4rec_jax.privacy.levels import MAX_FULL_ITEMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,11 @@ class SystemConfig:
         if self.device is not None and self.cloud.history_length != self.device.history_length:
             raise ValueError(
                 f"cloud reads {self.cloud.history_length} events and device {self.device.history_length}: they must read equally many"
+            )
+        if self.device is not None and self.history_length > MAX_FULL_ITEMS:
+            raise ValueError(
+                f"history_length is {self.history_length}: a request of level FULL releases at most {MAX_FULL_ITEMS} ids, and the gate "
+                "would let none of these out"
             )
         if self.resident_items < 1:
             raise ValueError(

@@ -176,7 +176,7 @@ def _similarity(tastes: Array, text: Array, scales: Array) -> Array:
 
 
 def _category_share(history_categories: Array, shares: Array, categories: Array) -> Array:
-    """Share of the history in each of a candidate's categories, summed; category 0 is none."""
+    """Share of the history in each of a candidate's categories, mean over the places for them; category 0 is none and has none."""
     owner = jnp.broadcast_to(shares[:, None, :], (*history_categories.shape, shares.shape[-1]))
     totals = jnp.zeros((_CATEGORY_CODES, shares.shape[-1])).at[history_categories].add(owner).at[0].set(0.0)
     return totals[categories].mean(axis=1)
