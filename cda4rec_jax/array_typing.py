@@ -54,7 +54,6 @@ NeighbourWeights = UInt8[Array, "... m"]
 
 # User states and what ranking sees
 SemanticEmbeddings = Float[Array, "b d"]
-DeviceStates = Float[Array, "b e"]
 CandidateItems = Int[Array, "b c"]
 CandidateScores = Float[Array, "b c"]
 CandidateMask = Bool[Array, "b c"]
@@ -63,7 +62,6 @@ SlateItems = Int[Array, "b k"]
 
 # Planner
 ContextFeatures = Float[Array, "b f"]
-PlanFeatures = Float[Array, "p f"]
 PlanLogits = Float[Array, "b p"]
 PlanValues = Float[Array, "b p"]
 PlanMask = Bool[Array, "b p"]

@@ -1,8 +1,8 @@
 """What travels along the arrows of the data flow, in the order in which it travels.
 
 ``SequenceBatch`` trains the agents. A request starts as a ``HistoryBatch`` (private, on the device) and a ``Context``; the planner
-turns the context into a ``Plan``; the device releases a ``UserAbstract``; the agents answer with a ``UserState`` and with
-``Candidates`` and their ``Evidence``; ranking makes the ``Slate``; the ``Trace`` tells what happened.
+turns the context into a ``Plan``; the device releases a ``UserAbstract``; the cloud answers with a semantic embedding (``array_typing``)
+and with ``Candidates`` and their ``Evidence``; ranking makes the ``Slate``; the ``Trace`` tells what happened.
 
 Batched messages are pytrees of arrays with the axis letters of ``array_typing``. ``Plan``, ``Span`` and ``Trace`` describe one request
 and are plain Python.
@@ -25,7 +25,6 @@ from cda4rec_jax.array_typing import (
     NeighbourItems,
     NeighbourWeights,
     PackedInts,
-    SemanticEmbeddings,
     SlateItems,
     Targets,
     WireText,
@@ -206,16 +205,6 @@ class UserAbstract:
     attributes: Attributes  # 0 below FULL
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class UserState:
-    """The cloud's semantic view of the user, with the age and the level that it was made at."""
-
-    semantic: SemanticEmbeddings
-    age_events: Float[Array, "b"]
-    level: Int[Array, "b"]
-
-
 WORD_BUCKETS = 1 << 15
 
 
@@ -288,4 +277,4 @@ class Trace:
     predicted_ms: float
     uplink_bytes: int
     downlink_bytes: int
-    flags: tuple[str, ...] = field(default=())  # of: regret_high, link_failed, context_shift, device_exhausted
+    flags: tuple[str, ...] = field(default=())  # those of ``runtime.executor.Executor.execute``

@@ -16,8 +16,6 @@ from cda4rec_jax.data.text import ItemWords, TextProvider, item_texts, item_word
 from cda4rec_jax.messages import HistoryBatch
 from cda4rec_jax.pipeline.catalogue import ItemTables, item_tables
 
-RARE_EVENTS = 5  # an item with at most so many training events is rare
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
