@@ -119,8 +119,8 @@ class Population:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each feature, [f], over the candidates of all pools before the events at ``positions``."""
         catalogue = self.catalogue(weights)
-        batches = [history for _, history, _ in self._batches(users, positions)]
-        found = [self._moments(weights, catalogue, self.tables, world, history) for history in batches]
+        batches = self._batches(users, positions)
+        found = [self._moments(weights, catalogue, self.tables, world, history, size) for _, history, size in batches]
         count, total, squares = (
             np.sum([np.asarray(each, np.float64) for each in sums], axis=0) for sums in zip(*found, strict=True)
         )
@@ -213,19 +213,21 @@ def _feature_moments(
     tables: ItemTables,
     world: PlanningWorld,
     history: HistoryBatch,
+    size: jax.Array | int,
     *,
     graph: nnx.GraphDef,
     config: SystemConfig,
     options: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Number of candidates, sum and sum of squares of their features."""
+    """Number of candidates of the first ``size`` users, sum and sum of squares of their features."""
     system = nnx.merge(graph, weights)
     context = draw_requests(world, history, tables, 0, **dict(options)).context
     views = compute_views(
         system.cloud, system.device, catalogue, history, context.cache_level, context.cache_age_events, config
     ).values()
     features = jnp.concatenate([view.features for view in views], axis=1)
-    allowed = jnp.concatenate([view.allowed for view in views], axis=1)[..., None]
+    counts = jnp.arange(len(features)) < size  # the rest repeat the last user, to make batches of one shape
+    allowed = (jnp.concatenate([view.allowed for view in views], axis=1) & counts[:, None])[..., None]
     features = jnp.where(allowed, features, 0.0)
     return jnp.sum(allowed), jnp.sum(features, (0, 1)), jnp.sum(jnp.square(features), (0, 1))
 

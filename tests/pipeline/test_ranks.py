@@ -25,6 +25,7 @@ from cda4rec_jax.pipeline.outcomes import (
     plan_slates,
     target_ranks,
 )
+from cda4rec_jax.pipeline.population import BATCH_USERS
 from cda4rec_jax.pipeline.subtasks import rank_slate, unseen
 from cda4rec_jax.planner import PLANS, PlanSpace, fresh_plan, plan_index
 from cda4rec_jax.runs.artifacts import load_trained
@@ -214,6 +215,19 @@ def test_ranks_of_plans_whose_scores_are_no_numbers_are_refused(where: str) -> N
 def is_trained_below(where: str, path: tuple, leaf: np.ndarray) -> bool:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.startswith(where) and np.issubdtype(leaf.dtype, np.floating)
+
+
+def test_users_that_fill_a_batch_do_not_count_in_the_moments_of_features():
+    trained = load_trained(COMMITTED)
+    users = np.arange(3)
+    found = [
+        trained.population.feature_moments(
+            trained.weights, trained.world(), chosen, trained.corpus.target_positions(Split.VALIDATION)[chosen]
+        )
+        for chosen in (users, np.tile(users, BATCH_USERS))
+    ]
+    for few, full in zip(*found, strict=True):
+        np.testing.assert_allclose(few, full, rtol=1e-3, atol=1e-3)
 
 
 def test_batches_have_one_shape_and_cover_everything_in_order():
