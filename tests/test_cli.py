@@ -148,6 +148,21 @@ def test_an_unwritable_directory_is_refused(refused: Callable[..., str], tiny_ru
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_planner_is_not_trained_for_a_place_that_cannot_be_written(
+    refused: Callable[..., str], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cda4rec_jax.training.planner_run.planner_examples", interrupted)
+    (tmp_path / "file").write_text("precious")
+    message = refused("train-planner", "--run", tiny_run, "--out", tmp_path / "file" / "below")
+    assert f"{tmp_path}/file is no folder that can be written" in message
+
+
+@pytest.mark.parametrize("what", ["plan --run", "rank --run", "request --run", "retrieval --run", "train --data"])
+def test_a_benchmark_of_nothing_leaves_no_folder(what: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    refused("bench", *what.split(), tmp_path / "none", "--out", tmp_path / "bench")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_budget_is_refused_for_what_is_wrong_with_it(refused: Callable[..., str]) -> None:
     evaluate = ("evaluate", "--run", "nowhere")
     assert "at 0.0 requests a day" in refused(*evaluate, "--budget", "calls=3", "--requests-per-day", 0)

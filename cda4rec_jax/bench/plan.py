@@ -114,8 +114,8 @@ def bench_plan(
     if not batches or min(batches) < 1 or calls < 1:
         raise UserError(f"got batches {batches} and {calls} calls: expected batches of at least 1 request, and at least 1 call")
     chosen, not_installed = chosen_peers(peers, PLAN_PEERS)
-    folder = check_folder(out)
     setting = setting_of(run)
+    folder = check_folder(out)
     found = []
     for batch in batches:
 
