@@ -52,6 +52,15 @@ def test_explain_tells_terms_rules_and_flips_as_json(cli: Cli) -> None:
     assert utilities == sorted(utilities, reverse=True)
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+def test_explain_keeps_the_names_of_plans_whole(columns: int, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = cli("plan", "explain", "--run", RUN, "--user", USER)
+    assert code == 0 and max(map(len, out.splitlines())) <= columns
+    assert out.count(" fresh-profile-500-device ") == (1 if columns == 100 else 2)
+    assert " 0.3" in out and "mJ  exposed  up B" in out and "e+" not in out
+
+
 def test_recommend_appends_a_trace_and_replay_reads_it(cli: Cli, traces: Path, tmp_path: Path) -> None:
     file, report = tmp_path / "traces.jsonl", tmp_path / "replay.json"
     file.write_bytes(traces.read_bytes())
