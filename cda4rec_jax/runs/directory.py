@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.runs.checkpoints import Checkpoint, CheckpointStore
+from cda4rec_jax.runs.checkpoints import Checkpoint, CheckpointStore, check_path
 from cda4rec_jax.runs.processes import is_first
 from cda4rec_jax.runs.provenance import package_versions
 
@@ -79,6 +79,7 @@ class RunDirectory:
     def check_destination(cls, path: Path | str, overwrite: bool = False) -> None:
         """Raise the UserError that ``create`` would raise about ``path``, before there is work to lose; nothing is written."""
         path = Path(path).resolve()
+        check_path(path)
         with _explained(path, "create the run directory"):
             occupied = path.exists() and any(not _is_temporary(entry) for entry in path.iterdir())
             is_run = (path / _CONFIG).is_file()

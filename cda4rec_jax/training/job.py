@@ -19,7 +19,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.calibration import ROUNDS, measure_times
 from cda4rec_jax.pipeline.corpus import Corpus, build_corpus, corpus_with_text
-from cda4rec_jax.pipeline.exposure import measure_exposure
+from cda4rec_jax.pipeline.exposure import check_measurable, measure_exposure
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.retrieval import build_index, choose_index
 from cda4rec_jax.runs import FINISHED, RunDirectory, provenance
@@ -32,6 +32,7 @@ from cda4rec_jax.runs.artifacts import (
     save_measured_times,
     save_weights,
 )
+from cda4rec_jax.runs.checkpoints import check_path
 from cda4rec_jax.runs.processes import any_process, first_does, is_first
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.loop import Progress, Trainer
@@ -221,6 +222,7 @@ def _reopened(out: Path) -> RunDirectory:
     if not (out / "config.json").exists():
         raise UserError(f"{out} holds no run to resume; start one without --resume")
     run = RunDirectory.open(out)
+    check_path(run.path)
     if not run.data_folder.is_dir():
         raise UserError(f"{out} was stopped before it had its data; start again without --resume, with --overwrite")
     return run
@@ -233,8 +235,12 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
     vectors = _text_vectors(config)
     staged = out.with_name(f".{out.name}.data-{os.getpid()}")
     try:
-        for line in replace(prepare(source, staged, k_core=config.k_core), out=str(out / "data")).lines():
+        report = prepare(source, staged, k_core=config.k_core)
+        *read, wrote = replace(report, out=str(out / "data")).lines()
+        for line in read:
             tell(line)
+        if config.kind != SASREC:
+            check_measurable(report.after.users, report.after.items)
         corpus = None
         if vectors is not None:
             interactions = load_prepared(staged)
@@ -244,6 +250,7 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
         if corpus is not None:
             save_corpus(run, corpus, corpus.statistics())  # before the data, without which a run is not resumed
         staged.rename(run.data_folder)
+        tell(wrote)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
