@@ -335,6 +335,15 @@ def test_output_that_nobody_reads_ends_the_command_silently(flag: str) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_a_full_disk_is_told_in_one_line(flag: str) -> None:
+    program = "from cda4rec_jax.cli import main; raise SystemExit(main())"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program, flag], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "cda4rec: No space left on device: free some, or write elsewhere\n")
+
+
 def test_prepare_reports_what_it_dropped(
     folder: Callable[..., Path], cli: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
