@@ -150,7 +150,7 @@ def bench_plan(
 def _table(policy: str, found: BatchFound) -> Table:
     table = Table(title=f"Planning by the policy of {policy}, {found.batch:,} requests a call", box=SIMPLE)
     table.add_column("system")
-    for column in ("requests/s", "p50 us", "p95 us", "p99 us", "whole faster by", "network faster by"):
+    for column in ("requests a second", "p50 us", "p95 us", "p99 us", "whole faster by", "network faster by"):
         table.add_column(column, justify="right")
     for one in found.systems:
         latency = found.latency[one.name]
