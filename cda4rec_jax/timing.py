@@ -37,6 +37,8 @@ class TimingConfig:
     def __post_init__(self):
         if self.rounds < LEAST_ROUNDS:
             raise UserError(f"a benchmark of {self.rounds} rounds says nothing: expected at least {LEAST_ROUNDS}")
+        if not 0 < self.block_seconds < math.inf:
+            raise UserError(f"a turn of {1e3 * self.block_seconds:g} ms measures nothing: expected a time above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

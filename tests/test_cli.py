@@ -95,6 +95,21 @@ BAD_DATA = {
 }
 
 
+FEW_USERS = HEADER + "".join(f"u{user}\ti{item}\t{item}\n" for user in range(12) for item in range(30))
+FEW_ITEMS = HEADER + "".join(f"u{user}\ti{item % 3}\t{item}\n" for user in range(30) for item in range(9))
+
+
+@pytest.mark.parametrize(("text", "sizes"), [(FEW_USERS, "12 users and 30 items"), (FEW_ITEMS, "30 users and 3 items")])
+def test_too_little_data_for_both_agents_is_refused_and_no_run_is_lost(
+    text: str, sizes: str, folder: Callable[..., Path], refused: Callable[..., str], run_copy: Path
+) -> None:
+    before = contents(run_copy)
+    message = refused("train", "--preset", "tiny", "--data", folder(text), "--out", run_copy, "--overwrite")
+    assert f"{sizes} are too few for both agents" in message and "at least 20 users and 21 items" in message
+    assert contents(run_copy) == before
+    assert sorted(path.name for path in run_copy.parent.iterdir()) == ["run", "shop"], "something was left behind"
+
+
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_data_is_refused_and_neither_dataset_nor_run_is_lost(
     name: str, folder: Callable[..., Path], refused: Callable[..., str], run_copy: Path
@@ -146,6 +161,30 @@ def test_an_unwritable_directory_is_refused(refused: Callable[..., str], tiny_ru
     assert "annot" in refused("quickstart", "--data", world, "--out", below)
     assert "annot write" in refused("evaluate", "--run", tiny_run, "--json", below / "results.json")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_planner_is_not_trained_for_a_place_that_cannot_be_written(
+    refused: Callable[..., str], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cda4rec_jax.training.planner_run.planner_examples", interrupted)
+    (tmp_path / "file").write_text("precious")
+    message = refused("train-planner", "--run", tiny_run, "--out", tmp_path / "file" / "below")
+    assert f"{tmp_path}/file is no folder that can be written" in message
+
+
+@pytest.mark.parametrize("what", ["plan --run", "rank --run", "request --run", "retrieval --run", "train --data"])
+def test_a_benchmark_of_nothing_leaves_no_folder(what: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    refused("bench", *what.split(), tmp_path / "none", "--out", tmp_path / "bench")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_a_pattern_is_refused_before_weights_are_lost_below_it(
+    refused: Callable[..., str], tiny_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run [1]"
+    for command in ("train --preset tiny --data synthetic:users=30,items=64", f"train-planner --run {tiny_run}"):
+        assert "run [1] holds one of [ * ?" in refused(*command.split(), "--out", out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_budget_is_refused_for_what_is_wrong_with_it(refused: Callable[..., str]) -> None:
@@ -294,6 +333,15 @@ def test_output_that_nobody_reads_ends_the_command_silently(flag: str) -> None:
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_a_full_disk_is_told_in_one_line(flag: str) -> None:
+    program = "from cda4rec_jax.cli import main; raise SystemExit(main())"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program, flag], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "cda4rec: No space left on device: free some, or write elsewhere\n")
 
 
 def test_prepare_reports_what_it_dropped(

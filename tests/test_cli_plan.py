@@ -52,6 +52,15 @@ def test_explain_tells_terms_rules_and_flips_as_json(cli: Cli) -> None:
     assert utilities == sorted(utilities, reverse=True)
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+def test_explain_keeps_the_names_of_plans_whole(columns: int, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = cli("plan", "explain", "--run", RUN, "--user", USER)
+    assert code == 0 and max(map(len, out.splitlines())) <= columns
+    assert out.count(" fresh-profile-500-device ") == (1 if columns == 100 else 2)
+    assert " 0.3" in out and "mJ  exposed  up B" in out and "e+" not in out
+
+
 def test_recommend_appends_a_trace_and_replay_reads_it(cli: Cli, traces: Path, tmp_path: Path) -> None:
     file, report = tmp_path / "traces.jsonl", tmp_path / "replay.json"
     file.write_bytes(traces.read_bytes())
@@ -87,6 +96,9 @@ def test_diff_of_a_run_with_itself_agrees(cli: Cli, tmp_path: Path) -> None:
         ("record --run RUN --traces FOLDER/no/t.jsonl", "cannot write traces to"),
         ("replay --run RUN --traces FOLDER/none.jsonl", "cannot read traces from"),
         ("replay --run RUN --traces FOLDER/bad.jsonl", "2 of 2 lines are no traces of version 1: line 1: "),
+        ("replay --run RUN --traces FOLDER/bad.jsonl --json FOLDER/bad.jsonl", "is the file of the traces"),
+        ("record --run RUN --traces FOLDER/other.json", "other.json holds something else than traces, which would be lost"),
+        ("diff --run RUN --other RUN --json RUN/config.json", "config.json is a part of the run"),
         ("replay --run nowhere --traces nowhere --json FOLDER/no/replay.json", "Cannot write"),
         ("diff --run nowhere --other nowhere --json FOLDER/no/diff.json", "Cannot write"),
         (f"explain --run RUN --user {USER} --cache-age 2 --consent nothing", "no kept embedding of level nothing and age 2"),
@@ -97,7 +109,9 @@ def test_diff_of_a_run_with_itself_agrees(cli: Cli, tmp_path: Path) -> None:
 )
 def test_bad_input_gets_one_message_and_code_2(arguments: str, message: str, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{}\nnot json\n")
+    (tmp_path / "other.json").write_text("{}")
     given = arguments.replace("RUN", str(RUN)).replace("FOLDER", str(tmp_path)).split()
     code, _, err = cli("plan", *given)
     assert code == 2 and "Traceback" not in err
     assert err.count("cda4rec: ") == 1 and message in " ".join(err.split())
+    assert (tmp_path / "bad.jsonl").read_text() == "{}\nnot json\n" and (tmp_path / "other.json").read_text() == "{}"

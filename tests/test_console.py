@@ -1,12 +1,13 @@
 """What is shown of long work where there is no terminal."""
 
 import io
+import shlex
 
 import pytest
 from rich.console import Console
 
 from cda4rec_jax.cli import console as views
-from cda4rec_jax.cli.console import StagesView, TrainingView
+from cda4rec_jax.cli.console import StagesView, TrainingView, in_shell
 from cda4rec_jax.training import Progress
 
 
@@ -32,3 +33,9 @@ def test_what_is_told_of_a_loss_is_that_of_what_is_learned(monkeypatch: pytest.M
         view.watch(Progress(phase=phase, step=1, num_steps=9, values=values))
     lines = results.getvalue().splitlines()
     assert [line.partition(" of 9")[2] for line in lines] == [", loss 6.750", ", fusion loss 3.800", ""]
+
+
+def test_a_command_to_copy_is_read_by_a_shell_as_it_is_meant() -> None:
+    words = ("my runs/[one]", "--user", "O'Brien; ls", "--link", "3g")
+    assert shlex.split(in_shell("cda4rec recommend --run", *words)) == ["cda4rec", "recommend", "--run", *words]
+    assert in_shell("cda4rec train --out", "runs/a", "--resume") == "cda4rec train --out runs/a --resume"

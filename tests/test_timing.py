@@ -128,5 +128,8 @@ def test_what_never_gets_steady_is_named() -> None:
 def test_too_few_rounds_and_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match="2 rounds says nothing: expected at least 3"):
         TimingConfig(rounds=2)
+    for seconds in (0.0, float("nan")):
+        with pytest.raises(UserError, match="measures nothing: expected a time above 0"):
+            TimingConfig(block_seconds=seconds)
     with pytest.raises(KeyError, match="nobody"):
         measure([Clock().worker("a", lambda number: 1.0)], [("a", "nobody")], ONE_CALL)

@@ -114,8 +114,8 @@ def bench_plan(
     if not batches or min(batches) < 1 or calls < 1:
         raise UserError(f"got batches {batches} and {calls} calls: expected batches of at least 1 request, and at least 1 call")
     chosen, not_installed = chosen_peers(peers, PLAN_PEERS)
-    folder = check_folder(out)
     setting = setting_of(run)
+    folder = check_folder(out)
     found = []
     for batch in batches:
 
@@ -150,7 +150,7 @@ def bench_plan(
 def _table(policy: str, found: BatchFound) -> Table:
     table = Table(title=f"Planning by the policy of {policy}, {found.batch:,} requests a call", box=SIMPLE)
     table.add_column("system")
-    for column in ("requests/s", "p50 us", "p95 us", "p99 us", "whole faster by", "network faster by"):
+    for column in ("requests a second", "p50 us", "p95 us", "p99 us", "whole faster by", "network faster by"):
         table.add_column(column, justify="right")
     for one in found.systems:
         latency = found.latency[one.name]

@@ -119,8 +119,8 @@ def bench_rank(
     if candidates < 1 or calls < 1:
         raise UserError(f"got {candidates} candidates and {calls} calls: expected at least 1 of each")
     chosen, not_installed = chosen_peers(peers, RANK_PEERS)
-    folder = check_folder(out)
     settings = [case_setting(case) for case in WORKLOAD_CASES] if run is None else [run_setting(run, candidates)]
+    folder = check_folder(out)
     found = []
     for setting in settings:
         systems = rank_systems(setting, chosen)

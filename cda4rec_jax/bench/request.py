@@ -176,8 +176,8 @@ def bench_request(
     """
     if requests < 1 or users < 1:
         raise UserError(f"got {requests} requests of {users} users: expected at least 1 of each")
-    folder = check_folder(out)
     trained = load_trained(run)
+    folder = check_folder(out)
     interactions = trained.corpus.interactions
     with Recommender(trained) as recommender, ExitStack() as stack:
         progress("first requests", 0, 1)

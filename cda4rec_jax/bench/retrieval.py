@@ -104,11 +104,11 @@ def bench_retrieval(
     if crossover:
         check_crossover(crossover, batches, k)
     chosen, not_installed = chosen_peers(peers, RETRIEVAL_PEERS)
+    datasets = (hard_data(size, k) for size in items) if run is None else (trained_data(run, k),)  # one at a time in memory
     folder = check_folder(out)
     name = "hard" if run is None else ""
     found: list[SearchFound] = []
-    for make in [partial(hard_data, size, k) for size in items] if run is None else [partial(trained_data, run, k)]:
-        data = make()
+    for data in datasets:
         name = data.name
         heard = partial(progress, f"building, {data.num_items:,} items")
         systems, left_out = built_systems(data, k, chosen, max(batches), heard)

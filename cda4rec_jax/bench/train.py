@@ -169,9 +169,9 @@ def bench_train(
         raise UserError(
             f"torch is measured on the CPU, and JAX computes on {jax.default_backend()}: set JAX_PLATFORMS=cpu, or --peers jax"
         )
-    folder = check_folder(out)
     config = _as_published(config)
     interactions = read_interactions(source)
+    folder = check_folder(out)
     text = np.zeros((interactions.num_items + 1, 1), np.float32)
     corpus = Corpus(interactions=interactions, text=text, ids_only=True)
     packed, num_steps = packed_batches(corpus, config)

@@ -1,5 +1,6 @@
 """From the command line to a command, and from an error to one message and an exit code."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -34,9 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        _forget_output()
         return OUTPUT_CLOSED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _forget_output()
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"cda4rec: {error.strerror}{where}: free some, or write elsewhere", file=sys.stderr)
+        return BAD_INPUT
     return code
+
+
+def _forget_output() -> None:
+    """Python writes what is left when it ends, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from rich import box
 from rich.table import Table
 
 from cda4rec_jax.cli.console import StagesView, standard_output
@@ -51,10 +52,9 @@ def exposure_table(stored: Mapping[str, Any]) -> Table:
     """``exposure.json`` of a run: the history-recovery attack on every level, between its controls."""
     from cda4rec_jax.messages import EgressLevel
 
-    table = Table(
-        title=f"Exposure: recall@20 of a history-recovery attack on {stored['num_victims']:,} users",
-        caption="The null control shuffles releases among users: it should not beat nothing. Raw histories are the positive control.",
-        caption_justify="left",
+    table = _table(
+        f"Exposure: recall@20 of a history-recovery attack on {stored['num_victims']:,} users",
+        "The null control shuffles releases among users: it should not beat nothing. Raw histories are the positive control.",
     )
     for column in ("what leaves", "recall", "null control", "exposure"):
         table.add_column(column, justify="left" if column == "what leaves" else "right")
@@ -69,15 +69,18 @@ def exposure_table(stored: Mapping[str, Any]) -> Table:
     return table
 
 
+def _table(title: str, caption: str) -> Table:
+    """As close as all numbers of a row need on a terminal of 80 columns."""
+    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    return Table(title=title, caption=caption, title_justify="left", caption_justify="left", **style)
+
+
 def _subtasks(found: "Calibration") -> Table:
     machine = found.provenance
-    table = Table(
-        title=f"Sub-tasks, warm, one request at a time: {machine['cores']} cores of {machine['cpu_model']}",
-        caption=(
-            f"{found.rounds} rounds in turns, {found.users} users. In requests: with gate, ledger, codec, hand-over to threads, and "
-            "all of planning."
-        ),
-        caption_justify="left",
+    table = _table(
+        f"Sub-tasks, warm, one request at a time: {machine['cores']} cores of {machine['cpu_model']}",
+        f"{found.rounds} rounds in turns, {found.users} users. In requests: with gate, ledger, codec, hand-over to threads, and "
+        "all of planning.",
     )
     for column in ("milliseconds", "alone p50", "p95", "in requests p50", "p95"):
         table.add_column(column, justify="left" if column == "milliseconds" else "right")
@@ -90,18 +93,13 @@ def _subtasks(found: "Calibration") -> Table:
 def _agreement(found: "Calibration") -> Table:
     verdict = "within" if found.meets_target else "ABOVE"
     before, after = found.load_average
-    table = Table(
-        title=(
-            f"Predicted against measured: median error of compute {found.overall.compute_error:.1%}, {verdict} the aim of "
-            f"{found.target:.0%}; with the link {found.overall.error:.1%}"
-        ),
-        caption=(
-            f"{len(found.requests):,} requests of {found.users} other users over {', '.join(found.by_link)}; the link as estimated. "
-            f"{found.left_out} left out: their plan was not allowed, or did not come to its end. Compute: the error without the "
-            "time on the link, which both sides know. Bias, of the same: below 0 where requests are slower than predicted. Load "
-            f"average {before:.1f} before, {after:.1f} after: above 1, others worked too, and the error is theirs as well."
-        ),
-        caption_justify="left",
+    table = _table(
+        f"Predicted against measured: median error of compute {found.overall.compute_error:.1%}, {verdict} the aim of "
+        f"{found.target:.0%}; with the link {found.overall.error:.1%}",
+        f"{len(found.requests):,} requests of {found.users} other users over {', '.join(found.by_link)}; the link as estimated. "
+        f"{found.left_out} left out: their plan was not allowed, or did not come to its end. Compute: the error without the "
+        "time on the link, which both sides know. Bias, of the same: below 0 where requests are slower than predicted. Load "
+        f"average {before:.1f} before, {after:.1f} after: above 1, others worked too, and the error is theirs as well.",
     )
     table.add_column("milliseconds", no_wrap=True, min_width=max(len(name) for name in found.by_plan))
     for column in ("predicted", "p50", "p95", "error", "compute", "bias"):

@@ -14,7 +14,7 @@ from rich.console import Console
 from cda4rec_jax.cli.arguments import Device, Level, Link, require_positive
 from cda4rec_jax.cli.bench import Bench
 from cda4rec_jax.cli.calibrate import Calibrate
-from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView, standard_output
+from cda4rec_jax.cli.console import StagesView, Stopped, TrainingView, in_shell, standard_output
 from cda4rec_jax.cli.plan import PlanCommand
 from cda4rec_jax.cli.process import join_processes, set_up_process
 from cda4rec_jax.cli.train_planner import TrainPlanner
@@ -110,7 +110,7 @@ class Encode:
         num_items, width = vectors.vectors.shape
         console.print(
             f"wrote {self.out}: {num_items:,} items x {width} ({vectors.provider}), {seconds:.1f} s, {num_items / seconds:,.0f} items/s\n"
-            f"train with it: cda4rec train --data {self.source} --text {self.out}",
+            f"train with it: {in_shell('cda4rec train --data', self.source, '--text', self.out)}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -388,7 +388,7 @@ def resumable(out: Path, resume: bool) -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt) as interruption:
         now = _written(out / "config.json")
         if now is not None and (resume or now != before):
-            message = f"stopped; the run is saved. Continue it with: cda4rec train --out {out} --resume"
+            message = f"stopped; the run is saved. Continue it with: {in_shell('cda4rec train --out', out, '--resume')}"
         elif now is not None:
             message = f"stopped before the new run began; the run in {out} stays as it was"
         else:

@@ -1,6 +1,7 @@
 """What a person sees: standard output, and while training runs a bar with loss and time left on a terminal, plain lines elsewhere."""
 
 import os
+import shlex
 import sys
 import time
 from types import TracebackType
@@ -41,6 +42,11 @@ def standard_output(*, quiet: bool = False) -> Console:
     """Standard output: as wide as the terminal, or wide enough for every table where it is none."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=_PIPED_COLUMNS if piped else None, quiet=quiet)
+
+
+def in_shell(command: str, *words: object) -> str:
+    """A command to copy, with words that a shell reads as they are: paths may have spaces, and ids anything."""
+    return f"{command} {' '.join(shlex.quote(str(word)) for word in words)}"
 
 
 class Stopped(Exception):

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from cda4rec_jax.cli.arguments import Device, Level, Link, require_positive
-from cda4rec_jax.cli.console import StagesView, standard_output
+from cda4rec_jax.cli.console import StagesView, in_shell, standard_output
 from cda4rec_jax.cli.process import set_up_process
 from cda4rec_jax.errors import UserError
 
@@ -106,7 +106,7 @@ class PlanRecord:
             record_traces(recommender, self.requests, self.seed, lambda done, total: view.progress("serving", done, total))
         console.print(
             f"appended {self.requests:,} traces to {self.traces}\n"
-            f"decide them again with: cda4rec plan replay --traces {self.traces} --run {self.run_directory}",
+            f"decide them again with: {in_shell('cda4rec plan replay --traces', self.traces, '--run', self.run_directory)}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -132,7 +132,10 @@ class PlanReplay:
         from cda4rec_jax.runtime.replay import replay_traces
         from cda4rec_jax.runtime.traces import read_traces
 
-        file, traces = _writable(self.json), read_traces(self.traces)
+        file = _writable(self.json)
+        if file is not None and file.exists() and file.samefile(self.traces):
+            raise UserError(f"--json is the file of the traces, {file}, which would be lost: name another file")
+        traces = read_traces(self.traces)
         found = replay_traces(load_trained(self.run_directory), traces)
         print_replay(found, standard_output())
         _write(file, found.to_json())

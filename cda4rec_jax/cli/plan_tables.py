@@ -1,4 +1,4 @@
-"""What ``cda4rec plan`` prints: tables of at most 100 columns."""
+"""What ``cda4rec plan`` prints: tables of at most 100 columns, and readable on a terminal of 80."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,12 @@ from rich.console import Console
 from cda4rec_jax.evaluation.plan_diff import PlanDiff, Slice
 from cda4rec_jax.evaluation.tables import Table, interval_text, number, print_table
 from cda4rec_jax.planner import PlanTerms
-from cda4rec_jax.planner.counterfactual import Flip
+from cda4rec_jax.planner.counterfactual import Flip, in_figures
 from cda4rec_jax.runtime.recommend.explanation import Explanation
 from cda4rec_jax.runtime.replay import Accuracy, PlanChange, Replay
 
 SHOWN_PAIRS = 10
+ONE_TABLE = 98  # columns of a console that has room for a plan's terms and costs side by side
 _NAMES = {
     "round_trip_ms": "round trip, ms",
     "uplink_kbps": "uplink, kbit/s",
@@ -24,7 +25,7 @@ _NAMES = {
     "cache_age_events": "cache age, events",
     "cache_level": "kept embedding",
     "tier": "device",
-    "link": "link, typical of its kind",
+    "link": "link, a typical one",
 }
 
 
@@ -43,10 +44,16 @@ def print_explanation(found: Explanation, console: Console) -> None:
         margin = f"{decision.margin:.5f} utility{in_logit}"
         _say(console, f"runner-up: {decision.runner_up.name}, behind by {margin}")
     console.print()
-    own = tuple(decision.chosen.own)
-    columns = ["plan", "quality", "time", "energy", "exposure", *own, "utility", "ms", "mJ", "exposed", "up B"]
-    rows = [_terms(terms) for terms in found.ranked]
-    print_table(console, Table(title=f"Allowed plans, costs of {found.planned_for}", columns=columns, rows=rows))
+    terms = ["plan", "quality", "time", "energy", "exposure", *decision.chosen.own, "utility"]
+    costs = ["plan", "ms", "mJ", "exposed", "up B"]
+    title = f"Allowed plans, costs of {found.planned_for}"
+    rows = [(_terms(plan), _costs(plan)) for plan in found.ranked]
+    if console.width >= ONE_TABLE:
+        whole = [[*left, *right[1:]] for left, right in rows]
+        print_table(console, Table(title=title, columns=[*terms, *costs[1:]], rows=whole))
+    else:  # names of plans would be cut to pieces
+        print_table(console, Table(title=title, columns=terms, rows=[left for left, _ in rows]))
+        print_table(console, Table(title="What they cost", columns=costs, rows=[right for _, right in rows]))
     if found.forbidden:
         by_rule: dict[str, list[str]] = {}
         for plan, rules in found.forbidden.items():
@@ -61,7 +68,7 @@ def print_explanation(found: Explanation, console: Console) -> None:
         for flip in flips
     ]
     if rows:
-        columns = ["if only this differed", "now", "nearest flip", "change", "then"]
+        columns = ["if this differed", "now", "nearest flip", "change", "then"]
         print_table(console, Table(title="The smallest change that flips the decision", columns=columns, rows=rows))
     for flip in found.flips:
         if flip.to is None:
@@ -72,19 +79,22 @@ def print_explanation(found: Explanation, console: Console) -> None:
 
 def _terms(terms: PlanTerms) -> list[str]:
     parts = (terms.quality, terms.time, terms.energy, terms.exposure, *terms.own.values(), terms.utility)
-    values = ["-" if part is None else f"{part:.4f}" for part in parts]
+    return [terms.name, *("-" if part is None else f"{part:.4f}" for part in parts)]
+
+
+def _costs(terms: PlanTerms) -> list[str]:
     costs = [f"{terms.latency_ms:.0f}", f"{terms.energy_mj:.0f}", f"{terms.exposure_share:.0%}", f"{terms.uplink_bytes:,.0f}"]
-    return [terms.name, *values, *costs]
+    return [terms.name, *costs]
 
 
 def _value(value: float | str | None) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return in_figures(value, 4) if isinstance(value, float) else str(value)
 
 
 def _factor(flip: Flip) -> str:
     if flip.ratio is None:
         return f"{flip.distance:.0f} step{'s' if flip.distance > 1 else ''}"
-    return f"x {flip.ratio:.3g}" if flip.ratio >= 1 else f"/ {1 / flip.ratio:.3g}"
+    return f"x {in_figures(flip.ratio, 3)}" if flip.ratio >= 1 else f"/ {in_figures(1 / flip.ratio, 3)}"
 
 
 def _plan(flip: Flip, plans: tuple[str, ...]) -> str:

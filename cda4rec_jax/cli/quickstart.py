@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cda4rec_jax.cli.arguments import Level, Link
 from cda4rec_jax.cli.commands import train
-from cda4rec_jax.cli.console import StagesView
+from cda4rec_jax.cli.console import StagesView, in_shell
 from cda4rec_jax.data import Split
 from cda4rec_jax.evaluation import evaluate_run
 from cda4rec_jax.messages import EgressLevel
@@ -59,8 +59,9 @@ def quickstart(data: str, out: Path, console: Console) -> None:
     total = sum(seconds.values())
     stages = ", ".join(f"{stage.lower()} {taken:.0f} s" for stage, taken in seconds.items())
     console.print(f"\n{total:.0f} s in all: {stages}.", highlight=False, soft_wrap=True)
-    console.print(f"The run directory is {out}. Go on with, for example:", highlight=False, soft_wrap=True)
-    console.print(f"  cda4rec recommend --run {out} --user {users[1]} --link 3g", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"The run directory is {out}. Go on with, for example:", highlight=False, markup=False, soft_wrap=True)
+    command = in_shell("cda4rec recommend --run", out, "--user", users[1], "--link", "3g")
+    console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def unused(path: Path) -> Path:

@@ -9,6 +9,9 @@ from jaxtyping import Float64, Int64
 from cda4rec_jax.data.interactions import MIN_EVENTS, Finding, Interactions
 from cda4rec_jax.errors import UserError
 
+MOST_SECONDS = 1e11  # in the year 5138: larger timestamps count smaller units
+UNITS = (("milliseconds", 1e3), ("microseconds", 1e6), ("nanoseconds", 1e9))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ItemText:
@@ -74,7 +77,8 @@ def item_order_key(item_id: str) -> bytes:
 def assemble(name: str, events: RawEvents, texts: RawTexts) -> Reading:
     """Sorts, indexes and joins. Events are sorted by timestamp within a user; events of equal time keep the order of the file.
 
-    Users with fewer than 3 events are dropped, then items without events. Users are ordered by id, items by a hash of their id.
+    Timestamps in milliseconds or smaller units become seconds. Users with fewer than 3 events are dropped, then items without events.
+    Users are ordered by id, items by a hash of their id.
 
     Raises:
         UserError: if there is no event, only one user, or no two users with at least 3 events.
@@ -92,7 +96,8 @@ def assemble(name: str, events: RawEvents, texts: RawTexts) -> Reading:
     item_index[items] = np.arange(1, len(items) + 1, dtype=np.int32)
     order = np.lexsort((events.timestamps[kept], user_index[events.users[kept]]))  # stable: ties keep the order of the file
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(events_per_user[users], dtype=np.int64)])
-    timestamps = events.timestamps[kept][order]
+    seconds, converted = _in_seconds(events.timestamps)
+    timestamps = seconds[kept][order]
     position = np.arange(len(timestamps), dtype=np.float64) - np.repeat(offsets[:-1], np.diff(offsets))
     user_ids = tuple(events.user_ids[code] for code in users)
     item_ids = tuple(events.item_ids[code] for code in items)
@@ -113,8 +118,19 @@ def assemble(name: str, events: RawEvents, texts: RawTexts) -> Reading:
         user_attributes={name: tuple(row[j] for row in values) for j, name in enumerate(texts.attribute_names)},
     )
     found = Counts(users=len(events.user_ids), items=len(set(events.item_ids).union(texts.items)), interactions=len(events.users))
-    findings = texts.findings + _findings(events, texts, keep_user, interactions)
+    findings = texts.findings + converted + _findings(events, texts, keep_user, interactions)
     return Reading(interactions=interactions, found=found, findings=findings)
+
+
+def _in_seconds(timestamps: Float64[np.ndarray, "events"]) -> tuple[Float64[np.ndarray, "events"], tuple[Finding, ...]]:
+    """Most events decide on the unit: a few that are far off are nobody's."""
+    typical = float(np.median(np.abs(timestamps)))
+    for name, per_second in UNITS:
+        if MOST_SECONDS < typical <= MOST_SECONDS * per_second:
+            reason = f"they count {name}, and are kept in seconds"
+            finding = Finding(action="converted", subject="timestamps", count=len(timestamps), reason=reason)
+            return timestamps / per_second, (finding,)
+    return timestamps, ()
 
 
 def _check_size(name: str, events_per_user: Int64[np.ndarray, "users"]) -> None:

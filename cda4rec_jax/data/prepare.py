@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cda4rec_jax.data.assemble import Counts, counts
 from cda4rec_jax.data.interactions import Finding, Interactions
 from cda4rec_jax.data.interactions import k_core as thin_to_k_core
@@ -28,10 +30,12 @@ class PrepareReport:
     findings: tuple[Finding, ...]
     has_timestamps: bool
     fingerprint: str
+    period: tuple[str, str]  # days of the first and of the last event, where timestamps are more than an order
 
     def lines(self) -> list[str]:
         """The report as text, one line for each fact."""
-        time = "unix seconds" if self.has_timestamps else "only an order of each user's events"
+        first, last = self.period
+        time = f"unix seconds, {first} to {last}" if self.has_timestamps else "only an order of each user's events"
         return [
             f"read {self.source}: {self.before.line()}",
             *(finding.line() for finding in self.findings),
@@ -90,11 +94,17 @@ def write_prepared(
         findings=findings,
         has_timestamps=data.has_timestamps,
         fingerprint=data.fingerprint,
+        period=(_day(data.timestamps.min()), _day(data.timestamps.max())),
     )
     with _explained(out):
         _check_destination(out)
         _write(data, report, out, progress)
     return report
+
+
+def _day(seconds: float) -> str:
+    """In NumPy, which knows years of any number of digits; timestamps may be anything finite."""
+    return str(np.datetime64(int(np.clip(seconds, -1e15, 1e15)), "s").astype("datetime64[D]"))
 
 
 @contextmanager

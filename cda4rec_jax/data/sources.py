@@ -47,7 +47,7 @@ def read_source(source: str) -> Reading:
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}; check that the file is there and readable") from error
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise UserError(f"data source {source!r} holds {found}: {EXPECTED}")
+    raise UserError(f"data source {source!r} holds {found}: {EXPECTED}; docs/commands.md shows data of your own")
 
 
 def source_name(source: str) -> str:

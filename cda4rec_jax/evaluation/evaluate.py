@@ -33,7 +33,7 @@ from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.population import CONTEXTS_PER_EVENT, PlanRecords
 from cda4rec_jax.planner import RandomPlanner, RulesPlanner
 from cda4rec_jax.planner.budgets import Budget, Budgeted, KnownRequests, calibrate
-from cda4rec_jax.runs import FINISHED, RunDirectory, provenance
+from cda4rec_jax.runs import FINISHED, KEPT_FILES, RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import SASREC, TrainedSystem, load_trained
 
 SELECTION_USERS = 4096
@@ -149,6 +149,8 @@ def check_writable(file: Path) -> None:
     folder = file.parent
     if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"Cannot write {file}: name a file in an existing directory that can be written.")
+    if (folder / "config.json").is_file() and file.name in KEPT_FILES:
+        raise UserError(f"{file} is a part of the run in {folder}, which would be lost: name another file.")
 
 
 def _baseline(trained: TrainedSystem, path: Path | str | None) -> TrainedSystem | None:

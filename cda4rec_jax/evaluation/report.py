@@ -105,7 +105,8 @@ class Report:
     def print(self, console: Console | None = None) -> None:
         """Print the main tables, the gate and the protocol; they fit 100 columns."""
         console = console or Console()
-        console.print(f"{self.dataset}, {self.split} split: {self.num_users:,} users, {self.num_items:,} items", highlight=False)
+        sizes = f"{self.num_users:,} users, {self.num_items:,} items"
+        console.print(f"{self.dataset}, {self.split} split: {sizes}", highlight=False, markup=False)
         for table in self.tables():
             print_table(console, table)
         for line in self.notes():

@@ -50,7 +50,7 @@ class Budget:
     """At most ``limit`` of it. ``requests_per_day`` is an assumption on users that only calls need.
 
     Raises:
-      UserError: a limit that is negative or not finite, or no requests.
+      UserError: a limit that is negative or not finite, or no requests; a share above 1.
     """
 
     limited: Limited
@@ -63,6 +63,8 @@ class Budget:
                 f"a budget of {self.limit} {self.limited.unit} at {self.requests_per_day} requests a day: expected a finite limit of at "
                 "least 0 and more than 0 requests"
             )
+        if self.limited is Limited.EXPOSURE and self.limit > 1:
+            raise UserError(f"a budget of exposure={self.limit:g} limits nothing: it is a share of what a history tells, 0 to 1")
 
     @classmethod
     def parse(cls, text: str, requests_per_day: float = REQUESTS_PER_DAY) -> "Budget":

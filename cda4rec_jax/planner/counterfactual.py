@@ -81,6 +81,12 @@ class Flip:
     tried: str
 
 
+def in_figures(value: float, digits: int) -> str:
+    """A number of so many digits; large ones without an exponent."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:.{digits}g}"
+
+
 def nearest_flips(
     decide: Decide, context: Context, continuous: Sequence[Continuous], enumerated: Sequence[Enumerated]
 ) -> tuple[Flip, ...]:
@@ -149,7 +155,7 @@ def _continuous_flips(
     flips = []
     for number, axis in enumerate(axes):
         now = float(np.asarray(getattr(context, axis.field))[0])
-        tried = f"{axis.low:.3g} to {axis.high:.3g}"
+        tried = f"{in_figures(axis.low, 3)} to {in_figures(axis.high, 3)}"
         nearest = Flip(axis=axis.field, now=now, to=None, plan_index=None, ratio=None, distance=math.inf, tried=tried)
         for (owner, _, _), value, winner in zip(brackets, values.tolist(), winners.tolist(), strict=True):
             ratio = value / now if now > 0 else math.inf

@@ -10,6 +10,7 @@ In a job of several processes all of them save and restore together, each the sh
 folder. An array that is on devices of one process alone is taken to be equal in all, and written once.
 """
 
+import glob
 import shutil
 import textwrap
 from collections.abc import Mapping
@@ -54,7 +55,11 @@ class CheckpointStore:
 
         A step that exists already is replaced. Leaves are arrays (of up to 32 bits a number) or typed PRNG keys. ``shapes`` is the
         tree with the shapes that its leaves have without padding at their ends; None where no leaf is padded.
+
+        Raises:
+            UserError: as ``check_path``.
         """
+        check_path(self._folder.absolute())
         arrays = {name: _storable(leaf) for name, leaf in _named_leaves(tree).items()}
         unpadded = {name: _storable_shape(leaf).shape for name, leaf in _named_leaves(tree if shapes is None else shapes).items()}
         padded = {name: list(shape) for name, shape in unpadded.items() if shape != arrays[name].shape}
@@ -123,6 +128,14 @@ class CheckpointStore:
         doomed = self._folder / f"{step}.removed"
         (self._folder / str(step)).rename(doomed)
         shutil.rmtree(doomed)
+
+
+def check_path(path: Path) -> None:
+    """Raise UserError for a path below which nothing could be saved: Orbax looks for what it wrote by a pattern made of it."""
+    if glob.escape(str(path)) != str(path):
+        raise UserError(
+            f"{path} holds one of [ * ?, and weights saved below it could not be read again: choose a path without these."
+        )
 
 
 def _origin(error: BaseException) -> str:

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.runs.checkpoints import Checkpoint, CheckpointStore
+from cda4rec_jax.runs.checkpoints import Checkpoint, CheckpointStore, check_path
 from cda4rec_jax.runs.processes import is_first
 from cda4rec_jax.runs.provenance import package_versions
 
@@ -34,6 +34,10 @@ FORMAT_VERSION = 2
 _CONFIG = "config.json"
 FINISHED = "training.json"  # is written last
 _METRICS = "metrics.jsonl"
+KEPT_FILES = frozenset(  # that nothing else may replace
+    {_CONFIG, FINISHED, _METRICS, "statistics.npz", "text.npz", "provenance.json"}
+    | {f"{name}.json" for name in ("exposure", "planner", "planner_training", "cost_profile", "calibration")}
+)
 _T = TypeVar("_T")
 
 
@@ -73,8 +77,9 @@ class RunDirectory:
 
     @classmethod
     def check_destination(cls, path: Path | str, overwrite: bool = False) -> None:
-        """Raise the UserError that ``create`` would raise about what is at ``path`` already; nothing is written."""
+        """Raise the UserError that ``create`` would raise about ``path``, before there is work to lose; nothing is written."""
         path = Path(path).resolve()
+        check_path(path)
         with _explained(path, "create the run directory"):
             occupied = path.exists() and any(not _is_temporary(entry) for entry in path.iterdir())
             is_run = (path / _CONFIG).is_file()
@@ -82,6 +87,12 @@ class RunDirectory:
             raise UserError(f"{path} is not empty and holds no run: pass another --out.")
         if is_run and not overwrite:
             raise UserError(f"{path} already holds a run: pass --resume to continue it, --overwrite, or another --out.")
+        place = path.parent if is_run else next(folder for folder in (path, *path.parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(
+                f"Cannot create the run directory at {path}: {place} is no folder that can be written. "
+                "Choose a directory that can be written."
+            )
 
     @classmethod
     def open(cls, path: Path | str) -> "RunDirectory":

@@ -24,6 +24,7 @@ from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, Link, Placeme
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
 TRACE_VERSION = 1
+_BEGIN = b'{"version":'  # of every line
 SHOWN_PROBLEMS = 10  # bad lines of a file that a message quotes
 
 _Amount = Annotated[float, msgspec.Meta(ge=0.0)]
@@ -129,12 +130,14 @@ class TraceLog:
         run: whose traces they are.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or holds something else.
     """
 
     def __init__(self, path: Path | str, run: RunIdentity) -> None:
         self.path, self._run, self._salt = Path(path).expanduser(), run, secrets.token_bytes(32)
         try:
+            if self._is_something_else():
+                raise UserError(f"{self.path} holds something else than traces, which would be lost: name another file")
             self._write(b"\n" if self._is_torn() else b"")
         except OSError as error:
             raise UserError(
@@ -159,6 +162,14 @@ class TraceLog:
             flags=trace.flags,
         )
         self._write(msgspec.json.encode(stored) + b"\n")
+
+    def _is_something_else(self) -> bool:
+        """Whether there is a file that does not begin as traces do, whole or torn."""
+        if not self.path.is_file():
+            return False
+        with self.path.open("rb") as file:
+            begin = file.read(len(_BEGIN))
+        return bool(begin.strip()) and not _BEGIN.startswith(begin)
 
     def _is_torn(self) -> bool:
         """Whether the last line has no end."""

@@ -20,7 +20,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.calibration import ROUNDS, measure_times
 from cda4rec_jax.pipeline.corpus import Corpus, build_corpus, corpus_with_text
-from cda4rec_jax.pipeline.exposure import measure_exposure
+from cda4rec_jax.pipeline.exposure import check_measurable, measure_exposure
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.retrieval import build_index, choose_index
 from cda4rec_jax.runs import FINISHED, RunDirectory, provenance
@@ -33,6 +33,7 @@ from cda4rec_jax.runs.artifacts import (
     save_measured_times,
     save_weights,
 )
+from cda4rec_jax.runs.checkpoints import check_path
 from cda4rec_jax.runs.processes import any_process, first_does, is_first
 from cda4rec_jax.training.batches import MIN_EVENTS_KEPT, withheld_events
 from cda4rec_jax.training.config import TrainConfig
@@ -223,6 +224,7 @@ def _reopened(out: Path) -> RunDirectory:
     if not (out / "config.json").exists():
         raise UserError(f"{out} holds no run to resume; start one without --resume")
     run = RunDirectory.open(out)
+    check_path(run.path)
     if not run.data_folder.is_dir():
         raise UserError(f"{out} was stopped before it had its data; start again without --resume, with --overwrite")
     return run
@@ -235,10 +237,14 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
     vectors = _text_vectors(config)
     staged = out.with_name(f".{out.name}.data-{os.getpid()}")
     try:
-        for line in replace(prepare(source, staged, k_core=config.k_core), out=str(out / "data")).lines():
+        report = prepare(source, staged, k_core=config.k_core)
+        *read, wrote = replace(report, out=str(out / "data")).lines()
+        for line in read:
             tell(line)
         interactions, corpus = load_prepared(staged), None
-        _check_withheld(interactions, config)
+        if config.kind == JOINT:
+            check_measurable(interactions.num_users, interactions.num_items)
+            _check_withheld(interactions, config.train)
         if vectors is not None:
             corpus = corpus_with_text(interactions, vectors.rows(interactions))
         configs = {"run": config, "system": config.system, "source": source, "text": _text_origin(config, vectors)}
@@ -246,15 +252,14 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
         if corpus is not None:
             save_corpus(run, corpus, corpus.statistics())  # before the data, without which a run is not resumed
         staged.rename(run.data_folder)
+        tell(wrote)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _check_withheld(interactions: Interactions, config: RunConfig) -> None:
+def _check_withheld(interactions: Interactions, train: TrainConfig) -> None:
     """Raise UserError where fusion head and planner would have no event to learn on."""
-    train = config.train
-    withheld = withheld_events(interactions, train.withheld_share, train.withheld_events, train.seed)
-    if config.kind == JOINT and not len(withheld):
+    if not len(withheld_events(interactions, train.withheld_share, train.withheld_events, train.seed)):
         raise UserError(
             f"{interactions.name} has no event that can be withheld from the agents for fusion head and planner to learn on: expected "
             f"users with {MIN_EVENTS + MIN_EVENTS_KEPT} events or more among {train.withheld_share:.0%} of its {interactions.num_users:,} "

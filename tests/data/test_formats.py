@@ -1,8 +1,10 @@
 """Reading folders: what a clean one becomes, and that a bad one is refused with everything that is wrong in it."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cda4rec_jax.data import read_interactions, read_source
@@ -143,6 +145,35 @@ def test_a_bad_line_is_named_by_its_number_in_any_block(recbole: Callable[..., s
 )
 def test_unusable_interactions_are_refused(recbole: Callable[..., str], inter: str | bytes, expected: str) -> None:
     assert expected in refusal(recbole(inter))
+
+
+@pytest.mark.parametrize(
+    ("inter", "expected"),
+    [
+        ("user_id:token,item_id:token,timestamp:float\nu1,a,3\n", "found user_id: are its columns separated by tab?"),
+        (EVENTS, "found u1, a, 30: the first line must name the columns"),
+        ("user_id\titem_id\nu1\ta\n", "number them 0, 1, 2, ..."),
+        ((INTER + EVENTS).encode("utf-16"), "line 1: not utf-8 text: byte 0xff; save the file as utf-8"),
+        (gzip.compress(INTER.encode()), "line 1: not utf-8 text: byte 0x8b; save the file as utf-8, and not compressed"),
+        ("\t".join(f"\x1b[3{column % 8}m{column}" for column in range(99)), "found \\x1b[30m0, \\x1b[31m1, "),
+    ],
+)
+def test_a_header_that_is_none_is_told_with_what_it_probably_is(
+    recbole: Callable[..., str], inter: str | bytes, expected: str
+) -> None:
+    message = refusal(recbole(inter))
+    assert expected in message
+    assert len(message) < 600 and "\x1b" not in message
+
+
+@pytest.mark.parametrize(("name", "unit"), [("milliseconds", 1e-3), ("microseconds", 1e-6), ("nanoseconds", 1e-9)])
+def test_timestamps_of_smaller_units_become_seconds(recbole: Callable[..., str], name: str, unit: float) -> None:
+    rows = "".join(f"u{user}\ti{event}\t{(1.7e9 + 3600 * event) / unit:.0f}\n" for user in range(3) for event in range(4))
+    reading = read_source(recbole(INTER + rows))
+    assert [finding.line() for finding in reading.findings][
+        1
+    ] == f"converted 12 timestamps: they count {name}, and are kept in seconds"
+    np.testing.assert_allclose(reading.interactions.timestamps[:4], 1.7e9 + 3600 * np.arange(4), atol=1e-3)
 
 
 def test_two_tables_in_one_folder_are_refused(recbole: Callable[..., str]) -> None:

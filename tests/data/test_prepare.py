@@ -48,7 +48,7 @@ def test_the_report_tells_what_was_dropped_and_progress_reaches_the_end(shop: Pa
         "kept 1 items: without a title: the title is empty (rare)",
         "dropped 1 items: outside the 5-core",
         "dropped 1 interactions: outside the 5-core",
-        "timestamps: unix seconds",
+        "timestamps: unix seconds, 2023-11-14 to 2023-11-15",
         f"wrote {tmp_path / 'out'}: 8 users, 5 items, 40 interactions (5-core, fingerprint {report.fingerprint[:12]})",
     ]
 

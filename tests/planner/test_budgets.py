@@ -87,6 +87,11 @@ def test_a_number_that_no_budget_has_is_told_as_such(text: str, per_day: float):
         Budget.parse(text, per_day)
 
 
+def test_exposure_in_percent_is_refused():
+    with pytest.raises(UserError, match="exposure=20 limits nothing: it is a share of what a history tells, 0 to 1"):
+        Budget.parse("exposure=20")
+
+
 def test_the_price_moves_choices_away_from_what_is_limited_and_forbidden_plans_stay_forbidden(make_context):
     context = make_context(2, free_memory_mb=100.0)
     cloud, local = plan_index("cloud-full-skip"), plan_index("local-skip-skip")

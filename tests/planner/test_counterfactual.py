@@ -18,6 +18,7 @@ from cda4rec_jax.planner.counterfactual import (
     Enumerated,
     context_axes,
     forbidding_rules,
+    in_figures,
     nearest_flips,
 )
 
@@ -158,3 +159,10 @@ def test_a_rule_of_someone_else_is_called_another(make_context: Callable[..., Co
 
     rules = forbidding_rules(make_context(1), only_on_high)
     assert [rule for rule, found in rules.items() if np.asarray(found)[0, 0]] == [OTHER_RULE]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(40000.0, "40,000"), (1e6, "1,000,000"), (3811.4, "3,811"), (15.0, "15"), (3.743e-6, "3.743e-06")]
+)
+def test_large_numbers_are_told_without_an_exponent(value: float, told: str) -> None:
+    assert in_figures(value, 4) == told

@@ -173,6 +173,7 @@ def test_what_a_person_sees_names_plans_links_and_both_controls(calibrated):
     for part in (_subtasks(found), _agreement(found), exposure_table(load_trained(path).run.read_json("exposure"))):
         console.print(part)
     text = shown.getvalue()
+    assert "…" not in text, "a number is cut off"
     assert all(plan.name in text for plan in (*PLANS, *OWN_PLANS))
     assert "null control" in text and "positive control" in text
     assert f"{found.overall.error:.1%}" in text and f"compute {found.overall.compute_error:.1%}" in " ".join(text.split())

@@ -199,14 +199,17 @@ def test_json_tells_everything(recommender, user):
     assert told["time"]["link_times_are"] == "modelled, and added"
 
 
-@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("width", [60, 80, 100])
 def test_the_report_fits_its_columns_and_labels_its_numbers(recommender, user, width):
     found = recommender.recommend(user, plan="fresh-profile-500-device", link="edge")
     text = printed(found, width)
     assert max(map(len, text.splitlines())) <= width
     assert found.items[0].title in text
-    assert "fresh-profile-500-device" in text
-    assert "deployment (modelled)" in text
+    names = next(line for line in text.splitlines() if line.startswith("terms of the logit"))
+    assert width < 80 or "fresh-profile-500-device" in names
+    assert all(f"{field.payload_bytes:,} " in text for field in found.released) and f"{found.downlink_bytes:,} " in text
+    assert f"{found.latency_ms:.2f} " in text and "…" not in text.partition(" Time ")[2]
+    assert "deployment (modelled)" in " ".join(text.split())
     assert "measured on this machine" in " ".join(text.split())
     assert "item_ids" not in text
     assert "category_shares" in text

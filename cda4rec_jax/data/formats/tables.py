@@ -58,16 +58,46 @@ def column_names(header: list[str]) -> list[str]:
     return [name.removeprefix("\ufeff").split(":")[0].strip() for name in header]
 
 
-def check_columns(path: Path, names: list[str], required: tuple[str, ...], problems: Problems) -> bool:
+def check_columns(path: Path, names: list[str], required: tuple[str, ...], layout: Layout, problems: Problems) -> bool:
     """Whether all required columns are there, each once; adds a problem for what is not."""
-    found = ", ".join(names) if any(names) else "an empty header"
     missing = [name for name in required if name not in names]
     if missing:
-        problems.add(f"{path.name}: missing column {', '.join(missing)}; expected {', '.join(required)}, found {found}")
+        found = _listed(names) if any(names) else "an empty header"
+        hint = _header_hint(names, missing, required, layout)
+        problems.add(f"{path.name}: missing column {', '.join(missing)}; expected {', '.join(required)}, found {found}{hint}")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        problems.add(f"{path.name}: column {', '.join(repeated)} occurs more than once in the header")
+        problems.add(f"{path.name}: column {_listed(repeated)} occurs more than once in the header")
     return not missing and not repeated
+
+
+def _header_hint(names: list[str], missing: list[str], required: tuple[str, ...], layout: Layout) -> str:
+    """What probably happened to a header, and how to mend it."""
+    if not any(names):
+        return ""
+    if len(names) == 1 and len(required) > 1:
+        return f": are its columns separated by {_in_words(layout.delimiter)}?"
+    if any(name.startswith('"') for name in names):
+        return ": take the quotes away, ids and numbers need none"
+    if missing == list(required):
+        return ": the first line must name the columns"
+    if missing == ["timestamp"]:
+        return ": where only the order of a user's events is known, number them 0, 1, 2, ..."
+    return ""
+
+
+def _listed(names: list[str]) -> str:
+    """The first names of a header, which may be anything at all."""
+    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in (name[:30] for name in names[:8])]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+
+
+def _in_words(delimiter: str) -> str:
+    return "tab" if delimiter == "\t" else f"'{delimiter}'"
+
+
+def _not_text(layout: Layout, byte: int) -> str:
+    return f"not {layout.encoding} text: byte 0x{byte:02x}; save the file as {layout.encoding}, and not compressed"
 
 
 def read_events(path: Path, layout: Layout, columns: tuple[str, str, str], problems: Problems) -> RawEvents | None:
@@ -77,8 +107,12 @@ def read_events(path: Path, layout: Layout, columns: tuple[str, str, str], probl
         the events in file order, or None if ``problems`` has learned of a bad line, a missing column, or a file without events.
     """
     with path.open("rb") as file:
-        names = list(layout.columns or column_names(_header(file, layout)))
-        if not check_columns(path, names, columns, problems):
+        try:
+            names = list(layout.columns or column_names(_header(file, layout)))
+        except UnicodeDecodeError as error:
+            problems.add_line(path, 1, _not_text(layout, error.object[error.start]))
+            return None
+        if not check_columns(path, names, columns, layout, problems):
             return None
         reader = _EventReader(path, layout, names, columns, problems)
         for block in _blocks(file):
@@ -92,12 +126,12 @@ def read_rows(path: Path, layout: Layout, required: tuple[str, ...], problems: P
         text = path.read_bytes().decode(layout.encoding)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        problems.add_line(path, line, f"not {layout.encoding} text: byte 0x{error.object[error.start]:02x}")
+        problems.add_line(path, line, _not_text(layout, error.object[error.start]))
         return
     lines = io.StringIO(text.removeprefix("\ufeff").rstrip("\r\n"), newline=None)
     numbered = _quoted_lines(lines, path, problems) if layout.quoted else _plain_lines(lines, layout.delimiter)
     names = list(layout.columns or column_names(next(numbered, (1, []))[1]))
-    if not check_columns(path, names, required, problems):
+    if not check_columns(path, names, required, layout, problems):
         return
     for line, fields in numbered:
         if len(fields) == len(names):
@@ -122,7 +156,7 @@ def _quoted_lines(lines: io.StringIO, path: Path, problems: Problems) -> Iterato
 
 
 def _header(file: BinaryIO, layout: Layout) -> list[str]:
-    return file.readline().decode(layout.encoding, errors="replace").rstrip("\r\n").split(layout.delimiter)
+    return file.readline().decode(layout.encoding).rstrip("\r\n").split(layout.delimiter)
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
@@ -203,10 +237,9 @@ class _EventReader:
         try:
             fields = line.decode(self._layout.encoding).split("\t")
         except UnicodeDecodeError as error:
-            return f"not {self._layout.encoding} text: byte 0x{line[error.start]:02x}"
+            return _not_text(self._layout, line[error.start])
         if len(fields) != self._width:
-            delimiter = {"\t": "tab"}.get(self._layout.delimiter, f"'{self._layout.delimiter}'")
-            return f"expected {self._width} fields separated by {delimiter}, found {len(fields)}: {line[:60]!r}"
+            return f"expected {self._width} fields separated by {_in_words(self._layout.delimiter)}, found {len(fields)}: {line[:60]!r}"
         user, item, time = (fields[place] for place in self._places)
         if not user or not item:
             return f"{self._columns[0] if not user else self._columns[1]} is empty"

@@ -25,7 +25,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot, right_singular_vectors, silent, whole
 
-_MIN_USERS = 20
+MIN_USERS = 20  # some to train on, others to attack
 _CHUNK = 256
 
 
@@ -157,8 +157,8 @@ class _Half:
 
 def _split(private: sparse.csr_matrix, config: AttackConfig) -> list[_Half]:
     num_users, num_items = private.get_shape()
-    if num_users < _MIN_USERS:
-        raise UserError(f"got {num_users} users; the attack needs at least {_MIN_USERS} to train on some and attack others")
+    if num_users < MIN_USERS:
+        raise UserError(f"got {num_users} users; the attack needs at least {MIN_USERS} to train on some and attack others")
     if num_items <= config.k:
         raise UserError(f"got {num_items} items; recall@{config.k} says nothing unless the catalogue is larger")
     parts = np.array_split(np.random.default_rng(config.seed).permutation(num_users), 2)

@@ -118,7 +118,7 @@ class Recommendation:
         """Print for a person; 80 columns are enough."""
         from cda4rec_jax.runtime.recommend.report import render
 
-        for part in render(self):
+        for part in render(self, console.width):
             console.print(part)
 
 

@@ -14,7 +14,9 @@ from cda4rec_jax.runtime.recommend.planning import LINK_NAMES
 from cda4rec_jax.runtime.recommend.recommendation import Recommendation
 from cda4rec_jax.runtime.recommend.waterfall import Interval
 
-BAR_CELLS = 17
+BAR_CELLS, LEAST_CELLS = 17, 3  # of a bar, where there is room for more or less
+ROOMY = 84  # columns of a console that has room for two plans and their terms
+_BESIDE_BARS = 38  # columns of the waterfall that are no bar
 _RELEASED = {
     EgressLevel.PROFILE: "a profile (top categories and a length bucket)",
     EgressLevel.RECENT: "a profile and the last 10 item ids",
@@ -38,8 +40,8 @@ _FLAGS = {
 _TERMS = ("quality", "time", "energy", "exposure")
 
 
-def render(found: Recommendation) -> Iterator[RenderableType]:
-    """The parts, top to bottom."""
+def render(found: Recommendation, width: int) -> Iterator[RenderableType]:
+    """The parts, top to bottom, for a console of so many columns: bars are shorter on a narrow one, and numbers stay whole."""
     yield Rule(Text(f"Recommendations for {found.user_id}"), style="dim")
     yield _slate(found)
     if len(found.items) < found.k:
@@ -48,10 +50,10 @@ def render(found: Recommendation) -> Iterator[RenderableType]:
         )
     yield Rule("Plan", style="dim")
     yield _plan(found)
-    yield Padding(_reasons(found.choice.decision), (1, 0))
+    yield Padding(_reasons(found.choice.decision, width), (1, 0))
     yield Text(_summary(found), "dim")
     yield Rule("Time", style="dim")
-    yield _waterfall(found)
+    yield _waterfall(found, max(LEAST_CELLS, min(BAR_CELLS, (width - _BESIDE_BARS) // 2)))
     yield Text(_sources(found), "dim")
     yield Rule("What left the device", style="dim")
     yield _released(found)
@@ -116,7 +118,7 @@ def in_words(plan: Plan, cache_level: EgressLevel) -> str:
     return f"{asked} and finds {plan.num_candidates} candidates; {_STRUCTURED[plan.structured]}; {ranks}."
 
 
-def _reasons(decision: Decision) -> Table:
+def _reasons(decision: Decision, width: int) -> Table:
     chosen, other = decision.chosen, decision.runner_up
     table = _table("terms of the logit", chosen.name, other.name if other else "(no other plan)", "difference")
     names = [name for name in (*_TERMS, *chosen.own, "utility", "logit") if _value(chosen, name) is not None]
@@ -126,7 +128,8 @@ def _reasons(decision: Decision) -> Table:
         row = [label.get(name, f"price of {name.replace('_', ' ')}"), _term(chosen, name)]
         row += [_term(other, name), f"{_gap(chosen, other, name):+.4f}"] if other else ["", ""]
         table.add_row(*row, style=style)
-    # On a narrow terminal the names of plans fold, and those of terms stay whole.
+    # On a narrow terminal columns stand closer, then the names of plans fold, and those of terms stay whole.
+    table.padding = (0, 2 if width >= ROOMY else 1, 0, 0)
     table.columns[0].min_width = max(len(str(cell)) for cell in table.columns[0].cells)
     for column in table.columns[1:]:
         column.no_wrap, column.overflow = False, "fold"
@@ -174,7 +177,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) if names else "nothing"
 
 
-def _waterfall(found: Recommendation) -> Table:
+def _waterfall(found: Recommendation, cells: int) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for column in ("", "", "expected", "ms", "actual", "ms"):
         table.add_column(column, justify="right" if column == "ms" else "left", no_wrap=True)
@@ -183,18 +186,21 @@ def _waterfall(found: Recommendation) -> Table:
     for stage in found.stages:
         name = Text(stage.name, "magenta" if stage.where == "link" else "")
         where = Text(stage.where.replace("device_cache", "cache"), "dim")
-        cells = [_bar(stage.expected, whole_ms, "blue"), _taken(stage.expected), _bar(stage.actual, whole_ms, "green")]
-        table.add_row(name, where, *cells, _taken(stage.actual))
+        expected, actual = (
+            (_bar(interval, whole_ms, cells, style), _taken(interval))
+            for interval, style in ((stage.expected, "blue"), (stage.actual, "green"))
+        )
+        table.add_row(name, where, *expected, *actual)
     table.add_row(Text("all", "bold"), "", "", f"{found.predicted_ms:.2f}", "", f"{found.latency_ms:.2f}", style="bold")
     return table
 
 
-def _bar(interval: Interval | None, whole_ms: float, style: str) -> Text:
+def _bar(interval: Interval | None, whole_ms: float, cells: int, style: str) -> Text:
     if interval is None:
         return Text("")
-    start = min(int(BAR_CELLS * interval[0] / whole_ms), BAR_CELLS - 1)
-    end = max(start + 1, round(BAR_CELLS * interval[1] / whole_ms))
-    return Text(" " * start + "█" * (end - start) + " " * (BAR_CELLS - end), style)
+    start = min(int(cells * interval[0] / whole_ms), cells - 1)
+    end = max(start + 1, round(cells * interval[1] / whole_ms))
+    return Text(" " * start + "█" * (end - start) + " " * (cells - end), style)
 
 
 def _taken(interval: Interval | None) -> str:
@@ -218,4 +224,5 @@ def _released(found: Recommendation) -> RenderableType:
         table.add_row(field.name, field.tells, field.level.name.lower(), f"{field.payload_bytes:,}")
     table.add_row("all", "", "", f"{found.uplink_bytes:,}", style="bold")
     table.add_row("(came back)", "candidates and their records", "", f"{found.downlink_bytes:,}", style="dim")
+    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # words go on in a second line, numbers stay whole
     return table
