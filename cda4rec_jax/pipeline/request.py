@@ -59,15 +59,15 @@ class RequestFunctions:
         self._is_resident = np.isin(np.arange(self.num_items + 1), catalogue.residents.items)
         sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
         self._release = partial(compiled_release, **sizes)
-        self._semantic = _flat(system.cloud, model_semantics)
+        self._semantic = over_flat_arrays(system.cloud, model_semantics)
         ranker = ranker_weights(system.device, config.history_length, config.without_features)
         self._state = jax.jit(partial(_state, ranker, np.asarray(system.device.prefix[...])))
         self._handover = Handover.of(self._evidence)
         shared = {"handover": self._handover, "num_items": self.num_items, "without": config.without_features}
-        self._score = _flat(system.device.head, _score, **shared)
-        self._rank = partial(_flat(system.device.head, _rank, **shared), self.held)
+        self._score = over_flat_arrays(system.device.head, _score, **shared)
+        self._rank = partial(over_flat_arrays(system.device.head, _rank, **shared), self.held)
         self._finish = partial(_compiled_finish, num_items=self.num_items)
-        self._logits = _flat(system.policy, _plan_logits)
+        self._logits = over_flat_arrays(system.policy, _plan_logits)
 
     def abstract(self, history: HistoryBatch, level: EgressLevel, age_events: int) -> UserAbstract:
         """User abstract at ``level`` of the history as it was ``age_events`` ago."""
@@ -149,7 +149,7 @@ class RequestFunctions:
 compiled_release = jax.jit(release, static_argnames=("max_items", "history_length", "profile_events"))
 
 
-def _flat(module: nnx.Module, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+def over_flat_arrays(module: nnx.Module, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     """``function(module, ..., **static)`` compiled over the module's arrays as a flat list."""
     graph, state = nnx.split(module)
     leaves, tree = jax.tree.flatten(state)

@@ -349,7 +349,7 @@ class Trainer:
         with self._system() as system:
             assert system.device is not None
             head = system.device.head
-            head.standardise(jnp.asarray(mean), jnp.asarray(deviation))
+            nnx.jit(type(head).standardise)(head, jnp.asarray(mean), jnp.asarray(deviation))
             self.position.moments = {"mean": head.mean[...].tolist(), "deviation": head.deviation[...].tolist()}
 
     def _restore_moments(self) -> None:
