@@ -1,6 +1,7 @@
 """The suite is stricter than any user: shapes are checked at calls, ranks never broadcast, two devices, warnings are errors."""
 
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ FOLDERS = ("kernels", "training", "experiments")  # kernels need no run; files o
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep compiled programs between runs, and check the package's array annotations with beartype."""
+    gc.set_threshold(20_000, 20, 20)  # imports and tracing make so many objects that looking for garbage took a tenth of the time
     if (cache := getattr(config, "cache", None)) is not None:  # absent with `-p no:cacheprovider`
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("jax")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -48,6 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 + (FOLDERS.index(path.parts[0]) if path.parts[0] in FOLDERS else len(FOLDERS))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Never look for garbage among what was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """From a private history to everything that a planner is asked, and to what then really happens."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cda4rec_jax.array_typing import Array
@@ -76,18 +78,18 @@ def payload_sizes(catalogue: Catalogue, history_length: int) -> PayloadSizes:
 
     A candidate counts as resident as often as a training event's item is, which is less than it is: models find popular items first.
     """
-    scored, elsewhere = 4 + 4, 1.0 - catalogue.residents.share  # item index and score
+    scored, elsewhere = 4 + 4, 1.0 - np.asarray(catalogue.residents.share)  # item index and score
     return PayloadSizes(
         history_events=float(history_length),
         embedding_bytes=4.0 * catalogue.vectors.shape[1],
-        evidence_bytes=scored + elsewhere * record_bytes(catalogue),
-        scored_item_bytes=scored + elsewhere * catalogue.evidence.log_popularity.dtype.itemsize,
+        evidence_bytes=np.asarray(scored + elsewhere * record_bytes(catalogue)),
+        scored_item_bytes=np.asarray(scored + elsewhere * catalogue.evidence.log_popularity.dtype.itemsize),
     )
 
 
 def record_bytes(catalogue: Catalogue) -> int:
     """Bytes of the record of one item."""
-    return sum(leaf[0].size * leaf.dtype.itemsize for leaf in jax.tree.leaves(catalogue.evidence))
+    return sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(catalogue.evidence))
 
 
 def resident_item_bytes(catalogue: Catalogue) -> float:

@@ -12,7 +12,8 @@ from cda4rec_jax.data.splits import train_histories, train_lengths
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.corpus import Corpus
-from cda4rec_jax.pipeline.subtasks import release, released_items
+from cda4rec_jax.pipeline.request import compiled_release
+from cda4rec_jax.pipeline.subtasks import released_items
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner.plan_space import RELEASING_LEVELS
 from cda4rec_jax.privacy.attacks.attribute_inference import UNKNOWN, AttributeInference, Inference, InferenceConfig
@@ -112,9 +113,6 @@ def measure_attributes(corpus: Corpus, attacked: AttackedUsers, seed: int = 0) -
     return found
 
 
-_release = jax.jit(release, static_argnames=("max_items", "history_length", "profile_events"))
-
-
 def attacked_users(corpus: Corpus, config: SystemConfig, seed: int = 0) -> AttackedUsers:
     """A seeded sample of users, and the abstracts of their training histories at every level that releases anything."""
     interactions = corpus.interactions
@@ -128,7 +126,7 @@ def attacked_users(corpus: Corpus, config: SystemConfig, seed: int = 0) -> Attac
         for start in range(0, len(users), 512):
             part = jax.tree.map(lambda column, rows=slice(start, start + 512): column[rows], history)
             levels = np.full(len(part.lengths), int(level), np.int32)
-            abstract = _release(
+            abstract = compiled_release(
                 part,
                 weights,
                 levels,
@@ -137,8 +135,8 @@ def attacked_users(corpus: Corpus, config: SystemConfig, seed: int = 0) -> Attac
                 history_length=config.history_length,
                 profile_events=config.profile_events,
             )
-            seen = prefix_features(abstract.category_shares, abstract.length_bucket, abstract.attributes, abstract.level)
-            features.append(np.asarray(seen))
+            told = (abstract.category_shares, abstract.length_bucket, abstract.attributes, abstract.level)
+            features.append(prefix_features(*map(np.asarray, told)))
             items.append(np.asarray(abstract.items))
         releases[level] = Release(features=np.concatenate(features), items=np.concatenate(items))
     offsets, events = train_histories(interactions)

@@ -1,7 +1,8 @@
 """Candidates and their records, handed to a compiled program as few arrays: each one costs more than a microsecond, whatever its size."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -24,20 +25,32 @@ class Column(NamedTuple):
     shape: tuple[int, ...]  # of one candidate
 
 
+_OWN = (Column("items", np.dtype(np.int32), ()), Column("scores", np.dtype(np.float32), ()))
+
+
+@dataclass(frozen=True)
 class Handover:
     """Joins what final ranking reads of one request's candidates on the host, and parts it inside of a program.
 
-    Args:
-        evidence: records of any items, NumPy; a request's have their dtypes and widths.
+    Attributes:
+        records: dtypes and widths of a candidate's records.
     """
 
-    def __init__(self, evidence: Evidence) -> None:
-        number, code = np.dtype(np.float32), np.dtype(np.int32)
-        own = [Column("items", code, ()), Column("scores", number, ())]
-        records = {each.name: getattr(evidence, each.name) for each in fields(Evidence)}
-        self._records = [Column(name, rows.dtype, rows.shape[1:]) for name, rows in records.items()]
-        self._whole = _by_size([*own, *self._records])
-        self._least = _by_size([*own, *(column for column in self._records if column.name == "log_popularity")])
+    records: tuple[Column, ...]
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> "Handover":
+        """For requests whose records are like the ``evidence`` of any items, NumPy."""
+        rows = {each.name: getattr(evidence, each.name) for each in fields(Evidence)}
+        return cls(tuple(Column(name, each.dtype, each.shape[1:]) for name, each in rows.items()))
+
+    @cached_property
+    def _whole(self) -> list[list[Column]]:
+        return _by_size([*_OWN, *self.records])
+
+    @cached_property
+    def _least(self) -> list[list[Column]]:
+        return _by_size([*_OWN, *(column for column in self.records if column.name == "log_popularity")])
 
     def join(self, items: CandidateItems, scores: CandidateScores, evidence: Evidence, *, whole: bool) -> Joined:
         """One user's candidates (leading axes [1, c]) with all their records, or, if not ``whole``, with their popularity alone."""
@@ -54,7 +67,7 @@ class Handover:
 
         An approximate index marks an empty place by a score of -inf, which no feature could hold.
         """
-        found: dict[str, Any] = {name: jnp.zeros(0, dtype) for name, dtype, _ in self._records}
+        found: dict[str, Any] = {name: jnp.zeros(0, dtype) for name, dtype, _ in self.records}
         for flat, columns in zip(joined, self._whole if whole else self._least, strict=True):
             rows, start = flat.shape[0] // sum(prod(column.shape) for column in columns), 0
             for name, dtype, shape in columns:

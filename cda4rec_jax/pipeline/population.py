@@ -102,7 +102,7 @@ class Population:
                 progress(done, len(users))
         merged = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *requests)
         all_ranks = checked_ranks(np.concatenate(ranks))
-        return PlanRecords(users=users, ranks=all_ranks, quality=np.asarray(plan_quality(all_ranks)), requests=merged)
+        return PlanRecords(users=users, ranks=all_ranks, quality=np.asarray(_quality(all_ranks)), requests=merged)
 
     def requests(self, world: PlanningWorld, users: np.ndarray, positions: np.ndarray, *, draws: int) -> Iterator[Requests]:
         """Requests of ``users`` before the events at ``positions`` alone, a batch of them in one draw at a time.
@@ -168,6 +168,7 @@ class Population:
             yield int(index[-1]) + 1, history, size
 
 
+_quality = jax.jit(plan_quality)
 compiled_draw = jax.jit(draw_requests, static_argnames=("max_cache_age", "contexts", "links"))
 compiled_redraw = jax.jit(redraw_requests, static_argnames=("contexts", "links"))
 

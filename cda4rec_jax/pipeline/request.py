@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from cda4rec_jax.pipeline.handover import Handover
 from cda4rec_jax.pipeline.subtasks import (
     StructuredState,
     each_once,
-    gather_evidence,
     model_semantics,
     rank_slate,
     release,
@@ -56,19 +55,19 @@ class RequestFunctions:
         self._catalogue = catalogue
         # Rows for one request are gathered on the host, where they become bytes anyway.
         self._evidence = jax.tree.map(np.asarray, catalogue.evidence)
-        self.held = Held.of(catalogue)
+        self.held = Held.of(catalogue.residents, self._evidence)
         self._is_resident = np.isin(np.arange(self.num_items + 1), catalogue.residents.items)
         sizes = {"history_length": config.history_length, "profile_events": config.profile_events}
-        self._release = jax.jit(partial(release, **sizes), static_argnames="max_items")
-        self._semantic = _flat(system.cloud, lambda cloud, vectors, abstract: model_semantics(cloud, vectors, abstract))
+        self._release = partial(compiled_release, **sizes)
+        self._semantic = over_flat_arrays(system.cloud, model_semantics)
         ranker = ranker_weights(system.device, config.history_length, config.without_features)
         self._state = jax.jit(partial(_state, ranker, np.asarray(system.device.prefix[...])))
-        self._handover = Handover(self._evidence)
+        self._handover = Handover.of(self._evidence)
         shared = {"handover": self._handover, "num_items": self.num_items, "without": config.without_features}
-        self._score = _flat(system.device.head, partial(_score, **shared))
-        self._rank = partial(_flat(system.device.head, partial(_rank, **shared), static_argnames="k"), self.held)
-        self._finish = jax.jit(partial(_finish, num_items=self.num_items), static_argnames="k")
-        self._logits = _flat(system.policy, lambda policy, context, costs, mask: policy.logits(context, costs, mask))
+        self._score = over_flat_arrays(system.device.head, _score, **shared)
+        self._rank = partial(over_flat_arrays(system.device.head, _rank, **shared), self.held)
+        self._finish = partial(_compiled_finish, num_items=self.num_items)
+        self._logits = over_flat_arrays(system.policy, _plan_logits)
 
     def abstract(self, history: HistoryBatch, level: EgressLevel, age_events: int) -> UserAbstract:
         """User abstract at ``level`` of the history as it was ``age_events`` ago."""
@@ -147,15 +146,28 @@ class RequestFunctions:
         return self._logits(context, costs, mask)
 
 
-def _flat(module: nnx.Module, function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
-    """``function(module, ...)`` compiled over the module's arrays as a flat list."""
+compiled_release = jax.jit(release, static_argnames=("max_items", "history_length", "profile_events"))
+
+
+def over_flat_arrays(module: nnx.Module, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """``function(module, ..., **static)`` compiled over the module's arrays as a flat list."""
     graph, state = nnx.split(module)
     leaves, tree = jax.tree.flatten(state)
+    return partial(_compiled(graph, tree, function, tuple(static.items())), [jnp.asarray(leaf) for leaf in leaves])
+
+
+@lru_cache(maxsize=64)
+def _compiled(graph: nnx.GraphDef, tree: Any, function: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -> Any:
+    """Compiled for a structure, not for an object: systems of one structure share programs, found here once and not at every call."""
 
     def call(arrays: list[jax.Array], *arguments: Any, **options: Any) -> Any:
-        return function(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), *arguments, **options)
+        return function(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), *arguments, **dict(static), **options)
 
-    return partial(jax.jit(call, **jit_options), [jnp.asarray(leaf) for leaf in leaves])
+    return jax.jit(call, static_argnames="k")
+
+
+def _plan_logits(policy: Any, context: Context, costs: PlanCosts, mask: Any) -> Any:
+    return policy.logits(context, costs, mask)
 
 
 def _state(weights: RankerWeights, prefix: np.ndarray, full: UserAbstract, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
@@ -175,9 +187,10 @@ class Held:
     evidence: Evidence  # of the resident items, after a row of padding
 
     @classmethod
-    def of(cls, catalogue: Catalogue) -> "Held":
-        padded = jnp.pad(catalogue.residents.items, (1, 0))
-        return cls(residents=catalogue.residents, evidence=gather_evidence(catalogue, padded))
+    def of(cls, residents: Residents, evidence: Evidence) -> "Held":
+        """The part of these residents in the ``evidence`` of all items, NumPy."""
+        padded = np.pad(np.asarray(residents.items), (1, 0))
+        return cls(residents=residents, evidence=jax.tree.map(lambda rows: jnp.asarray(rows[padded]), evidence))
 
     def records(self, items: Int[Array, "1 n"], sent: Evidence) -> Evidence:
         """Records of items, of which the first were sent; no other record is on the device."""
@@ -226,3 +239,6 @@ def _rank(
 
 def _finish(items: Any, scores: Any, seen: Any, *, num_items: int, k: int) -> Slate:
     return rank_slate(items, scores, unseen(items, seen, num_items), k)
+
+
+_compiled_finish = jax.jit(_finish, static_argnames=("num_items", "k"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from cda4rec_jax.array_typing import Array
@@ -113,30 +114,33 @@ def deployment_profile(workload: Workload | None = None) -> CostProfile:
     declared = workload or Workload()
     cloud_ms_per_token = 2e3 * declared.cloud_parameters / declared.cloud_flops_per_s
     profile_ms = declared.cloud_overhead_ms + declared.cloud_profile_tokens * cloud_ms_per_token
-    device_flops = jnp.asarray(declared.device_flops_per_s)
-    dispatch_ms = jnp.asarray(declared.device_dispatch_ms)
-    pools = jnp.asarray((*CANDIDATE_COUNTS, CACHED_CANDIDATES), jnp.float32)
+    # By NumPy, as each operation of JAX outside of a program is one to compile.
+    device_flops = np.asarray(declared.device_flops_per_s, np.float32)
+    dispatch_ms = np.asarray(declared.device_dispatch_ms, np.float32)
+    pools = np.asarray((*CANDIDATE_COUNTS, CACHED_CANDIDATES), np.float32)
     # Without and with structured user modelling, by whose result the device searches the resident items a second time.
     by_history = OWN_CANDIDATES + NEIGHBOUR_EVENTS * declared.item_neighbours
-    ranked = pools[None, :] + jnp.minimum(declared.resident_items, RESIDENT_CANDIDATES + jnp.asarray([[0], [by_history]]))
-    searched = declared.resident_items * jnp.asarray([[1.0], [2.0]])
+    ranked = pools[None, :] + np.minimum(
+        declared.resident_items, RESIDENT_CANDIDATES + np.asarray([[0], [by_history]], np.float32)
+    )
+    searched = declared.resident_items * np.asarray([[1.0], [2.0]], np.float32)
     ranking_flops = declared.ranking_flops_per_candidate * ranked + declared.search_flops_per_item * searched
     ranking_ms = dispatch_ms[:, None, None] + 1e3 * ranking_flops[None] / device_flops[:, None, None]
     retrieval_ms = declared.cloud_retrieval_ms * (1.0 + pools[: len(CANDIDATE_COUNTS)] / 1000.0)
     return CostProfile(
         name="deployment (modelled)",
         planning_ms=jnp.asarray(declared.device_planning_ms),
-        abstract_ms=0.25 * dispatch_ms[:, None, None] * jnp.asarray([[[0.0, 1.0, 1.0, 1.0]] * 2]),
+        abstract_ms=jnp.asarray(0.25 * dispatch_ms[:, None, None] * np.asarray([[[0.0, 1.0, 1.0, 1.0]] * 2], np.float32)),
         semantic_ms=jnp.asarray([0.0, profile_ms, profile_ms, profile_ms]),
         semantic_ms_per_event=jnp.asarray(declared.cloud_tokens_per_event * cloud_ms_per_token),
-        retrieval_ms=jnp.stack([retrieval_ms, retrieval_ms]),
-        cache_retrieval_ms=0.25 * dispatch_ms,
-        structured_ms=dispatch_ms,
-        structured_ms_per_event=2e3 * declared.device_parameters / device_flops,
+        retrieval_ms=jnp.asarray(np.stack([retrieval_ms, retrieval_ms])),
+        cache_retrieval_ms=jnp.asarray(0.25 * dispatch_ms),
+        structured_ms=jnp.asarray(dispatch_ms),
+        structured_ms_per_event=jnp.asarray(2e3 * declared.device_parameters / device_flops),
         structured_cloud_ms=jnp.asarray(declared.cloud_structured_ms),
         structured_cloud_ms_per_event=jnp.asarray(2e3 * declared.device_parameters / declared.cloud_flops_per_s),
-        ranking_ms=ranking_ms,
-        ranking_cloud_ms=jnp.full(2, declared.cloud_ranking_ms),
+        ranking_ms=jnp.asarray(ranking_ms),
+        ranking_cloud_ms=jnp.asarray(np.full(2, declared.cloud_ranking_ms, np.float32)),
         queue_ms=jnp.asarray(declared.cloud_queue_ms),
         **_energy_fields(),
     )

@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
@@ -80,11 +81,13 @@ def check_scores(planner: Planner, logits: PlanLogits, mask: PlanMask) -> None:
     Raises:
         UserError: NaN where ``mask`` is True.
     """
-    broken = int(jnp.sum(jnp.isnan(logits) & mask))
+    allowed = np.asarray(mask)
+    broken = np.count_nonzero(np.isnan(np.asarray(logits)) & allowed)
     if broken:
         raise UserError(
-            f"{type(planner).__name__} scores {broken:,} of {int(jnp.sum(mask)):,} allowed plans as NaN: expected numbers, or -inf for a "
-            "plan that is never to be chosen. Look in its logits for 0 / 0, infinity minus infinity, or the logarithm of a negative number"
+            f"{type(planner).__name__} scores {broken:,} of {np.count_nonzero(allowed):,} allowed plans as NaN: expected numbers, or "
+            "-inf for a plan that is never to be chosen. Look in its logits for 0 / 0, infinity minus infinity, or the logarithm of a "
+            "negative number"
         )
 
 

@@ -130,14 +130,21 @@ class Trainer:
     def _start(self, trunk: Any, deciders: Any) -> TrainState:
         trunk_optimizer, decider_optimizer = optimizers(self.config.train, self.num_steps)
         key = jax.random.key(self.config.train.seed, impl="unsafe_rbg")
+
+        @jax.jit
+        def beside(trunk: Any, deciders: Any) -> dict[str, Any]:
+            return {
+                "average": jax.tree.map(jnp.copy, trunk),
+                "trunk_optimizer": trunk_optimizer.init(trunk),
+                "decider_optimizer": decider_optimizer.init(deciders),
+            }
+
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             key_data=jax.random.key_data(key),
             trunk=trunk,
-            average=jax.tree.map(jnp.copy, trunk),
             deciders=deciders,
-            trunk_optimizer=trunk_optimizer.init(trunk),
-            decider_optimizer=decider_optimizer.init(deciders),
+            **beside(trunk, deciders),
         )
 
     def _planning_world(self, exposure: tuple[float, ...]) -> PlanningWorld:
@@ -321,7 +328,9 @@ class Trainer:
         self._apply_scales()
         policy = nnx.merge(self.graph_of_all, self.weights()).policy
         assert policy is not None
-        check_scores(policy, policy.logits(requests.context, requests.predicted, requests.mask), requests.mask)
+        # In one program: as many as an untraced policy has operations would be compiled otherwise.
+        scores = nnx.jit(type(policy).logits)(policy, requests.context, requests.predicted, requests.mask)
+        check_scores(policy, scores, requests.mask)
 
     def _apply_scales(self) -> None:
         """Put measured scales into the planning world and the policy."""
@@ -340,7 +349,7 @@ class Trainer:
         with self._system() as system:
             assert system.device is not None
             head = system.device.head
-            head.standardise(jnp.asarray(mean), jnp.asarray(deviation))
+            nnx.jit(type(head).standardise)(head, jnp.asarray(mean), jnp.asarray(deviation))
             self.position.moments = {"mean": head.mean[...].tolist(), "deviation": head.deviation[...].tolist()}
 
     def _restore_moments(self) -> None:

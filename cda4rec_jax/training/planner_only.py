@@ -275,7 +275,8 @@ def train_planner(
         curve.append({**means, "step": float(done), "utility": utility})
         terms = []
     found = nnx.merge(graph, best, rest)
-    return _concluded(found, curve, best_step, bank, training.mean_quality(), time.monotonic() - started)
+    own = bank.utility(_logits(graph, best, rest, bank.requests))
+    return _concluded(found, own, curve, best_step, bank, training.mean_quality(), time.monotonic() - started)
 
 
 def _check(config: PlannerTraining, policy: LearnedPlanner | None) -> None:
@@ -357,36 +358,49 @@ def _advance(
     return jax.lax.scan(step, state, (order, numbers))
 
 
+_choices = jax.jit(choose, static_argnames="space")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Bank:
     """Requests of ``n`` selecting users in ``c`` fixed contexts each, in one row of ``c n``, and what every plan would earn in them."""
 
     num_users: int
     requests: Requests
-    gained: Float[Array, "b p"]
+    gained: Float[np.ndarray, "b p"]
 
     def utility(self, logits: Float[Array, "b p"]) -> Float[np.ndarray, "n c"]:
         """What the plans earn that these logits choose."""
-        plans = choose(logits, self.requests.mask, self.requests.predicted.space)
-        found = jnp.take_along_axis(self.gained, plans[:, None], axis=1)
+        plans = np.asarray(_choices(logits, self.requests.mask, self.requests.predicted.space))
+        found = np.take_along_axis(self.gained, plans[:, None], axis=1)
         return np.asarray(found, np.float64).reshape(-1, self.num_users).T
 
 
 def _bank(examples: PlannerExamples, world: PlanningWorld, config: PlannerTraining) -> _Bank:
-    @jax.jit
-    def one(context: Context, quality: Float[Array, "n p"], draw: Array) -> tuple[Requests, Float[Array, "n p"]]:
-        asked = redraw_requests(
-            world, context, jnp.asarray(examples.event_ids), draw, contexts=config.contexts, links=config.links
-        )
-        return asked, realised_utility(quality, asked.realised, asked.context, failed=asked.failed, mask=asked.mask)
+    def one(cache: int, draw: int) -> tuple[Requests, Float[Array, "n p"]]:
+        context = jax.tree.map(lambda leaf: leaf[cache], examples.context)
+        given = (world, context, examples.event_ids, examples.quality[cache], cache * CONTEXTS_PER_EVENT + draw)
+        return _one_draw(*given, contexts=config.contexts, links=config.links)
 
-    found = [
-        one(jax.tree.map(lambda leaf, cache=cache: leaf[cache], examples.context), quality, cache * CONTEXTS_PER_EVENT + draw)
-        for cache, quality in enumerate(examples.quality)
-        for draw in range(SELECTION_DRAWS)
-    ]
-    requests, gained = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
+    found = [one(cache, draw) for cache in range(len(examples.quality)) for draw in range(SELECTION_DRAWS)]
+    requests, gained = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
     return _Bank(num_users=len(examples.users), requests=requests, gained=gained)
+
+
+@partial(jax.jit, static_argnames=("contexts", "links"))
+def _one_draw(
+    world: PlanningWorld,
+    context: Context,
+    event_ids: Int[Array, "n"],
+    quality: Float[Array, "n p"],
+    draw: Array | int,
+    *,
+    contexts: ContextConfig,
+    links: LinkConfig,
+) -> tuple[Requests, Float[Array, "n p"]]:
+    """The requests of one draw, and what every plan would earn in them."""
+    asked = redraw_requests(world, context, event_ids, draw, contexts=contexts, links=links)
+    return asked, realised_utility(quality, asked.realised, asked.context, failed=asked.failed, mask=asked.mask)
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -395,15 +409,21 @@ def _logits(graph: nnx.GraphDef, params: Any, rest: Any, requests: Requests) -> 
 
 
 def _concluded(
-    policy: Any, curve: list[dict[str, float]], best_step: int, bank: _Bank, means: Float[np.ndarray, "p"], seconds: float
+    policy: Any,
+    own: Float[np.ndarray, "n c"],
+    curve: list[dict[str, float]],
+    best_step: int,
+    bank: _Bank,
+    means: Float[np.ndarray, "p"],
+    seconds: float,
 ) -> TrainedPlanner:
-    """Compare with plug-in and with the best fixed plan on the requests of the bank."""
+    """Compare what the policy earned, ``own``, with plug-in and with the best fixed plan on the requests of the bank."""
 
     def earned(planner: Any) -> Float[np.ndarray, "n c"]:
         asked = bank.requests
         return bank.utility(planner.logits(asked.context, asked.predicted, asked.mask))
 
-    own, plug_in = earned(policy), earned(PlugIn(quality=jnp.asarray(means, jnp.float32)[None]))
+    plug_in = earned(PlugIn(quality=jnp.asarray(means, jnp.float32)[None]))
     fixed = [earned(FixedPlan(index)) for index in range(len(means))]
     best = int(np.argmax([values.mean() for values in fixed]))
     return TrainedPlanner(

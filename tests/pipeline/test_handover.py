@@ -47,7 +47,7 @@ def given() -> tuple[np.ndarray, np.ndarray, Evidence]:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_is_joined_is_parted_again(given, whole: bool) -> None:
-    handover = Handover(records(20))
+    handover = Handover.of(records(20))
     joined = handover.join(*given, whole=whole)
     assert len(joined) == (3 if whole else 1)
     candidates, evidence = jax.jit(lambda joined: handover.part(joined, whole=whole))(joined)
@@ -67,7 +67,7 @@ def test_what_is_joined_is_parted_again(given, whole: bool) -> None:
 
 
 def test_arrays_of_jax_and_arrays_with_gaps_are_joined_like_others(given) -> None:
-    handover = Handover(records(20))
+    handover = Handover.of(records(20))
     items, scores, evidence = given
     expected = handover.join(*given, whole=True)
     with_gaps = jax.tree.map(lambda rows: np.repeat(rows, 2, axis=1)[:, ::2], evidence)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from cda4rec_jax.array_typing import Array, Lengths, PlanLogits, PlanMask, PlanValues
@@ -16,12 +15,14 @@ from cda4rec_jax.links import LinkConfig, as_estimated, realise
 from cda4rec_jax.messages import Context, DeviceTier, EgressLevel, HistoryBatch, Link, Subtask
 from cda4rec_jax.pipeline.catalogue import ItemTables
 from cda4rec_jax.pipeline.decisions import PlanningWorld, facts_of
+from cda4rec_jax.pipeline.request import over_flat_arrays
 from cda4rec_jax.planner import (
     ContextConfig,
     Decision,
     LearnedPlanner,
     PlanCosts,
     TransferTimes,
+    WeightScales,
     allowed,
     context_features,
     expected_regret,
@@ -42,6 +43,7 @@ from cda4rec_jax.runtime.clock import LinkRealisation, realised_link
 from cda4rec_jax.runtime.executor import Prediction
 
 LINK_NAMES: Mapping[Link, str] = {link: link.label for link in Link}
+_DECLARED = ("link", "tier", "consent")  # of a ``Situation``; static, for which programs are compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,32 +137,19 @@ class RequestPlanner:
         self._served = ServedPlanner(
             policy, trained_for.profile, trained_for.exposure_by_level, trained_for.sizes, trained_for.space
         )
-        graph, state = nnx.split(policy)
-        leaves, tree = jax.tree.flatten(state)
         self._tables = tables
-        self._given = ([jnp.asarray(leaf) for leaf in leaves], tables, trained_for)
 
         def request(tables: ItemTables, history: HistoryBatch, **situation: Any) -> jax.Array:
             facts = facts_of(history, tables, max_cache_age)
             return pack(typical_contexts(facts, trained_for.scales, **situation, config=ContextConfig()))[0]
-
-        def merged(arrays: list[Any]) -> LearnedPlanner:
-            return nnx.merge(graph, jax.tree.unflatten(tree, arrays))
-
-        def decide(arrays: list[Any], *given: Any, **situation: Any) -> Planned:
-            return _decide(merged(arrays), *given, max_cache_age=max_cache_age, **situation)
-
-        def of_context(arrays: list[Any], trained_for: PlanningWorld, measured: PlanningWorld, context: Context) -> Planned:
-            return _planned(merged(arrays), trained_for, measured, context)
 
         def drawn(history: HistoryBatch, draw: jax.Array) -> Context:
             return sample_contexts(
                 facts_of(history, tables, max_cache_age), history.event_ids, trained_for.scales, draw, ContextConfig()
             )
 
-        names = ("link", "tier", "consent")
-        self._request, self._decide = jax.jit(request, static_argnames=names), jax.jit(decide, static_argnames=names)
-        self._of_context = partial(jax.jit(of_context), self._given[0], trained_for)
+        self._request = jax.jit(request, static_argnames=_DECLARED)
+        self._of_context = partial(over_flat_arrays(policy, _planned), trained_for)
         self._draw, self._pack = jax.jit(drawn), jax.jit(lambda context: pack(context)[0])
         self._realise = jax.jit(partial(realise, config=LinkConfig()))
         self._measured = measured
@@ -179,9 +168,10 @@ class RequestPlanner:
         return self._served(np.asarray(self._pack(context)))
 
     def explain(self, history: HistoryBatch, situation: Situation, served: Served) -> Planned:
-        """Everything about the request that was decided so; NumPy arrays. Each situation is compiled once."""
-        planned = jax.tree.map(np.asarray, self._decide(*self._given, self._measured, history, **vars(situation)))
-        return replace(planned, logits=served.scores[None, :])
+        """Everything about the request that was decided so; NumPy arrays. Its context alone is compiled for each situation."""
+        scales, age = self.trained_for.scales, self.max_cache_age
+        context = _typical_context(history, self._tables, scales, max_cache_age=age, **vars(situation))
+        return replace(self.of_context(context), logits=served.scores[None, :])
 
     def plan(self, history: HistoryBatch, situation: Situation) -> Planned:
         """Decide and explain."""
@@ -230,21 +220,19 @@ def _by_subtask(times_ms: Any) -> Mapping[Subtask, float]:
     return dict(zip(Subtask, np.asarray(times_ms).tolist(), strict=True))
 
 
-def _decide(
-    policy: LearnedPlanner,
-    tables: ItemTables,
-    trained_for: PlanningWorld,
-    measured: PlanningWorld,
+@partial(jax.jit, static_argnames=("max_cache_age", *_DECLARED))
+def _typical_context(
     history: HistoryBatch,
+    tables: ItemTables,
+    scales: WeightScales,
     *,
     max_cache_age: int,
     link: Link,
     tier: DeviceTier,
     consent: EgressLevel,
-) -> Planned:
+) -> Context:
     facts = facts_of(history, tables, max_cache_age)
-    context = typical_contexts(facts, trained_for.scales, link=link, tier=tier, consent=consent, config=ContextConfig())
-    return _planned(policy, trained_for, measured, context)
+    return typical_contexts(facts, scales, link=link, tier=tier, consent=consent, config=ContextConfig())
 
 
 def _planned(policy: LearnedPlanner, trained_for: PlanningWorld, measured: PlanningWorld, context: Context) -> Planned:
