@@ -16,7 +16,7 @@ from cda4rec_jax.errors import UserError
 SYNTHETIC = "synthetic"
 EXPECTED = (
     "expected 'synthetic', a prepared folder (metadata.json), a RecBole folder (NAME.inter) or a MovieLens folder "
-    "(ratings.dat or ratings.csv)"
+    f"({', '.join(movielens.RATINGS[:-1])} or {movielens.RATINGS[-1]})"
 )
 
 

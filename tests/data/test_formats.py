@@ -9,6 +9,7 @@ import pytest
 
 from cda4rec_jax.data import read_interactions, read_source
 from cda4rec_jax.data.formats import tables
+from cda4rec_jax.data.formats.movielens import GENRES_100K
 from cda4rec_jax.errors import UserError
 
 INTER = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -195,6 +196,23 @@ def test_movielens_dat_folders_are_read_with_their_encoding(tmp_path: Path) -> N
     assert data.user_attributes["occupation"] == ("10", "16")
     (tmp_path / "ratings.dat").write_text("1::10::5::30\n1::10::5\n")
     assert "ratings.dat, line 2: expected 4 fields separated by '::', found 3" in refusal(str(tmp_path))
+
+
+def test_the_first_movielens_is_read_with_a_column_for_each_genre(tmp_path: Path) -> None:
+    (tmp_path / "u.data").write_text("1\t10\t5\t30\n2\t20\t1\t5\n1\t20\t3\t10\n2\t10\t4\t6\n1\t30\t3\t20\n2\t30\t2\t7\n")
+    flags = dict.fromkeys(GENRES_100K, "0")
+    drama, none = "|".join((flags | {"Drama": "1", "Western": "1"}).values()), "|".join(flags.values())
+    films = f"10|Misérables, Les (1995)|01-Jan-1995||http://us.imdb.com/a|0|{drama}\n20|unknown||||1|{none}\n"
+    (tmp_path / "u.item").write_bytes(films.encode("latin-1"))
+    (tmp_path / "u.user").write_text("1|24|F|technician|85711\n2|53|M|other|94043\n")
+    data = read_interactions(str(tmp_path))
+    assert taken(str(tmp_path)) == {"1": ["20", "30", "10"], "2": ["20", "10", "30"]}
+    assert data.titles[data.item_ids.index("10")] == "Misérables, Les (1995)"
+    assert data.categories[data.item_ids.index("10")] == ("Drama", "Western")
+    assert data.categories[data.item_ids.index("20")] == ()
+    assert data.user_attributes["gender"] == ("F", "M") and data.user_attributes["age"] == ("24", "53")
+    (tmp_path / "u.item").write_text("10|Heat (1995)|Drama\n")
+    assert "u.item, line 1: expected 24 fields, found 3" in refusal(str(tmp_path))
 
 
 def test_movielens_csv_folders_are_read_with_quoted_titles(tmp_path: Path) -> None:
