@@ -45,7 +45,7 @@ def test_neither_statistics_nor_targets_of_training_know_them(corpus: Corpus) ->
 
 
 def test_data_without_an_event_to_withhold_is_refused_before_a_run_begins(tmp_path: Path) -> None:
-    rows = [f"{user},{(user + event) % 9},5,{event}" for user in range(30) for event in range(4)]
+    rows = [f"{user},{(user + event) % 30},5,{event}" for user in range(30) for event in range(4)]
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows]))
     with pytest.raises(UserError, match=r"short has no event that can be withheld.*users with 5 events or more.*--preset sasrec"):
