@@ -65,3 +65,10 @@ def test_main_table_compares_systems_and_goes_on_where_it_was(tiny_run: Path, sc
     other = [*command[:2], "--data", "synthetic:users=120,items=100", *flags[2:], "--systems", "ease"]
     refused = subprocess.run(other, capture_output=True, text=True)
     assert refused.returncode == 2 and "other settings or data" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_baseline_tries_its_own_settings_with_every_learning_rate(scripts: Scripts) -> None:
+    settings_of = scripts("main_table").settings_of
+    assert settings_of("gru4rec", (1e-3, 2e-3)) == [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
+    assert settings_of("bert4rec", (2e-3,)) == [{"learning_rate": 2e-3, "mask_share": share} for share in (0.2, 0.4, 0.6)]
+    assert len(settings_of("ease", (1e-3, 2e-3))) == 12 and settings_of("popularity", (1e-3,)) == [{}]
