@@ -150,7 +150,7 @@ compiled_release = jax.jit(release, static_argnames=("max_items", "history_lengt
 
 
 def over_flat_arrays(module: nnx.Module, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-    """``function(module, ..., **static)`` compiled over the module's arrays as a flat list."""
+    """``function(module, ..., **static)`` compiled over the module's arrays as a flat list; a keyword ``k`` of a call is static too."""
     graph, state = nnx.split(module)
     leaves, tree = jax.tree.flatten(state)
     return partial(_compiled(graph, tree, function, tuple(static.items())), [jnp.asarray(leaf) for leaf in leaves])

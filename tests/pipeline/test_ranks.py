@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,9 +189,7 @@ def test_full_catalogue_rank_skips_padding_and_seen_items():
 @pytest.mark.parametrize("where", ["cloud/decoder", "cloud/items"])
 def test_ranks_of_an_agent_that_diverged_are_refused(where: str) -> None:
     trained = load_trained(COMMITTED)
-    broken = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: np.full_like(leaf, np.nan) if is_trained_below(where, path, leaf) else leaf, trained.weights
-    )
+    broken = diverged(trained.weights, where)
     users = np.arange(5)
     asked = users, trained.corpus.target_positions(Split.TEST)[users]
     assert trained.population.full_ranks(trained.weights, *asked).min() >= 1
@@ -201,15 +200,20 @@ def test_ranks_of_an_agent_that_diverged_are_refused(where: str) -> None:
 @pytest.mark.parametrize("where", ["cloud/decoder", "device/head/bias"])
 def test_ranks_of_plans_whose_scores_are_no_numbers_are_refused(where: str) -> None:
     trained = load_trained(COMMITTED)
-    broken = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: np.full_like(leaf, np.nan) if is_trained_below(where, path, leaf) else leaf, trained.weights
-    )
+    broken = diverged(trained.weights, where)
     users = np.arange(5)
     positions = trained.corpus.target_positions(Split.TEST)[users]
     with pytest.raises(UserError, match="5 of 5 users have scores that are NaN"):
         trained.population.records(broken, trained.world(), users, positions, draws=1)
     with pytest.raises(UserError, match="5 of 5 users have scores that are NaN"):
         plan_ranks(replace(trained, weights=broken), users, positions)
+
+
+def diverged(weights: Any, where: str) -> Any:
+    """The weights with NaN in all that is trained below ``where``."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: np.full_like(leaf, np.nan) if is_trained_below(where, path, leaf) else leaf, weights
+    )
 
 
 def is_trained_below(where: str, path: tuple, leaf: np.ndarray) -> bool:
