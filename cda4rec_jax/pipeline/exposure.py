@@ -9,7 +9,6 @@ from jaxtyping import Int
 
 from cda4rec_jax.data.profiles import prefix_features
 from cda4rec_jax.data.splits import train_histories, train_lengths
-from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.pipeline.request import compiled_release
@@ -17,7 +16,7 @@ from cda4rec_jax.pipeline.subtasks import released_items
 from cda4rec_jax.pipeline.system import SystemConfig
 from cda4rec_jax.planner.plan_space import RELEASING_LEVELS
 from cda4rec_jax.privacy.attacks.attribute_inference import UNKNOWN, AttributeInference, Inference, InferenceConfig
-from cda4rec_jax.privacy.attacks.history_recovery import MIN_USERS, AttackConfig, ExposureReport, exposure_by_level
+from cda4rec_jax.privacy.attacks.history_recovery import ExposureReport, exposure_by_level
 from cda4rec_jax.privacy.attacks.ridge import Release, whole
 
 MAX_ATTACKED_USERS = 8000  # seeded sample; enough for a standard error of recall below .005
@@ -60,17 +59,6 @@ class AttributeExposure:
     inferred: dict[EgressLevel, Inference]
     null: dict[EgressLevel, Inference]
     raw: Inference
-
-
-def check_measurable(num_users: int, num_items: int) -> None:
-    """Raise UserError where data is too small for ``measure_exposure``, before a run is made of it."""
-    more_than = AttackConfig().k
-    if num_users < MIN_USERS or num_items <= more_than:
-        raise UserError(
-            f"{num_users:,} users and {num_items:,} items are too few for both agents: what each egress level gives away is measured "
-            f"on them, which takes at least {MIN_USERS} users and {more_than + 1} items. Use a smaller --k-core or more data, or train "
-            "the baseline (--preset sasrec)"
-        )
 
 
 def measure_exposure(corpus: Corpus, config: SystemConfig, seed: int = 0) -> ExposureReport:

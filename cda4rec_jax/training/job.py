@@ -20,8 +20,9 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.calibration import ROUNDS, measure_times
 from cda4rec_jax.pipeline.corpus import Corpus, build_corpus, corpus_with_text
-from cda4rec_jax.pipeline.exposure import check_measurable, measure_exposure
+from cda4rec_jax.pipeline.exposure import measure_exposure
 from cda4rec_jax.pipeline.system import SystemConfig
+from cda4rec_jax.privacy.attacks.history_recovery import check_size
 from cda4rec_jax.retrieval import build_index, choose_index
 from cda4rec_jax.runs import FINISHED, RunDirectory, provenance
 from cda4rec_jax.runs.artifacts import (
@@ -243,7 +244,7 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
             tell(line)
         interactions, corpus = load_prepared(staged), None
         if config.kind == JOINT:
-            check_measurable(interactions.num_users, interactions.num_items)
+            check_size(interactions.num_users, interactions.num_items)
             _check_withheld(interactions, config.train)
         if vectors is not None:
             corpus = corpus_with_text(interactions, vectors.rows(interactions))

@@ -25,7 +25,7 @@ from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.privacy.attacks.ridge import Release, Ridge, design, multi_hot, right_singular_vectors, silent, whole
 
-MIN_USERS = 20  # some to train on, others to attack
+_MIN_USERS = 20  # some to train on, others to attack
 _CHUNK = 256
 
 
@@ -155,12 +155,19 @@ class _Half:
     target: np.ndarray  # [fitted, rank] or [fitted, i]: their histories less the mean history
 
 
+def check_size(num_users: int, num_items: int, config: AttackConfig = _DEFAULT) -> None:
+    """Raise UserError where data is too small to attack, and so to train both agents on, whose planner weighs exposure."""
+    if num_users < _MIN_USERS or num_items <= config.k:
+        raise UserError(
+            f"{num_users:,} users and {num_items:,} items are too few for both agents: what each egress level gives away is measured "
+            f"on them, which takes at least {_MIN_USERS} users and {config.k + 1} items. Use a smaller --k-core or more data, or train "
+            "the baseline (--preset sasrec)"
+        )
+
+
 def _split(private: sparse.csr_matrix, config: AttackConfig) -> list[_Half]:
     num_users, num_items = private.get_shape()
-    if num_users < MIN_USERS:
-        raise UserError(f"got {num_users} users; the attack needs at least {MIN_USERS} to train on some and attack others")
-    if num_items <= config.k:
-        raise UserError(f"got {num_items} items; recall@{config.k} says nothing unless the catalogue is larger")
+    check_size(num_users, num_items, config)
     parts = np.array_split(np.random.default_rng(config.seed).permutation(num_users), 2)
     halves = []
     for attackers, others in (parts, parts[::-1]):

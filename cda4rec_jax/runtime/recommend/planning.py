@@ -140,8 +140,7 @@ class RequestPlanner:
         self._tables = tables
 
         def request(tables: ItemTables, history: HistoryBatch, **situation: Any) -> jax.Array:
-            facts = facts_of(history, tables, max_cache_age)
-            return pack(typical_contexts(facts, trained_for.scales, **situation, config=ContextConfig()))[0]
+            return pack(_typical_context(history, tables, trained_for.scales, max_cache_age=max_cache_age, **situation))[0]
 
         def drawn(history: HistoryBatch, draw: jax.Array) -> Context:
             return sample_contexts(
