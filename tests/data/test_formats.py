@@ -155,7 +155,7 @@ def test_unusable_interactions_are_refused(recbole: Callable[..., str], inter: s
         (EVENTS, "found u1, a, 30: the first line must name the columns"),
         ("user_id\titem_id\nu1\ta\n", "number them 0, 1, 2, ..."),
         ((INTER + EVENTS).encode("utf-16"), "line 1: not utf-8 text: byte 0xff; save the file as utf-8"),
-        (gzip.compress(INTER.encode()), "line 1: not utf-8 text: byte 0x8b; save the file as utf-8, and not compressed"),
+        (gzip.compress(INTER.encode(), mtime=0), "line 1: not utf-8 text: byte 0x8b; save the file as utf-8, and not compressed"),
         ("\t".join(f"\x1b[3{column % 8}m{column}" for column in range(99)), "found \\x1b[30m0, \\x1b[31m1, "),
     ],
 )
