@@ -91,6 +91,7 @@ def test_diff_of_a_run_with_itself_agrees(cli: Cli, tmp_path: Path) -> None:
     [
         ("explain --run RUN --user nobody", "unknown user 'nobody'"),
         (f"explain --run RUN --user {USER} --round-trip-ms -3", "numbers of 0 or more, got round_trip_ms -3.0"),
+        (f"explain --run RUN --user {USER} --link offline --round-trip-ms 9", "an offline device has no round_trip_ms: leave"),
         ("explain --run nowhere --user u", "There is no run at"),
         ("record --run RUN --traces FOLDER/t.jsonl --requests 0", "--requests must be above 0, got 0"),
         ("record --run RUN --traces FOLDER/no/t.jsonl", "cannot write traces to"),

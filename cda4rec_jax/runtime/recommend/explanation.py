@@ -11,14 +11,15 @@ from jaxtyping import Int
 
 from cda4rec_jax.array_typing import Array
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.messages import Context, EgressLevel
+from cda4rec_jax.messages import Context, EgressLevel, Link
 from cda4rec_jax.planner import ContextConfig, Decision, PlanTerms, allowed, ranked_terms
 from cda4rec_jax.planner.counterfactual import Flip, context_axes, forbidding_rules, nearest_flips
 from cda4rec_jax.runtime.recommend.planning import Situation, choose, score_plans
 from cda4rec_jax.runtime.recommend.recommender import Recommender
 from cda4rec_jax.runtime.traces import StoredContext, stored_context
 
-_AMOUNTS = ("free_memory_mb", "round_trip_ms", "uplink_kbps", "downlink_kbps")
+_OF_THE_LINK = ("round_trip_ms", "uplink_kbps", "downlink_kbps")
+_AMOUNTS = ("free_memory_mb", *_OF_THE_LINK)
 _PRICES = {"price_of_time": "utility_per_ms", "price_of_energy": "utility_per_mj", "price_of_exposure": "utility_per_exposure"}
 
 
@@ -58,9 +59,12 @@ class Departures:
         """The request (b = 1) as it departs.
 
         Raises:
-            UserError: the history is too short for the cache, or it has an age without a level or a level without an age.
+            UserError: the history is too short for the cache, it has an age without a level or a level without an age, or the device
+                is offline and the speed of its link is named.
         """
         given = self._given()
+        if int(context.link[0]) == Link.OFFLINE and (named := [name for name in _OF_THE_LINK if name in given]):
+            raise UserError(f"an offline device has no {', '.join(named)}: leave that out, or name another link than offline")
         oldest = max(0, min(max_cache_age, int(context.history_length[0]) - 1))
         age = int(context.cache_age_events[0]) if self.cache_age_events is None else self.cache_age_events
         level = EgressLevel(int(context.cache_level[0])) if self.cache_level is None else self.cache_level
