@@ -15,8 +15,8 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])}
 
 
-def outputs_of_job(command: Callable[[str, int], list[str]], num_processes: int = 2) -> list[list[str]]:
-    """Lines that each process printed of a job over loopback, one device each; ``command`` takes the coordinator and the number."""
+def outputs_of_job(command: Callable[[str, int], list[str]], num_processes: int = 2, devices: int = 1) -> list[list[str]]:
+    """Lines that each process printed of a job over loopback, so many devices each; ``command`` takes the coordinator and the number."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -24,7 +24,7 @@ def outputs_of_job(command: Callable[[str, int], list[str]], num_processes: int 
         processes = []
         for number in range(num_processes):
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            process = subprocess.Popen(command(coordinator, number), env=environment(1), **pipes)
+            process = subprocess.Popen(command(coordinator, number), env=environment(devices), **pipes)
             processes.append(opened.enter_context(process))
             opened.callback(process.kill)  # JAX catches SIGTERM
         ended = [process.communicate(timeout=DEADLINE_S) for process in processes]

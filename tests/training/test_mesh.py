@@ -16,6 +16,20 @@ from cda4rec_jax.training.mesh import Layout, make_mesh, parse_mesh, rows_multip
 from tests.devices import DEADLINE_S, environment, outputs_of_job
 
 PROGRAM = "import sys; from cda4rec_jax.cli import main; sys.exit(main())"
+STOPPED = """
+import signal, sys
+from cda4rec_jax.cli import console, main
+
+shown = console.TrainingView.watch
+
+def watch(view, progress):
+    shown(view, progress)
+    if progress.values and progress.step == 40:
+        signal.raise_signal(signal.SIGINT)
+
+console.TrainingView.watch = watch
+sys.exit(main() != 130)
+"""
 EIGHT, TWO_BY_FOUR = ("data=8", "items=8"), "data=4,items=2"
 
 
@@ -110,16 +124,22 @@ def test_what_is_placed_comes_back_without_padding() -> None:
     jax.tree.map(np.testing.assert_array_equal, layout.local(placed), tree)
 
 
-def test_two_processes_train_as_one_process_does(tiny_run: Path, tiny_baseline: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does_and_one_goes_on_where_they_stopped(
+    tiny_run: Path, tiny_baseline: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    arguments = ["train", "--preset", "sasrec-tiny", "--data", str(tiny_run / "data"), "--out", str(run), "--mesh", "data=2"]
+    data = ["--preset", "sasrec-tiny", "--data", str(tiny_run / "data")]
+    arguments = ["train", *data, "--out", str(run), "--mesh", "data=2,items=2"]
 
     def command(coordinator: str, number: int) -> list[str]:
         job = ["--coordinator", coordinator, "--num-processes", "2", "--process-id", str(number)]
-        return [sys.executable, "-c", PROGRAM, *arguments, *job]
+        return [sys.executable, "-c", STOPPED, *arguments, *job]
 
-    told = outputs_of_job(command)
-    assert told[0][-1].startswith("trained: ") and not told[1]
+    told = outputs_of_job(command, devices=2)
+    assert told[0] and not told[1]
+    assert RunDirectory.open(run).metrics()[-1]["step"] == 40
+    alone = [sys.executable, "-c", PROGRAM, "train", "--resume", "--out", str(run)]
+    subprocess.run(alone, check=True, capture_output=True, timeout=DEADLINE_S, env=environment(1))
     one, two = (RunDirectory.open(path) for path in (tiny_baseline, run))
     rows = [[(row["step"], row["phase"], row.get("loss", row.get("ndcg@10"))) for row in each.metrics()] for each in (two, one)]
     values = [np.asarray([row[2] for row in each], np.float64) for each in rows]
