@@ -5,6 +5,7 @@ divided index instead. The job is one process of two.
 """
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def answer(trained: TrainedSystem, mesh: str, plan: str) -> dict[str, Any]:
 
 def main() -> None:
     """Answer every case."""
+    gc.set_threshold(20_000, 20, 20)  # as in conftest.py; every case traces a program of its own
     parser = argparse.ArgumentParser()
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--job", nargs=2)

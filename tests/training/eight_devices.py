@@ -3,6 +3,7 @@
 ``python eight_devices.py TINY_RUN TINY_BASELINE FOLDER``, both runs of one device, and a folder to write to.
 """
 
+import gc
 import json
 import re
 import signal
@@ -130,6 +131,7 @@ def refused() -> str:
 
 def main(tiny: Path, baseline: Path, folder: Path) -> None:
     """Run everything."""
+    gc.set_threshold(20_000, 20, 20)  # as in conftest.py; every trainer traces its own step
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     found = {
         "few_steps": few_steps(baseline, folder),
