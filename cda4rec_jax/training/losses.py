@@ -94,9 +94,10 @@ def in_batch_loss(
 ) -> Float[Array, ""]:
     """As ``catalogue_loss``, with a normaliser that is estimated from the other targets of the batch.
 
-    The T positions with a target are T draws from the items' shares q of all interactions. An item that came up several times is one
-    negative, corrected by the log of the probability ``1 - (1 - q)^T`` that it came up at all (Horvitz and Thompson, 1952), which
-    is ``log(T q)`` of Yi et al. (RecSys 2019, doi 10.1145/3298689.3346996) for a rare item; the target itself is left out.
+    The T positions with a target are taken as T independent draws from the items' shares q of all interactions. An item that came up
+    several times is one negative, corrected by the log of the probability ``1 - (1 - q)^T`` that it came up at all (Horvitz and
+    Thompson, 1952), which is ``log(T q)`` of Yi et al. (RecSys 2019, doi 10.1145/3298689.3346996) for a rare item; the target itself is
+    left out.
 
     Args:
         log_probabilities: ``log q`` of each position's target.
