@@ -18,11 +18,12 @@ import pytest
 import cda4rec_jax
 from cda4rec_jax.cli import main
 from cda4rec_jax.cli.bench import BenchTrain
-from cda4rec_jax.cli.commands import COMMANDS
+from cda4rec_jax.cli.commands import COMMANDS, Train
 from cda4rec_jax.cli.plan import PlanDiff, PlanExplain, PlanRecord, PlanReplay
 from cda4rec_jax.cli.quickstart import unused
 from cda4rec_jax.data import load_prepared
 from cda4rec_jax.data.text_vectors import load_text_vectors
+from cda4rec_jax.presets import preset
 from cda4rec_jax.privacy.ledger import Ledger
 from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.artifacts import load_corpus
@@ -204,6 +205,30 @@ def test_a_run_is_replaced_only_when_asked(refused: Callable[..., str], run_copy
 def test_resume_takes_no_settings_and_needs_a_run(refused: Callable[..., str], tiny_run: Path, tmp_path: Path) -> None:
     assert "--resume goes on as the run began" in refused("train", "--resume", "--out", tiny_run, "--epochs", 3)
     assert "There is no run at" in refused("train", "--resume", "--out", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--sampled-items 64", "add --loss sampled, or leave it out"),
+        ("--sampled-items 64 --loss in-batch", "add --loss sampled, or leave it out"),
+        ("--loss sampled --sampled-items 0", "--sampled-items must be above 0, got 0"),
+        ("--label-smoothing 1", "--label-smoothing must be less than 1"),
+        ("--label-smoothing -0.1", "--label-smoothing must be 0 or more, got -0.1"),
+    ],
+)
+def test_a_loss_is_refused_for_what_is_wrong_with_it(
+    flags: str, message: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    assert message in refused("train", "--preset", "tiny", "--out", tmp_path / "run", *flags.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_loss_of_the_flags_is_that_of_the_configuration() -> None:
+    asked = Train(preset="sasrec-tiny", loss="sampled", sampled_items=64, label_smoothing=0.1)
+    train = asked._configured(asked._changes()).train
+    assert (train.loss, train.sampled_items, train.label_smoothing) == ("sampled", 64, 0.1)
+    assert Train(preset="sasrec-tiny")._configured({}).train == preset("sasrec-tiny", "synthetic").train
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,13 @@ class Train:
     """Events that every user and every item must have; the preset's (5) if not given."""
     rows_per_batch: int | None = None
     """Packed rows of one step, over all devices; the preset's if not given."""
+    loss: Literal["full", "sampled", "in-batch"] | None = None
+    """What the agents' next-item loss sums over: all items, items drawn by popularity, or the targets of the batch; the last two with
+    logQ correction. The preset's (full) if not given."""
+    sampled_items: int | None = None
+    """Items that one step of --loss sampled draws; the preset's (1024) if not given."""
+    label_smoothing: float | None = None
+    """Share of the label that goes from the next item to all items, 0 to less than 1; the preset's (0) if not given."""
     accumulation_steps: int | None = None
     """Parts into which the rows of a step are cut to save memory: the gradient is that of all. The preset's (1) if not given."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
@@ -211,6 +218,14 @@ class Train:
         require_positive(self.k_core, "--k-core")
         require_positive(self.rows_per_batch, "--rows-per-batch")
         require_positive(self.accumulation_steps, "--accumulation-steps")
+        require_positive(self.sampled_items, "--sampled-items")
+        require_positive(self.label_smoothing, "--label-smoothing", or_zero=True)
+        if self.label_smoothing is not None and self.label_smoothing >= 1:
+            raise UserError(
+                f"--label-smoothing must be less than 1, of which the next item keeps the rest, got {self.label_smoothing}"
+            )
+        if self.sampled_items is not None and self.loss != "sampled":
+            raise UserError("--sampled-items says how many items --loss sampled draws: add --loss sampled, or leave it out")
         changes = {
             "epochs": self.epochs,
             "learning_rate": self.learning_rate,
@@ -220,6 +235,9 @@ class Train:
             "rows_per_batch": self.rows_per_batch,
             "accumulation_steps": self.accumulation_steps,
             "compute_dtype": self.compute_dtype,
+            "loss": self.loss,
+            "sampled_items": self.sampled_items,
+            "label_smoothing": self.label_smoothing,
         }
         return {name: value for name, value in changes.items() if value is not None}
 

@@ -6,6 +6,7 @@ from typing import Literal
 from cda4rec_jax.planner import Objective
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+NextItemLoss = Literal["full", "sampled", "in-batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,8 @@ class TrainConfig:
     seed: int = 0
     epochs: int
     rows_per_batch: int
-    accumulation_steps: int = 1  # parts into which a batch's rows are cut, one after the other; the gradient is that of the whole
+    # Parts into which a batch's rows are cut, one after the other. The gradient is that of the whole; negatives are those of a part.
+    accumulation_steps: int = 1
     compute_dtype: ComputeDtype = "auto"  # of the decoders' products; auto: bfloat16 on GPU and TPU, float32 on CPU
     learning_rate: float
     final_learning_rate_share: float = 0.05  # of the cosine schedule
@@ -23,6 +25,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip_norm: float = 5.0
     ema_decay: float = 0.0  # of the trunk weights that are evaluated and saved; 0 takes the weights themselves
+    loss: NextItemLoss = "full"  # what the trunks' loss is normalised over: all items, drawn ones, or the targets of a batch
+    sampled_items: int = 1024  # of the loss "sampled": draws of one step, which all tokens of an agent share
+    label_smoothing: float = 0.0  # share of the label that goes from the target to all items, under any of these losses
     loss_chunk: int | None = None  # tokens whose logits exist at a time; None leaves it to the kernel
     max_seconds: float = 0.0  # stop training the trunks after so much wall time, each time that they are trained; 0 has no limit
     patience: int = 3  # evaluations without a better validation ndcg@10

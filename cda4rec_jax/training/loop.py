@@ -29,6 +29,7 @@ from cda4rec_jax.runs.processes import any_process, from_first
 from cda4rec_jax.training.batches import TrainingSource, batch_iterator, withheld_events
 from cda4rec_jax.training.mesh import Layout, rows_multiple
 from cda4rec_jax.training.observations import KeptObservations
+from cda4rec_jax.training.sampling import ItemShares
 from cda4rec_jax.training.step import StepConfig, TrainState, jitted_steps, optimizers, split_system
 
 LOG_EVERY_STEPS = 10
@@ -108,6 +109,7 @@ class Trainer:
         self.tables = corpus.tables(
             corpus.statistics(None if withheld is None else withheld.counts), config.system.resident_items
         )
+        self._shares = None if train.loss == "full" else ItemShares.of(np.asarray(self.tables.train_counts))
         self.num_steps = len(self.source)
         system = System(config.system, jnp.asarray(corpus.text), corpus.prefix_size, rngs=nnx.Rngs(train.seed))
         self.graph, trunk, deciders, self.frozen = split_system(system)
@@ -170,6 +172,7 @@ class Trainer:
     def _place_constants(self) -> None:
         """Bring what the steps read and never change to where they want it."""
         self._constants = self.layout.place((self.frozen, self.tables, self._world))
+        self._placed_shares = self.layout.place(self._shares)
 
     def fit(self, *, resume: bool = False) -> Any:
         """Train to the end and return the weights.
@@ -219,7 +222,7 @@ class Trainer:
         for step in range(int(self.state.step), self.num_steps):
             batch, (frozen, tables, world) = next(iterator), self._constants
             given = (frozen, None, None) if batch.withheld is None else (frozen, tables, world)
-            self.state, values = self._joint(self.state, self.layout.place_batch(batch), *given)
+            self.state, values = self._joint(self.state, self.layout.place_batch(batch), *given, self._placed_shares)
             latest |= values
             self._log(self._trunk_phase, step + 1, self.num_steps, latest)
             self.position.iterator = iterator.get_state()

@@ -1,6 +1,7 @@
 """The terms of the joint loss, and other losses over the catalogue, as pure functions.
 
-Item 0 is padding: it is no class, no negative, and a token that has it as target counts nothing.
+Item 0 is padding: it is no class, no negative, and a token that has it as target counts nothing. The three cross-entropies are those of
+``kernels/linear_cross_entropy``, which never has logits of all tokens in memory, and take label smoothing.
 """
 
 from typing import Any
@@ -38,34 +39,31 @@ def catalogue_loss(
 ) -> Float[Array, ""]:
     """Mean next-item cross-entropy over the full catalogue at the positions with a target; 0 where there is none.
 
-    With label smoothing (Szegedy et al., arXiv 1512.00567) the label is the target with probability ``1 - eps`` and any of the items,
-    the target among them, with ``eps``: ``log Z - (1 - eps) h . e_target - eps h . mean(e)``. The mean logit is the logit of the mean
-    vector, so smoothing costs no second pass over the catalogue.
-
     Args:
+        chunk_size: tokens whose logits exist at a time; None leaves it to ``linear_cross_entropy``, where the loss is made.
+        label_smoothing: share of the label that goes from the target to all items (Szegedy et al., arXiv 1512.00567).
         num_targets: what to divide the sum by; None counts the targets. A part of a batch passes the number of the whole.
         num_items: number of items where more rows of padding follow them; None takes all rows but the first.
         mesh: devices to split tokens and items over, see ``linear_cross_entropy``.
     """
-    flat, tokens = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
-    weights = (flat > 0).astype(jnp.float32)
-    total = linear_cross_entropy(tokens, item_vectors, flat, weights, chunk_size=chunk_size, num_items=num_items, mesh=mesh)
-    if label_smoothing:
-        mean_vector = jnp.mean(item_vectors[1 : None if num_items is None else num_items + 1], axis=0)
-        moved = jnp.sum(tokens * (item_vectors[flat] - mean_vector[None]), axis=1)
-        total = total + label_smoothing * jnp.sum(weights * moved)
-    return total / jnp.maximum(jnp.sum(weights) if num_targets is None else num_targets, 1.0)
+    options = {"chunk_size": chunk_size, "label_smoothing": label_smoothing, "num_items": num_items, "mesh": mesh}
+    return _mean_over_targets(hidden, item_vectors, targets, num_targets, options)
 
 
 def sampled_softmax_loss(
-    hidden: Float[Array, "t d"],
+    hidden: Float[Array, "r t d"],
     item_vectors: ItemVectors,
-    targets: Int[Array, "t"],
-    weights: Float[Array, "t"],
-    negatives: Int[Array, "*t k"],
-    log_probabilities: Float[Array, "*t k"],
+    targets: PackedInts,
+    negatives: Int[Array, "k"],
+    log_probabilities: Float[Array, "k"],
+    chunk_size: int | None,
+    label_smoothing: float = 0.0,
+    *,
+    num_targets: Float[Array, ""] | None = None,
+    num_items: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
-    """Cross-entropy whose normaliser is estimated from sampled negatives, weighted mean over tokens; 0 without any weight.
+    """As ``catalogue_loss``, with a normaliser that is estimated from sampled negatives.
 
     ``-log(exp(s_+) / (exp(s_+) + sum_j exp(s_j - log(k q_j))))`` over the negatives j that are not the target, with s the dot products.
     Subtracting the log of the expected number of draws (Bengio and Senecal, 2008; for retrieval Yi et al., RecSys 2019,
@@ -73,51 +71,56 @@ def sampled_softmax_loss(
     go to those of the full cross-entropy as k grows. The target is no draw, so it is not corrected (arXiv 2507.09331).
 
     Args:
-        hidden: output of the decoder, one row for each token.
-        item_vectors: row 0 is padding.
-        targets: item index of the next item.
-        weights: weight of each token.
-        negatives: k item indices drawn with replacement, shared by all tokens [k] (a matrix product) or for each token [t, k]
-            (a gather of [t, k, d]).
-        log_probabilities: ``log q`` of each of these draws, in the same shape.
+        negatives: k item indices drawn with replacement, shared by all tokens.
+        log_probabilities: ``log q`` of each of these draws.
+        chunk_size, label_smoothing, num_targets, num_items, mesh: as in ``catalogue_loss``; all items take part in smoothing.
     """
-    logits = _negative_logits(hidden, item_vectors, negatives) - _per_token(log_probabilities) - jnp.log(negatives.shape[-1])
-    allowed = (_per_token(negatives) != targets[:, None]) & (_per_token(negatives) > 0)
-    return _weighted_mean(
-        _estimated_cross_entropy(_target_logits(hidden, item_vectors, targets), logits, allowed), targets, weights
-    )
+    options = {"chunk_size": chunk_size, "label_smoothing": label_smoothing, "num_items": num_items, "mesh": mesh}
+    options |= {"sampled": negatives, "log_counts": log_probabilities + jnp.log(len(negatives))}
+    return _mean_over_targets(hidden, item_vectors, targets, num_targets, options)
 
 
 def in_batch_loss(
-    hidden: Float[Array, "t d"],
+    hidden: Float[Array, "r t d"],
     item_vectors: ItemVectors,
-    targets: Int[Array, "t"],
-    weights: Float[Array, "t"],
-    log_probabilities: Float[Array, "t"],
+    targets: PackedInts,
+    log_probabilities: Float[Array, "r t"],
+    chunk_size: int | None,
+    label_smoothing: float = 0.0,
+    *,
+    num_targets: Float[Array, ""] | None = None,
+    num_items: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
-    """Sampled softmax whose negatives are the other targets of the batch, weighted mean over tokens; 0 without any weight.
+    """As ``catalogue_loss``, with a normaliser that is estimated from the other targets of the batch.
 
-    The T tokens that count are T draws from the items' shares q of all interactions. An item that came up several times is one
-    negative, corrected by the log of the probability ``1 - (1 - q)^T`` that it came up at all (Horvitz and Thompson, 1952), which
-    is ``log(T q)`` of Yi et al. (RecSys 2019, doi 10.1145/3298689.3346996) for a rare item; the target itself is left out.
+    The T positions with a target are taken as T independent draws from the items' shares q of all interactions. An item that came up
+    several times is one negative, corrected by the log of the probability ``1 - (1 - q)^T`` that it came up at all (Horvitz and
+    Thompson, 1952), which is ``log(T q)`` of Yi et al. (RecSys 2019, doi 10.1145/3298689.3346996) for a rare item; the target itself is
+    left out.
 
     Args:
-        hidden: output of the decoder, one row for each token.
-        item_vectors: row 0 is padding.
-        targets: item index of the next item.
-        weights: weight of each token; a token of weight 0 is no negative either.
-        log_probabilities: ``log q`` of each token's target.
+        log_probabilities: ``log q`` of each position's target.
+        chunk_size, label_smoothing, num_targets, num_items, mesh: as in ``catalogue_loss``; all items take part in smoothing.
     """
-    counted = (targets > 0) & (weights > 0)
-    same = targets[:, None] == targets[None, :]
-    first = jnp.argmax(same & counted[None, :], axis=1) == jnp.arange(len(targets))
-    log_rest = jnp.log1p(-jnp.exp(jnp.minimum(log_probabilities, -1e-6)))  # finite also where q is 1
-    log_inclusion = jnp.log(-jnp.expm1(jnp.sum(counted) * log_rest))
-    logits = hidden @ item_vectors[targets].T - jnp.where(counted, log_inclusion, 0.0)[None]
-    allowed = (counted & first)[None] & ~same
-    return _weighted_mean(
-        _estimated_cross_entropy(_target_logits(hidden, item_vectors, targets), logits, allowed), targets, weights
-    )
+    flat = targets.reshape(-1)
+    order = jnp.argsort(flat)
+    ordered = flat[order]
+    distinct = jnp.where(jnp.diff(ordered, prepend=0) != 0, ordered, 0)
+    log_rest = jnp.log1p(-jnp.exp(jnp.minimum(log_probabilities.reshape(-1)[order], -1e-6)))  # finite also where q is 1
+    log_inclusion = jnp.log(-jnp.expm1(jnp.sum(flat > 0) * log_rest))
+    options = {"chunk_size": chunk_size, "label_smoothing": label_smoothing, "num_items": num_items, "mesh": mesh}
+    options |= {"sampled": distinct, "log_counts": jnp.where(distinct > 0, log_inclusion, 0.0)}
+    return _mean_over_targets(hidden, item_vectors, targets, num_targets, options)
+
+
+def _mean_over_targets(
+    hidden: Array, item_vectors: Array, targets: Array, num_targets: Array | None, options: dict[str, Any]
+) -> Float[Array, ""]:
+    flat, tokens = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
+    weights = (flat > 0).astype(jnp.float32)
+    total = linear_cross_entropy(tokens, item_vectors, flat, weights, **options)
+    return total / jnp.maximum(jnp.sum(weights) if num_targets is None else num_targets, 1.0)
 
 
 def gbce_loss(
@@ -133,6 +136,9 @@ def gbce_loss(
     ``-(beta log sigma(s_+) + sum_j log(1 - sigma(s_j))) / (k + 1)`` with ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)`` and
     ``alpha = k / (items - 1)`` (Petrov and Macdonald, arXiv 2308.07192). The paper transforms the positive logit into
     ``log(1 / (sigma(s_+)^-beta - 1))``, whose log sigmoid is ``beta log sigma(s_+)``. A negative that is the target counts nothing.
+
+    It has the [t, k] logits in memory: its one caller, gSASRec, draws anew for each row, so that k is some hundreds beside the tokens of
+    one row. There is no label to smooth, since beta, not a distribution over the items, says what the target weighs.
 
     Args:
         hidden: output of the decoder, one row for each token.
@@ -172,13 +178,6 @@ def _target_logits(hidden: Float[Array, "t d"], item_vectors: ItemVectors, targe
 
 def _per_token(draws: Array) -> Array:
     return draws[None] if draws.ndim == 1 else draws
-
-
-def _estimated_cross_entropy(
-    positive: Float[Array, "t"], negative: Float[Array, "t k"], allowed: Bool[Array, "t k"]
-) -> Float[Array, "t"]:
-    negative = jnp.where(allowed, negative, -jnp.inf)
-    return jax.nn.logsumexp(jnp.concatenate([positive[:, None], negative], axis=1), axis=1) - positive
 
 
 def _weighted_mean(losses: Float[Array, "t"], targets: Int[Array, "t"], weights: Float[Array, "t"]) -> Float[Array, ""]:

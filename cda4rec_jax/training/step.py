@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
-from cda4rec_jax.array_typing import Array
+from cda4rec_jax.array_typing import Array, ItemVectors, PackedInts
 from cda4rec_jax.links import LinkConfig
 from cda4rec_jax.messages import SequenceBatch
 from cda4rec_jax.pipeline.catalogue import ItemTables, build_catalogue
@@ -26,10 +26,12 @@ from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.planner import ContextConfig, plan_quality
 from cda4rec_jax.training.batches import TrainingBatch, micro_batch
 from cda4rec_jax.training.config import ComputeDtype, TrainConfig
-from cda4rec_jax.training.losses import catalogue_loss, decision_loss, fusion_loss
+from cda4rec_jax.training.losses import catalogue_loss, decision_loss, fusion_loss, in_batch_loss, sampled_softmax_loss
 from cda4rec_jax.training.mesh import Layout
 from cda4rec_jax.training.observations import Observation, observe
+from cda4rec_jax.training.sampling import ItemShares
 
+NEGATIVES = 71  # keeps the draw of a trunk's negatives apart from its dropout
 REDRAW_STRIDE = 1_000_003  # keeps the further contexts of a step apart from the contexts of all other steps
 
 
@@ -129,13 +131,36 @@ def _num_targets(batch: SequenceBatch | None) -> Float[Array, ""] | None:
     return None if batch is None else jnp.sum(batch.targets > 0, dtype=jnp.float32)
 
 
+def next_item_loss(
+    hidden: Float[Array, "r t d"],
+    item_vectors: ItemVectors,
+    targets: PackedInts,
+    key: PRNGKeyArray,
+    num_targets: Float[Array, ""] | None,
+    train: TrainConfig,
+    layout: Layout,
+    shares: ItemShares | None,
+) -> Float[Array, ""]:
+    """The loss of ``train.loss``; ``shares`` is where a loss other than "full" finds the items' distribution."""
+    options: Any = {"num_targets": num_targets, "num_items": layout.num_rows - 1, "mesh": layout.mesh}
+    common = (train.loss_chunk, train.label_smoothing)
+    if train.loss == "full":
+        return catalogue_loss(hidden, item_vectors, targets, *common, **options)
+    assert shares is not None
+    if train.loss == "in-batch":
+        return in_batch_loss(hidden, item_vectors, targets, shares.log_share(targets), *common, **options)
+    negatives = shares.draw(jax.random.fold_in(key, NEGATIVES), train.sampled_items)
+    return sampled_softmax_loss(hidden, item_vectors, targets, negatives, shares.log_share(negatives), *common, **options)
+
+
 def trunk_loss(
     system: System,
     batch: TrainingBatch,
     key: PRNGKeyArray,
     totals: dict[str, Float[Array, ""] | None],
-    chunk_size: int | None,
+    train: TrainConfig,
     layout: Layout,
+    shares: ItemShares | None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Next-item cross-entropy of the cloud agent at its egress levels, and of the device agent on the whole history.
 
@@ -144,16 +169,14 @@ def trunk_loss(
     """
     text_key, cloud_key, device_key = jax.random.split(key, 3)
     vectors = system.cloud.items.vectors(text_key)
-    options: Any = {"chunk_size": chunk_size, "num_items": layout.num_rows - 1, "mesh": layout.mesh}
-    cloud = catalogue_loss(
-        system.cloud(batch.cloud, vectors, cloud_key), vectors, batch.cloud.targets, num_targets=totals["cloud"], **options
-    )
+    loss = partial(next_item_loss, train=train, layout=layout, shares=shares)
+    hidden = system.cloud(batch.cloud, vectors, cloud_key)
+    cloud = loss(hidden, vectors, batch.cloud.targets, cloud_key, totals["cloud"])
     if system.device is None or batch.device is None:
         return cloud, {"cloud_loss": cloud}
     own = system.device.item_vectors(vectors)
-    device = catalogue_loss(
-        system.device(batch.device, own, device_key), own, batch.device.targets, num_targets=totals["device"], **options
-    )
+    hidden = system.device(batch.device, own, device_key)
+    device = loss(hidden, own, batch.device.targets, device_key, totals["device"])
     return cloud + device, {"cloud_loss": cloud, "device_loss": device}
 
 
@@ -210,13 +233,14 @@ def trunk_gradient(
     graph: nnx.GraphDef,
     config: StepConfig,
     layout: Layout,
+    shares: ItemShares | None = None,
 ) -> tuple[tuple[Float[Array, ""], dict[str, Array]], Any]:
     """Loss, its parts, and the gradient of the trunks, in float32 whatever the decoders compute in."""
     dtype, parts = compute_dtype(config.train.compute_dtype), config.train.accumulation_steps
 
     def loss(trunk: Any, batch: TrainingBatch, key: PRNGKeyArray, totals: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
         system = nnx.merge(graph, in_compute_dtype(trunk, dtype), state.deciders, frozen)
-        return trunk_loss(system, batch, key, totals, config.train.loss_chunk, layout)
+        return trunk_loss(system, batch, key, totals, config.train, layout, shares)
 
     with_gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
@@ -242,16 +266,20 @@ def joint_step(
     frozen: Any,
     tables: ItemTables | None,
     world: PlanningWorld | None,
+    shares: ItemShares | None = None,
     *,
     graph: nnx.GraphDef,
     config: StepConfig,
     num_steps: int,
     layout: Layout,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update of everything; without a ``world`` (SASRec; most steps of a joint run) the deciders stay as they are."""
+    """One update of everything; without a ``world`` (SASRec; most steps of a joint run) the deciders stay as they are.
+
+    Negatives are a function of the state's key and step, so that a run that goes on draws those of one that was not stopped.
+    """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl="unsafe_rbg"), state.step)
     progress = state.step.astype(jnp.float32) / num_steps
-    (total, metrics), trunk_gradients = trunk_gradient(state, batch, frozen, key, graph, config, layout)
+    (total, metrics), trunk_gradients = trunk_gradient(state, batch, frozen, key, graph, config, layout, shares)
 
     def loss(deciders: Any) -> tuple[Array, dict[str, Array]]:
         if world is None or tables is None or batch.withheld is None:

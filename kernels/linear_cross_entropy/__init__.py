@@ -1,4 +1,4 @@
-"""Next-item cross-entropy over the whole catalogue, without the [tokens, items] logits."""
+"""Next-item cross-entropy over the whole catalogue or over sampled items, without the logits of all tokens."""
 
 from cda4rec_jax.kernels.linear_cross_entropy.api import linear_cross_entropy
 

@@ -5,6 +5,9 @@
 // chunk. All three products are sums in registers, and both gradients are added up in place: what XLA's chunked version spends beside its
 // products (a copy of the items' gradient for every chunk, passes over logits in memory) does not happen.
 //
+// The variant with sampled items (../linear_cross_entropy/sampled.py) has the same chunks of tokens; its items are the sampled ones. Of
+// each token it leaves out the rows that are its own target, whose logit is given, and is a term of its sum.
+//
 // Where the processor has a matrix unit, all three products are made there, of operands split in two (see ../matrix_unit.h), unless
 // `exact` forbids it.
 
@@ -58,6 +61,15 @@ void multiply(const float* a, int64_t row_stride, int64_t step, int64_t rows, in
   }
 }
 
+// A logit below it is that of a row that is left out: LEFT_OUT of sampled.py, however its product was rounded.
+constexpr float kLeftOut = -1e30f, kBelowIsLeftOut = 0.5f * kLeftOut;
+
+// What the variant with sampled items has of each token: the rows that are its target (from -1 on without a target), and the logit of it.
+struct Sampled {
+  const int32_t* hits = nullptr;
+  const float* target_logits = nullptr;
+};
+
 // One chunk of tokens against all items. `scratch` has room for its exponentials, [items, tokens].
 class Chunk {
  public:
@@ -66,12 +78,14 @@ class Chunk {
       : hidden(hidden), items(items), num_rows(num_rows), width(width), size(size), block_items(block_items),
         token_stride(token_stride), channel_stride(channel_stride), exponentials(scratch),
         num_blocks((num_rows - 1 + block_items - 1) / block_items), num_pieces(std::min(pieces, num_blocks)), maxima(num_blocks * size),
-        sums(num_blocks * size), greatest(size), totals(size), d_hidden(num_pieces * size * width), scales(num_pieces * size) {}
+        sums(num_blocks * size), greatest(size), totals(size), d_hidden(num_pieces * size * width), scales(num_pieces * size),
+        target_logits(size) {}
   virtual ~Chunk() = default;
 
   // Token j of the chunk is tokens[j]; those from `count` on are padding, of weight 0.
   void take(const int32_t* tokens, const float* weights, int64_t count) {
     this->tokens = tokens, this->weights = weights, this->count = count;
+    for (int64_t j = 0; sampled.hits && j < size; ++j) target_logits.data()[j] = j < count ? sampled.target_logits[tokens[j]] : 0.0f;
     pack();
   }
 
@@ -81,24 +95,19 @@ class Chunk {
       float *out = weighted(block), *most = maxima.data() + block * size, *sum = sums.data() + block * size;
       std::fill_n(most, size, -kInfinity);
       make_logits(piece, block, out, most);
-      for (int64_t column = 0; column < size; column += kLanes) {
-        Vector total = {}, shift = load(most + column);
-        for (int64_t row = 0; row < rows(block); ++row) {
-          float* at = out + row * size + column;
-          Vector value = exponential(load(at) - shift);
-          store(at, value);
-          total += value;
-        }
-        store(sum + column, total);
-      }
+      if (sampled.hits) leave_out_hits(block, out);
+      for (int64_t column = 0; column < size; column += kLanes)
+        store(sum + column, sampled.hits ? exponentials_of<true>(out + column, rows(block), load(most + column))
+                                         : exponentials_of<false>(out + column, rows(block), load(most + column)));
     }
   }
 
   // Of each token the greatest logit m, and sum_i exp(logit_i - m). Their logarithm together, m + log(sum), would round where m is large.
   void normalise() {
     for (int64_t column = 0; column < size; column += kLanes) {
-      Vector most = Vector{} - kInfinity, total = {};
+      Vector most = sampled.hits ? load(target_logits.data() + column) : Vector{} - kInfinity, total = {};
       for (int64_t block = 0; block < num_blocks; ++block) most = largest(load(maxima.data() + block * size + column), most);
+      if (sampled.hits) total = exponential(load(target_logits.data() + column) - most);
       for (int64_t block = 0; block < num_blocks; ++block)
         total += load(sums.data() + block * size + column) * exponential(load(maxima.data() + block * size + column) - most);
       store(greatest.data() + column, most);
@@ -132,7 +141,8 @@ class Chunk {
   int64_t token_stride, channel_stride;  // of the gradients of the hidden states
   float* exponentials;
   int64_t num_blocks, num_pieces;
-  Lines<float> maxima, sums, greatest, totals, d_hidden, scales;
+  Lines<float> maxima, sums, greatest, totals, d_hidden, scales, target_logits;
+  Sampled sampled;
   const int32_t* tokens = nullptr;
   const float* weights = nullptr;
   int64_t count = 0;
@@ -144,6 +154,29 @@ class Chunk {
   int64_t first_block(int64_t piece) const { return piece * num_blocks / num_pieces; }
   float* weighted(int64_t block) const { return exponentials + (begin(block) - 1) * size; }
   const float* state(int64_t j) const { return hidden + tokens[j] * width; }
+
+  // A block's greatest logit may be that of a hit: it is only a shift, and above the target's own by no more than the row's offset.
+  void leave_out_hits(int64_t block, float* out) const {
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t* range = sampled.hits + 2 * tokens[j];
+      int64_t last = std::min<int64_t>(range[1], begin(block) + rows(block));
+      for (int64_t row = std::max<int64_t>(range[0], begin(block)); row < last; ++row) out[(row - begin(block)) * size + j] = kLeftOut;
+    }
+  }
+
+  // Makes the logits of some tokens, a column, their exponentials less the shift (0 where they are left out), and gives the sums.
+  template <bool kSampled>
+  Vector exponentials_of(float* column, int64_t num_rows, Vector shift) const {
+    Vector total = {};
+    for (int64_t row = 0; row < num_rows; ++row) {
+      float* at = column + row * size;
+      Vector logits = load(at), value = exponential(logits - shift);
+      if constexpr (kSampled) value = logits < kBelowIsLeftOut ? Vector{} : value;
+      store(at, value);
+      total += value;
+    }
+    return total;
+  }
 
   // What all blocks take of the tokens.
   virtual void pack() = 0;
@@ -268,6 +301,27 @@ std::unique_ptr<Chunk> make_chunk(bool exact, const float* hidden, const float* 
   return std::make_unique<VectorChunk>(hidden, items, num_rows, width, size, pieces, scratch);
 }
 
+// The gradients of all tokens in `order` but for what their targets add. Calls put(token, its place in the chunk) when one is done.
+template <typename Put>
+void go_over(ffi::ThreadPool& pool, Chunk& chunk, const std::vector<int32_t>& order, int64_t each, const float* weights, float* to_items,
+             Put put) {
+  int64_t count = order.size();
+  for (int64_t start = 0; start < count; start += each) {
+    const int32_t* taken = order.data() + start;
+    chunk.take(taken, weights, std::min(each, count - start));
+    run_pieces(pool, chunk.num_pieces, [&](int64_t piece) { chunk.exponentiate(piece); });
+    chunk.normalise();
+    run_pieces(pool, chunk.num_pieces, [&](int64_t piece) { chunk.differentiate(piece, to_items, start == 0); });
+    for (int64_t j = 0; j < chunk.count; ++j) put(taken[j], j);
+  }
+}
+
+// Equal chunks have the least padding.
+int64_t chunk_of(int64_t count, int64_t most_tokens) {
+  int64_t num_chunks = (count + most_tokens - 1) / most_tokens;
+  return ((count + num_chunks - 1) / num_chunks + kPanel - 1) / kPanel * kPanel;
+}
+
 // Results: the loss of each token without its weight (0 where the target is 0), and the gradients of the weighted sum. Of `scratch` the
 // dimensions say how many tokens a chunk has; it is memory that XLA plans for. `exact`: operands of products keep all their bits.
 ffi::Error linear_cross_entropy(ffi::ThreadPool pool, bool exact, ffi::Buffer<ffi::F32> hidden_states, ffi::Buffer<ffi::F32> item_vectors,
@@ -277,45 +331,63 @@ ffi::Error linear_cross_entropy(ffi::ThreadPool pool, bool exact, ffi::Buffer<ff
   const float *hidden = hidden_states.typed_data(), *items = item_vectors.typed_data(), *weights = token_weights.typed_data();
   const int32_t* targets = target_items.typed_data();
   int64_t num_tokens = hidden_states.dimensions()[0], width = hidden_states.dimensions()[1], num_rows = item_vectors.dimensions()[0];
-  int64_t most_tokens = scratch->dimensions()[1];
   float *loss = losses->typed_data(), *to_hidden = d_hidden->typed_data(), *to_items = d_items->typed_data();
   std::fill_n(loss, num_tokens, 0.0f);
   std::fill_n(to_hidden, num_tokens * width, 0.0f);
   std::vector<int32_t> tokens;
   for (int64_t t = 0; t < num_tokens; ++t)
     if (targets[t] > 0) tokens.push_back(t);
-  int64_t count = tokens.size(), num_chunks = (count + most_tokens - 1) / most_tokens;
-  if (num_chunks == 0) {
+  if (tokens.empty()) {
     std::fill_n(to_items, num_rows * width, 0.0f);
     return ffi::Error::Success();
   }
   std::fill_n(to_items, width, 0.0f);
-  // Equal chunks have the least padding.
-  int64_t each = ((count + num_chunks - 1) / num_chunks + kPanel - 1) / kPanel * kPanel;
-  int64_t pieces = 2 * std::max<int64_t>(1, pool.num_threads());
-  std::unique_ptr<Chunk> made = make_chunk(exact, hidden, items, num_rows, width, each, pieces, scratch->typed_data());
-  Chunk& chunk = *made;
-  for (int64_t start = 0; start < count; start += each) {
-    const int32_t* taken = tokens.data() + start;
-    chunk.take(taken, weights, std::min(each, count - start));
-    run_pieces(pool, chunk.num_pieces, [&](int64_t piece) { chunk.exponentiate(piece); });
-    chunk.normalise();
-    run_pieces(pool, chunk.num_pieces, [&](int64_t piece) { chunk.differentiate(piece, to_items, start == 0); });
-    for (int64_t j = 0; j < chunk.count; ++j) {
-      int64_t t = taken[j], target = std::min<int64_t>(targets[t], num_rows - 1);
-      const float *state = hidden + t * width, *item = items + target * width;
-      float logit = 0.0f;
-      for (int64_t x = 0; x < width; ++x) {
-        to_hidden[t * width + x] = chunk.gradient(j, x) - weights[t] * item[x];
-        logit += state[x] * item[x];
-      }
-      loss[t] = std::log(chunk.totals.data()[j]) + (chunk.greatest.data()[j] - logit);
+  int64_t each = chunk_of(tokens.size(), scratch->dimensions()[1]), pieces = 2 * std::max<int64_t>(1, pool.num_threads());
+  std::unique_ptr<Chunk> chunk = make_chunk(exact, hidden, items, num_rows, width, each, pieces, scratch->typed_data());
+  go_over(pool, *chunk, tokens, each, weights, to_items, [&](int64_t t, int64_t j) {
+    int64_t target = std::min<int64_t>(targets[t], num_rows - 1);
+    const float *state = hidden + t * width, *item = items + target * width;
+    float logit = 0.0f;
+    for (int64_t x = 0; x < width; ++x) {
+      to_hidden[t * width + x] = chunk->gradient(j, x) - weights[t] * item[x];
+      logit += state[x] * item[x];
     }
-  }
+    loss[t] = std::log(chunk->totals.data()[j]) + (chunk->greatest.data()[j] - logit);
+  });
   for (int32_t t : tokens) {
     if (targets[t] >= num_rows) continue;  // is not detected, and must not write past the items
     for (int64_t x = 0; x < width; ++x) to_items[targets[t] * width + x] -= weights[t] * hidden[t * width + x];
   }
+  return ffi::Error::Success();
+}
+
+// The same of sampled rows: `hits` [tokens, 2] and `logits` of the targets as in `Sampled`. The gradients are those through the rows alone.
+ffi::Error sampled_cross_entropy(ffi::ThreadPool pool, bool exact, ffi::Buffer<ffi::F32> hidden_states, ffi::Buffer<ffi::F32> sampled_rows,
+                                 ffi::Buffer<ffi::S32> hits, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::F32> token_weights,
+                                 ffi::ResultBuffer<ffi::F32> losses, ffi::ResultBuffer<ffi::F32> d_hidden, ffi::ResultBuffer<ffi::F32> d_rows,
+                                 ffi::ResultBuffer<ffi::F32> scratch) {
+  const float *hidden = hidden_states.typed_data(), *weights = token_weights.typed_data();
+  Sampled sampled{hits.typed_data(), logits.typed_data()};
+  int64_t num_tokens = hidden_states.dimensions()[0], width = hidden_states.dimensions()[1], num_rows = sampled_rows.dimensions()[0];
+  float *loss = losses->typed_data(), *to_hidden = d_hidden->typed_data(), *to_rows = d_rows->typed_data();
+  std::fill_n(loss, num_tokens, 0.0f);
+  std::fill_n(to_hidden, num_tokens * width, 0.0f);
+  std::vector<int32_t> tokens;
+  for (int64_t t = 0; t < num_tokens; ++t)
+    if (sampled.hits[2 * t] >= 0) tokens.push_back(t);
+  if (tokens.empty()) {
+    std::fill_n(to_rows, num_rows * width, 0.0f);
+    return ffi::Error::Success();
+  }
+  std::fill_n(to_rows, width, 0.0f);
+  int64_t each = chunk_of(tokens.size(), scratch->dimensions()[1]), pieces = 2 * std::max<int64_t>(1, pool.num_threads());
+  std::unique_ptr<Chunk> chunk =
+      make_chunk(exact, hidden, sampled_rows.typed_data(), num_rows, width, each, pieces, scratch->typed_data());
+  chunk->sampled = sampled;
+  go_over(pool, *chunk, tokens, each, weights, to_rows, [&](int64_t t, int64_t j) {
+    for (int64_t x = 0; x < width; ++x) to_hidden[t * width + x] = chunk->gradient(j, x);
+    loss[t] = std::log(chunk->totals.data()[j]) + (chunk->greatest.data()[j] - sampled.target_logits[t]);
+  });
   return ffi::Error::Success();
 }
 
@@ -328,6 +400,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LinearCrossEntropy, linear_cross_entropy,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SampledCrossEntropy, sampled_cross_entropy,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("exact")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

@@ -9,6 +9,7 @@ Products take their operands in the dtype of ``hidden`` and accumulate in that o
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +67,45 @@ def _backward(interpret: bool, residuals: tuple[Array, ...], cotangent: Array) -
 linear_cross_entropy_pallas.defvjp(_forward, _backward)
 
 
-def _log_sums_kernel(tokens_ref, rows_ref, out_ref, *, blocks: Callable, num_rows: int):
+def sampled_pallas(
+    interpret: bool,
+    hidden: Float[Array, "t d"],
+    rows: Float[Array, "rows d"],
+    offsets: Float[Array, "rows"],
+    hits: Int[Array, "t 2"],
+    target_logits: Float[Array, "t"],
+    weights: Float[Array, "t"],
+) -> tuple[Float[Array, "t"], Float[Array, "t d"], Float[Array, "rows d"]]:
+    """Losses, and the gradients through the sampled rows, as ``sampled_cross_entropy`` wants them."""
+    (num_tokens, width), num_rows, wide = hidden.shape, rows.shape[0], weights.dtype
+    tokens, operands = _padded(hidden, TOKENS), _padded(rows.astype(hidden.dtype), ITEMS)
+    ranges = jnp.pad(hits, ((0, tokens.shape[0] - num_tokens), (0, 0)))
+    added = jnp.pad(offsets[:, None], ((0, operands.shape[0] - num_rows), (0, 0)))
+    call = partial(_call, dtype=wide, interpret=interpret)
+
+    kernel = partial(_log_sums_kernel, num_rows=num_rows)
+    segments = call(kernel, (tokens, ranges), (operands, added), (TOKENS, ITEMS), width=1)
+    of_target = jnp.pad(target_logits[:, None], ((0, tokens.shape[0] - num_tokens), (0, 0)))
+    log_sums = jnp.logaddexp(jax.nn.logsumexp(segments, axis=0), of_target)
+
+    kernel, scales = partial(_expected_items_kernel, num_rows=num_rows), weights[:, None]
+    expected = call(kernel, (tokens, log_sums, ranges), (operands, added), (TOKENS, ITEMS), width=tokens.shape[1])
+    scaled = _padded((scales * hidden.astype(wide)).astype(hidden.dtype), TOKENS)
+    kernel = partial(_weighted_hidden_kernel, num_rows=num_rows)
+    d_rows = call(kernel, (operands, added), (tokens, log_sums, scaled, ranges), (ITEMS, TOKENS), width=tokens.shape[1])
+    losses = (log_sums - of_target)[:num_tokens, 0]
+    return losses, scales * expected.sum(axis=0)[:num_tokens, :width], d_rows.sum(axis=0)[:num_rows, :width]
+
+
+def _log_sums_kernel(*refs, blocks: Callable, num_rows: int):
     """``log sum_{i >= 1} exp(h_t . e_i)`` of a block of tokens over a segment of the items."""
-    tokens = tokens_ref[...]
+    tokens_ref, rows_ref, out_ref, hits_ref, offsets_ref = _refs_in_order(refs, 3, hits=1, offsets=3)
+    tokens, hits = tokens_ref[...], _ranges(hits_ref, slice(None))
 
     def step(first: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         maxima, sums = carry
-        logits = _logits(tokens, rows_ref[pl.ds(first, ITEMS), :], first, 1, num_rows, out_ref.dtype)
+        rows, offsets = rows_ref[pl.ds(first, ITEMS), :], _part(offsets_ref, first)
+        logits = _logits(tokens, rows, first, 1, num_rows, out_ref.dtype, hits, offsets)
         largest = jnp.maximum(maxima, jnp.max(logits, axis=1, keepdims=True))
         return largest, sums * jnp.exp(maxima - largest) + jnp.sum(jnp.exp(logits - largest), axis=1, keepdims=True)
 
@@ -82,29 +115,34 @@ def _log_sums_kernel(tokens_ref, rows_ref, out_ref, *, blocks: Callable, num_row
     out_ref[...] = maxima + jnp.log(sums)
 
 
-def _expected_items_kernel(tokens_ref, log_sums_ref, rows_ref, out_ref, *, blocks: Callable, num_rows: int):
+def _expected_items_kernel(*refs, blocks: Callable, num_rows: int):
     """``sum_i p_t(i) e_i`` of a block of tokens over a segment of the items."""
-    tokens, log_sums = tokens_ref[...], log_sums_ref[...]
+    tokens_ref, log_sums_ref, rows_ref, out_ref, hits_ref, offsets_ref = _refs_in_order(refs, 4, hits=2, offsets=4)
+    tokens, log_sums, hits = tokens_ref[...], log_sums_ref[...], _ranges(hits_ref, slice(None))
 
     def step(first: Array, total: Array) -> Array:
         rows = rows_ref[pl.ds(first, ITEMS), :]
-        shares = jnp.exp(_logits(tokens, rows, first, 1, num_rows, out_ref.dtype) - log_sums)
+        offsets = _part(offsets_ref, first)
+        shares = jnp.exp(_logits(tokens, rows, first, 1, num_rows, out_ref.dtype, hits, offsets) - log_sums)
         return total + _product(shares.astype(rows.dtype), rows, 0, out_ref.dtype)
 
     out_ref[...] = blocks(step, jnp.zeros(out_ref.shape, out_ref.dtype))
 
 
-def _weighted_hidden_kernel(rows_ref, tokens_ref, log_sums_ref, scaled_ref, out_ref, *, blocks: Callable, num_rows: int):
+def _weighted_hidden_kernel(*refs, blocks: Callable, num_rows: int):
     """``sum_t p_t(i) w_t h_t`` of a block of items over a segment of the tokens; ``scaled_ref`` has ``w_t h_t``.
 
     A token of padding meets a row of zeros, and its share is finite, since its log sum is that of logits of 0.
     """
-    rows = rows_ref[...]
+    named = _refs_in_order(refs, 5, hits=5, offsets=1)
+    rows_ref, tokens_ref, log_sums_ref, scaled_ref, out_ref, hits_ref, offsets_ref = named
+    rows, offsets = rows_ref[...], None if offsets_ref is None else offsets_ref[...]
     first_row = pl.program_id(0) * ITEMS
 
     def step(first: Array, total: Array) -> Array:
         tokens, log_sums, scaled = (ref[pl.ds(first, TOKENS), :] for ref in (tokens_ref, log_sums_ref, scaled_ref))
-        logits = _logits(rows, tokens, first_row, 0, num_rows, out_ref.dtype)
+        hits = _ranges(hits_ref, pl.ds(first, TOKENS))
+        logits = _logits(rows, tokens, first_row, 0, num_rows, out_ref.dtype, hits, offsets)
         shares = jnp.exp(logits - log_sums.reshape(1, TOKENS))
         return total + _product(shares.astype(scaled.dtype), scaled, 0, out_ref.dtype)
 
@@ -117,11 +155,41 @@ def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
     return jax.lax.dot_general(left, right, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=dtype)
 
 
-def _logits(left: Array, right: Array, first_item: Array, item_axis: int, num_rows: int, dtype: jnp.dtype) -> Array:
-    """``left @ right.T``; -inf for row 0 of the items and for rows past their end."""
+def _refs_in_order(refs: tuple, num_plain: int, *, hits: int, offsets: int) -> tuple:
+    """The ``num_plain`` refs that every call has, then those of the hits and the offsets: None where no items are sampled."""
+    if len(refs) == num_plain:
+        return *refs, None, None
+    return *(ref for place, ref in enumerate(refs) if place not in (hits, offsets)), refs[hits], refs[offsets]
+
+
+def _part(offsets_ref: Any, first: Array) -> Array | None:
+    return None if offsets_ref is None else offsets_ref[pl.ds(first, ITEMS), :]
+
+
+def _ranges(hits_ref: Any, tokens: Any) -> tuple[Array, Array] | None:
+    """First row of each token's hits, and the one after the last."""
+    return None if hits_ref is None else (hits_ref[tokens, pl.ds(0, 1)], hits_ref[tokens, pl.ds(1, 1)])
+
+
+def _logits(
+    left: Array,
+    right: Array,
+    first_item: Array,
+    item_axis: int,
+    num_rows: int,
+    dtype: jnp.dtype,
+    hits: tuple[Array, Array] | None,
+    offsets: Array | None,
+) -> Array:
+    """``left @ right.T``; -inf for row 0 of the items and for rows past their end. With offsets of the items, and without hits."""
     logits = _product(left, right, 1, dtype)
     numbers = first_item + jax.lax.broadcasted_iota(jnp.int32, logits.shape, item_axis)
-    return jnp.where((numbers > 0) & (numbers < num_rows), logits, -jnp.inf)
+    is_class = (numbers > 0) & (numbers < num_rows)
+    if hits is None or offsets is None:
+        return jnp.where(is_class, logits, -jnp.inf)
+    of_tokens, of_items = ((-1, 1), (1, -1)) if item_axis == 1 else ((1, -1), (-1, 1))
+    first, last = (bound.reshape(of_tokens) for bound in hits)
+    return jnp.where(is_class & ((numbers < first) | (numbers >= last)), logits + offsets.reshape(of_items), -jnp.inf)
 
 
 def _padded(rows: Float[Array, "n d"], multiple: int) -> Float[Array, "padded width"]:

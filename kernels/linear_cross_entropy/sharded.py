@@ -2,9 +2,12 @@
 
 A device computes the logits of its tokens against its items, one chunk of tokens at a time; of what crosses devices, the softmax takes
 two numbers a token (its maximum and its sum), and each gradient one sum over the axis along which it is not split.
+
+Sampled items are few: every device has their rows, and each takes its part of the tokens, which both axes split then.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,8 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-from cda4rec_jax.kernels.linear_cross_entropy.xla import backward, in_chunks
+from cda4rec_jax.kernels.linear_cross_entropy.sampled import sampled_cross_entropy
+from cda4rec_jax.kernels.linear_cross_entropy.xla import backward, in_chunks, sampled_xla
 
 DATA_AXIS, ITEM_AXIS = "data", "items"
 
@@ -93,3 +97,41 @@ def _backward(
 
 
 linear_cross_entropy_sharded.defvjp(_forward, _backward)
+
+
+def take_rows(mesh: Mesh, items: Float[Array, "i d"], numbers: Int[Array, "n"], *, split: bool) -> Float[Array, "n d"]:
+    """``items[numbers]`` of a table that is divided over the items' axis; no device gathers the table.
+
+    ``split`` divides numbers and rows over the tokens' axis; otherwise every device has all of them.
+    """
+
+    def on_one_device(items: Array, numbers: Array) -> Array:
+        local = numbers - jax.lax.axis_index(ITEM_AXIS) * items.shape[0]
+        here = (local >= 0) & (local < items.shape[0])
+        return jax.lax.psum(jnp.where(here[:, None], items[jnp.clip(local, 0, items.shape[0] - 1)], 0), ITEM_AXIS)
+
+    spec = PartitionSpec(DATA_AXIS) if split else PartitionSpec()
+    table = PartitionSpec(ITEM_AXIS)
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=(table, spec), out_specs=spec, check_vma=False)(items, numbers)
+
+
+def sampled_sharded(
+    mesh: Mesh,
+    chunk_size: int,
+    hidden: Float[Array, "t d"],
+    rows: Float[Array, "rows d"],
+    offsets: Float[Array, "rows"],
+    hits: Int[Array, "t 2"],
+    target_rows: Float[Array, "t d"],
+    weights: Float[Array, "t"],
+) -> Float[Array, ""]:
+    """``sampled_cross_entropy`` by XLA; tokens must divide among all devices."""
+
+    def on_one_device(*arrays: Array) -> Array:
+        loss: Any = sampled_cross_entropy(partial(sampled_xla, chunk_size), *arrays)
+        return loss[None]
+
+    tokens, whole = PartitionSpec((DATA_AXIS, ITEM_AXIS)), PartitionSpec()
+    in_specs = (tokens, whole, whole, tokens, tokens, tokens)
+    on_each_device = jax.shard_map(on_one_device, mesh=mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)
+    return jnp.sum(on_each_device(hidden, rows, offsets, hits, target_rows, weights))

@@ -8,7 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
+
+from cda4rec_jax.kernels.linear_cross_entropy.sampled import LEFT_OUT
 
 _ROW_MULTIPLE = 8
 
@@ -68,6 +70,40 @@ def backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Arr
 linear_cross_entropy_xla.defvjp(_forward, lambda chunk_size, residuals, cotangent: backward(residuals, cotangent))
 
 
+def sampled_xla(
+    chunk_size: int,
+    hidden: Float[Array, "t d"],
+    rows: Float[Array, "rows d"],
+    offsets: Float[Array, "rows"],
+    hits: Int[Array, "t 2"],
+    target_logits: Float[Array, "t"],
+    weights: Float[Array, "t"],
+) -> tuple[Float[Array, "t"], Float[Array, "t d"], Float[Array, "rows d"]]:
+    """Losses, and the gradients through the sampled rows, as ``sampled_cross_entropy`` wants them."""
+    narrow, wide = hidden.dtype, rows.dtype
+    operands = rows.astype(narrow)
+    numbers = jnp.arange(rows.shape[0])[None]
+
+    def chunk_step(d_rows: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        chunk_hidden, chunk_weights, chunk_targets, chunk_hits = chunk
+        is_negative = (numbers > 0) & ((numbers < chunk_hits[:, :1]) | (numbers >= chunk_hits[:, 1:]))
+        logits = jnp.where(is_negative, _logits(chunk_hidden, operands, wide) + offsets[None], LEFT_OUT)
+        of_target = chunk_targets[:, None]
+        maxima = jnp.maximum(jnp.max(logits, axis=1, keepdims=True), of_target)
+        exponentials = jnp.exp(logits - maxima)
+        sums = jnp.sum(exponentials, axis=1, keepdims=True) + jnp.exp(of_target - maxima)
+        scales = chunk_weights[:, None] / sums
+        exponentials = exponentials.astype(narrow)
+        scaled = (chunk_hidden * scales).astype(narrow)
+        d_rows = d_rows + jax.lax.dot_general(exponentials, scaled, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        d_hidden = jnp.matmul(exponentials, operands, preferred_element_type=wide) * scales
+        return d_rows, ((jnp.log(sums) + (maxima - of_target))[:, 0], d_hidden)
+
+    chunks = tuple(in_chunks(array, chunk_size) for array in (hidden, weights, target_logits, hits))
+    d_rows, (losses, d_hidden) = jax.lax.scan(chunk_step, jnp.zeros_like(rows), chunks)
+    return losses.reshape(-1)[: hidden.shape[0]], d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], d_rows
+
+
 def _logits(hidden: Float[Array, "t d"], items: Float[Array, "i d"], dtype: jnp.dtype) -> Float[Array, "t i"]:
     return jax.lax.dot_general(hidden, items, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
@@ -77,7 +113,7 @@ def _is_item(items: Float[Array, "i d"]) -> Bool[Array, "one i"]:
     return (jnp.arange(items.shape[0]) > 0)[None]
 
 
-def in_chunks(rows: Float[Array, "t ..."], chunk_size: int) -> Float[Array, "chunks chunk ..."]:
+def in_chunks(rows: Shaped[Array, "t ..."], chunk_size: int) -> Shaped[Array, "chunks chunk ..."]:
     """Rows in equal chunks of at most about ``chunk_size``, padded with 0 at the end."""
     num_chunks = -(-rows.shape[0] // chunk_size)
     # Equal chunks keep the padding below one multiple per chunk: 130 rows become 2 x 72, not 2 x 128.

@@ -62,29 +62,24 @@ def test_label_smoothing_gives_padding_no_gradient():
     assert not np.any(gradient[0]) and np.all(np.any(gradient[1:], axis=1))
 
 
-@pytest.mark.parametrize("shared", (True, False), ids=("shared", "per token"))
-def test_sampled_softmax_corrects_each_negative_by_its_expected_draws_and_skips_hits(shared):
-    hidden, vectors, targets, weights = make_tokens()
+def test_sampled_softmax_corrects_each_negative_by_its_expected_draws_and_skips_hits():
+    hidden, vectors, targets, _ = make_tokens()
     rng = np.random.default_rng(1)
-    negatives = rng.integers(0, 9, (6, 5))
-    negatives[:, 0] = targets  # accidental hits
-    if shared:
-        negatives = negatives[2]
-    log_q = rng.normal(size=negatives.shape).astype(np.float32) - 2
+    negatives = np.append(rng.integers(0, 9, 4), targets[2])  # an accidental hit
+    log_q = rng.normal(size=9).astype(np.float32)[negatives] - 2
     losses = []
     for token in range(6):
         scores = np.asarray(vectors @ hidden[token])
-        drawn, drawn_log_q = (negatives, log_q) if shared else (negatives[token], log_q[token])
         normaliser = math.exp(scores[targets[token]])
-        for item, item_log_q in zip(drawn, drawn_log_q, strict=True):
+        for item, item_log_q in zip(negatives, log_q, strict=True):
             if item not in (0, targets[token]):
                 normaliser += math.exp(scores[item]) / (5 * math.exp(item_log_q))
         losses.append(math.log(normaliser) - scores[targets[token]])
-    actual = sampled_softmax_loss(hidden, vectors, targets, weights, jnp.asarray(negatives), jnp.asarray(log_q))
-    np.testing.assert_allclose(actual, weighted_mean(losses, targets, weights), rtol=1e-5)
+    actual = sampled_softmax_loss(hidden[None], vectors, targets[None], jnp.asarray(negatives), jnp.asarray(log_q), 128)
+    np.testing.assert_allclose(actual, weighted_mean(losses, targets, jnp.ones(6)), rtol=1e-5)
 
 
-def test_gradient_of_sampled_softmax_is_that_of_full_cross_entropy_on_average():
+def test_gradient_of_smoothed_sampled_softmax_is_that_of_full_cross_entropy_on_average():
     """Negatives are drawn in proportion to 1 / rank; without the correction the gradient is off by a third."""
     hidden, vectors, targets, _ = make_tokens(tokens=20, num_rows=31, width=4)
     shares = 1 / np.arange(1, 31)
@@ -93,14 +88,19 @@ def test_gradient_of_sampled_softmax_is_that_of_full_cross_entropy_on_average():
     def gradient(key, corrected):
         negatives = jax.random.categorical(key, log_q[1:], shape=(512,)) + 1
         q = log_q[negatives] if corrected else jnp.full((512,), -math.log(30.0))
-        return jax.grad(sampled_softmax_loss, (0, 1))(hidden, vectors, targets, jnp.ones(20), negatives, q)
+        return jax.grad(lambda h, v: sampled_softmax_loss(h[None], v, targets[None], negatives, q, 128, 0.1), (0, 1))(
+            hidden, vectors
+        )
 
     keys = jax.random.split(jax.random.key(0), 100)
     means = [
-        jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.jit(jax.vmap(lambda key, on=on: gradient(key, on)))(keys))
+        jax.tree.map(
+            lambda leaf: jnp.mean(leaf, axis=0),
+            jax.jit(lambda keys, on=on: jax.lax.map(lambda key: gradient(key, on), keys))(keys),
+        )
         for on in (True, False)
     ]
-    full = jax.grad(lambda h, v: catalogue_loss(h[None], v, targets[None], 128), (0, 1))(hidden, vectors)
+    full = jax.grad(lambda h, v: catalogue_loss(h[None], v, targets[None], 128, 0.1), (0, 1))(hidden, vectors)
     corrected, plain = (
         max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(mean, full, strict=True)) for mean in means
     )
@@ -109,8 +109,8 @@ def test_gradient_of_sampled_softmax_is_that_of_full_cross_entropy_on_average():
 
 
 def test_in_batch_loss_counts_every_other_target_once_by_its_probability_to_be_there():
-    hidden, vectors, _, weights = make_tokens()
-    targets = jnp.asarray([3, 0, 5, 7, 3, 2])  # token 1 has no target and token 3 no weight, so four draws count
+    hidden, vectors, _, _ = make_tokens()
+    targets = jnp.asarray([3, 0, 5, 0, 3, 2])  # four draws
     q = np.array([0.3, 0.9, 0.2, 0.1, 0.3, 0.05])
     inclusion = {int(item): 1 - (1 - share) ** 4 for item, share in zip(targets, q, strict=True)}
     losses = []
@@ -119,13 +119,16 @@ def test_in_batch_loss_counts_every_other_target_once_by_its_probability_to_be_t
         others = {3, 5, 2} - {int(targets[token])}
         normaliser = math.exp(scores[targets[token]]) + sum(math.exp(scores[item]) / inclusion[item] for item in others)
         losses.append(math.log(normaliser) - scores[targets[token]])
-    actual = in_batch_loss(hidden, vectors, targets, weights, jnp.asarray(np.log(q), jnp.float32))
-    np.testing.assert_allclose(actual, weighted_mean(losses, targets, weights), rtol=1e-4)
+    log_q = jnp.asarray(np.log(q), jnp.float32)
+    actual = in_batch_loss(hidden.reshape(2, 3, 4), vectors, targets.reshape(2, 3), log_q.reshape(2, 3), 128)
+    np.testing.assert_allclose(actual, weighted_mean(losses, targets, jnp.ones(6)), rtol=1e-4)
 
 
 def test_a_batch_of_one_item_has_no_negative():
-    hidden, vectors, _, weights = make_tokens()
-    value, gradient = jax.value_and_grad(in_batch_loss)(hidden, vectors, jnp.full(6, 2), weights, jnp.zeros(6))
+    hidden, vectors, _, _ = make_tokens()
+    value, gradient = jax.value_and_grad(lambda h: in_batch_loss(h, vectors, jnp.full((1, 6), 2), jnp.zeros((1, 6)), 128))(
+        hidden[None]
+    )
     assert value == 0 and not np.any(gradient)
 
 
@@ -164,27 +167,45 @@ def test_gbce_refuses_a_calibration_outside_0_to_1():
         gbce_loss(hidden, vectors, targets, weights, jnp.asarray([1]), 1.5)
 
 
-SAMPLED = {
-    "sampled": lambda h, v, t, w: sampled_softmax_loss(h, v, t, w, jnp.asarray([1, 2, 0]), jnp.full(3, -2.0)),
-    "in batch": lambda h, v, t, w: in_batch_loss(h, v, t, w, jnp.full(len(t), -2.0)),
-    "gbce": lambda h, v, t, w: gbce_loss(h, v, t, w, jnp.asarray([1, 2, 0]), 0.5),
+def test_gbce_without_weights_is_zero_and_gives_padding_no_gradient():
+    hidden, vectors, targets, weights = make_tokens()
+
+    def loss(h, v, w):
+        return gbce_loss(h, v, targets, w, jnp.asarray([1, 2, 0]), 0.5)
+
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.value_and_grad(loss, (0, 1))(hidden, vectors, 0 * weights)))
+    d_hidden, d_vectors = jax.grad(loss, (0, 1))(hidden, vectors, weights)
+    assert not np.any(d_vectors[0]) and np.any(d_vectors)
+    assert not np.any(d_hidden[1]) and not np.any(d_hidden[3])
+
+
+CROSS_ENTROPIES = {
+    "full": lambda h, v, t, **o: catalogue_loss(h, v, t, 128, 0.2, **o),
+    "sampled": lambda h, v, t, **o: sampled_softmax_loss(h, v, t, jnp.asarray([1, 2, 0]), jnp.full(3, -2.0), 128, 0.2, **o),
+    "in batch": lambda h, v, t, **o: in_batch_loss(h, v, t, jnp.full(t.shape, -2.0), 128, 0.2, **o),
 }
 
 
-@pytest.mark.parametrize("loss", SAMPLED.values(), ids=SAMPLED)
-def test_without_weights_a_sampled_loss_and_its_gradients_are_zero(loss):
-    hidden, vectors, targets, weights = make_tokens()
-    result = jax.value_and_grad(loss, (0, 1))(hidden, vectors, targets, 0 * weights)
+@pytest.mark.parametrize("loss", CROSS_ENTROPIES.values(), ids=CROSS_ENTROPIES)
+def test_without_targets_a_loss_and_its_gradients_are_zero(loss):
+    hidden, vectors, targets, _ = make_tokens()
+    result = jax.value_and_grad(lambda h, v: loss(h, v, 0 * targets[None]), (0, 1))(hidden[None], vectors)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(result))
 
 
-@pytest.mark.parametrize("loss", SAMPLED.values(), ids=SAMPLED)
-def test_padding_gets_no_gradient_from_a_sampled_loss(loss):
-    hidden, vectors, targets, weights = make_tokens()
-    d_hidden, d_vectors = jax.grad(loss, (0, 1))(hidden, vectors, targets, weights)
-    assert not np.any(d_vectors[0])
-    assert not np.any(d_hidden[1]) and not np.any(d_hidden[3])
-    assert np.all(np.isfinite(d_vectors)) and np.any(d_vectors)
+@pytest.mark.parametrize("loss", CROSS_ENTROPIES.values(), ids=CROSS_ENTROPIES)
+def test_padding_gets_no_gradient_and_smoothing_reaches_every_item(loss):
+    hidden, vectors, targets, _ = make_tokens()
+    d_hidden, d_vectors = jax.grad(lambda h, v: loss(h, v, targets[None], num_items=7), (0, 1))(hidden[None], vectors)
+    assert not np.any(d_vectors[0]) and not np.any(d_vectors[8]) and np.all(np.any(d_vectors[1:8], axis=1))
+    assert not np.any(d_hidden[0, 1]) and np.all(np.isfinite(d_hidden))
+
+
+@pytest.mark.parametrize("loss", CROSS_ENTROPIES.values(), ids=CROSS_ENTROPIES)
+def test_a_part_of_a_batch_is_divided_by_the_targets_of_the_whole(loss):
+    hidden, vectors, targets, _ = make_tokens()
+    inputs = (hidden[None], vectors, targets[None])
+    np.testing.assert_allclose(loss(*inputs, num_targets=jnp.asarray(50.0)), loss(*inputs) * 5 / 50, rtol=1e-6)
 
 
 def test_fusion_loss_weighs_plans_by_practice_and_skips_misses():
