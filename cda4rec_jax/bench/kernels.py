@@ -62,8 +62,9 @@ class Row:
     copy_share: float  # bytes that must move over the copy rate
     matmul_share: float  # operations that are needed over the rate of large products
     temporary_bytes: int | None  # by XLA's plan; None for peers, and where the backend has none
-    compile_seconds: float | None  # None for peers
-    latency: LatencySummary | None  # of single calls; None on accelerators, where many are one program
+    compile_seconds: float | None  # None for peers, which prepare in their first call what they do
+    first_call_seconds: float  # after compiling
+    latency: LatencySummary  # of single calls, from the host on accelerators, where ``ms`` is of many in one program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,9 @@ class Ready:
     name: str
     version: str
     run: Callable[[int], Any]  # the work of one number; gives its output, which may not be there yet
+    single: Callable[[int], Any]  # the same, but one call of the kernel alone
     inputs: Sequence[int]
+    first_call_seconds: float
     calls_per_run: int = 1
     temporary_bytes: int | None = None
     compile_seconds: float | None = None
@@ -206,20 +209,20 @@ def measure_workload(
         measurement = measure(
             [Contestant(name=one.name, call=one.call) for one in ready.values()], pairs, timing, progress=progress
         )
-        waiting = [replace(one, run=one.call) for one in ready.values()]
-        single = call_times_ms(waiting, CALLS, most_seconds=MOST_SECONDS) if backend == "cpu" else {}
+        waiting = [replace(one, run=lambda number, one=one: jax.block_until_ready(one.single(number))) for one in ready.values()]
+        single = call_times_ms(waiting, CALLS, most_seconds=MOST_SECONDS)
     return WorkloadFound(
         kernel=workload.kernel,
         name=workload.name,
         shapes=workload.shapes,
         baseline=workload.baseline,
-        rows=tuple(_row(workload, one, ceilings, measurement, single.get(one.name)) for one in ready.values()),
+        rows=tuple(_row(workload, one, ceilings, measurement, single[one.name]) for one in ready.values()),
         measurement=measurement,
         others=others,
     )
 
 
-def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measurement, single: np.ndarray | None) -> Row:
+def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measurement, single: np.ndarray) -> Row:
     rate = measurement.rates[one.name]
     is_baseline = one.name == workload.baseline
     return Row(
@@ -232,7 +235,8 @@ def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measur
         matmul_share=workload.flops * rate.median / ceilings.flops_per_second[workload.dtype],
         temporary_bytes=one.temporary_bytes,
         compile_seconds=one.compile_seconds,
-        latency=None if single is None else summarise_latency(single),
+        first_call_seconds=one.first_call_seconds,
+        latency=summarise_latency(single),
     )
 
 
@@ -243,10 +247,13 @@ def _program(workload: Workload, name: str, backend: str) -> Ready:
     compiled = jax.jit(function).lower(*constants, *batches[0]).compile()
     compile_seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
+    run = lambda number: compiled(*constants, *batches[number % len(batches)])  # noqa: E731
     unmeasured = Ready(
         name=name,
         version=f"jax {jax.__version__}",
-        run=lambda number: compiled(*constants, *batches[number % len(batches)]),
+        run=run,
+        single=run,
+        first_call_seconds=_seconds(run),
         inputs=range(len(batches)),
         temporary_bytes=None if analysis is None else analysis.temp_size_in_bytes,
         compile_seconds=compile_seconds,
@@ -272,14 +279,23 @@ def in_a_loop(function: Callable[..., Any], constants: tuple[Any, ...], stacked:
 
 def _peer(workload: Workload, name: str) -> Ready:
     batches = [tuple(np.asarray(array) for array in batch) for batch in workload.batches]
-    run = workload.peers[name]
-    package = name.split()[0]
+    peer = workload.peers[name]
+    run = lambda number: peer(*batches[number % len(batches)])  # noqa: E731
     return Ready(
         name=name,
-        version=version_of(package),
-        run=lambda number: run(*batches[number % len(batches)]),
+        version=version_of(name.split()[0]),
+        run=run,
+        single=run,
+        first_call_seconds=_seconds(run),
         inputs=range(len(batches)),
     )
+
+
+def _seconds(run: Callable[[int], Any]) -> float:
+    """Of the first call."""
+    start = time.perf_counter()
+    jax.block_until_ready(run(0))
+    return time.perf_counter() - start
 
 
 def _require_equal_outputs(workload: Workload) -> None:

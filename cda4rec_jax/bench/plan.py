@@ -42,11 +42,16 @@ class BatchFound:
     measurement: Measurement
     others: OtherLoad
 
+    @property
+    def threads(self) -> int:
+        """Of each system: one request runs in one."""
+        return usable_cores() if self.batch > 1 else 1
+
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
             "batch": self.batch,
-            "systems": systems_json(self.systems, self.latency, usable_cores()),
+            "systems": systems_json(self.systems, self.latency, self.threads),
             "measurement": measurement_json(self.measurement, self.others),
         }
 
@@ -76,7 +81,7 @@ class PlanBenchmark:
         """A table for each batch size, and how it was measured."""
         for found in self.batches:
             console.print(_table(self.policy, found))
-            say(console, [*method_lines(found.measurement, usable_cores(), found.others), *origin_lines(found.systems)])
+            say(console, [*method_lines(found.measurement, found.threads, found.others), *origin_lines(found.systems)])
         lines = [
             "whole decision: context features, mask, predicted costs, network, choice; network alone: from given features to qualities, "
             "for others with the plan tower multiplied into the last layer. NumPy to NumPy; one request runs in one thread",

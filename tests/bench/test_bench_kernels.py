@@ -67,6 +67,7 @@ def test_the_command_measures_every_implementation(tmp_path: Path, capsys: pytes
         for name, row in rows.items():
             assert row["threads"] > 0 and row["version"] and 0 < row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"]
             assert row["copy_share"] > 0 and row["matmul_share"] > 0 and row["latency"]["p99_ms"] > 0
+            assert row["first_call_seconds"] > 0
             assert (row["temporary_bytes"] is None) == (row["compile_seconds"] is None) == (name == "numpy")
     search = {row["implementation"]: row for row in found["workloads"][0]["rows"]}
     assert {"numpy", "xla"} < set(search)
