@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, is_quiet, measurement_json, megabytes, say, times, write_json
+from cda4rec_jax.bench.harness import (
+    OtherLoad,
+    check_folder,
+    in_full,
+    is_quiet,
+    measurement_json,
+    megabytes,
+    say,
+    times,
+    write_json,
+)
 from cda4rec_jax.bench.retrieval_systems import version_of
 from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.errors import UserError
@@ -23,7 +32,7 @@ from cda4rec_jax.kernels.linear_cross_entropy import bench as linear_cross_entro
 from cda4rec_jax.kernels.rank_candidates import bench as rank_candidates
 from cda4rec_jax.kernels.segment_attention import bench as segment_attention
 from cda4rec_jax.kernels.topk_dot import bench as topk_dot
-from cda4rec_jax.kernels.workloads import Workload
+from cda4rec_jax.kernels.workloads import DevicePeer, Workload
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure, usable_cores
@@ -64,6 +73,7 @@ class Row:
     temporary_bytes: int | None  # by XLA's plan; None for peers, and where the backend has none
     compile_seconds: float | None  # None for peers, which prepare in their first call what they do
     first_call_seconds: float  # after compiling
+    difference: float  # from the baseline's output, as the workload counts it
     latency: LatencySummary  # of single calls, from the host on accelerators, where ``ms`` is of many in one program
 
 
@@ -76,12 +86,13 @@ class WorkloadFound:
     shapes: str
     baseline: str
     rows: tuple[Row, ...]
+    left_out: Mapping[str, str]  # peers that were not measured, and why
     measurement: Measurement
     others: OtherLoad
 
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
-        told = {key: getattr(self, key) for key in ("kernel", "name", "shapes", "baseline")}
+        told = {key: getattr(self, key) for key in ("kernel", "name", "shapes", "baseline", "left_out")}
         return {
             **told,
             "rows": [asdict(row) for row in self.rows],
@@ -123,6 +134,7 @@ class KernelsBenchmark:
                 shares = (f"{row.copy_share:.0%}", f"{row.matmul_share:.0%}")
                 table.add_row(row.implementation, f"{row.ms.median:.3f}", times(row.times_as_fast), *shares, memory, compiling)
             console.print(table)
+            say(console, [f"not measured: {name} ({why})" for name, why in found.left_out.items()])
         rates = ", ".join(f"{dtype} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in self.ceilings.flops_per_second.items())
         versions = dict.fromkeys(row.version for found in self.workloads for row in found.rows)
         lines = [
@@ -172,11 +184,6 @@ def bench_kernels(
     return result
 
 
-def in_full(dtype: str) -> AbstractContextManager[Any]:
-    """Products of float32 in float32, by all alike: accelerators would round the operands of those that do not say otherwise."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ready:
     """An implementation that can be called."""
@@ -203,7 +210,8 @@ def measure_workload(
     """Compile, compare outputs, then time in turns."""
     ready = {name: _program(workload, name, backend) for name in workload.programs}
     ready |= {name: _peer(workload, name) for name in workload.peers}
-    _require_equal_outputs(workload)
+    ready |= {name: _device_peer(name, peer) for name, peer in workload.device_peers.items()}
+    differences = _require_equal_outputs(workload)
     pairs = [(name, workload.baseline) for name in ready if name != workload.baseline]
     with OtherLoad() as others:
         measurement = measure(
@@ -216,13 +224,16 @@ def measure_workload(
         name=workload.name,
         shapes=workload.shapes,
         baseline=workload.baseline,
-        rows=tuple(_row(workload, one, ceilings, measurement, single[one.name]) for one in ready.values()),
+        rows=tuple(_row(workload, one, ceilings, measurement, single[one.name], differences[one.name]) for one in ready.values()),
+        left_out=workload.left_out,
         measurement=measurement,
         others=others,
     )
 
 
-def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measurement, single: np.ndarray) -> Row:
+def _row(
+    workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measurement, single: np.ndarray, difference: float
+) -> Row:
     rate = measurement.rates[one.name]
     is_baseline = one.name == workload.baseline
     return Row(
@@ -236,6 +247,7 @@ def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measur
         temporary_bytes=one.temporary_bytes,
         compile_seconds=one.compile_seconds,
         first_call_seconds=one.first_call_seconds,
+        difference=difference,
         latency=summarise_latency(single),
     )
 
@@ -283,12 +295,39 @@ def _peer(workload: Workload, name: str) -> Ready:
     run = lambda number: peer(*batches[number % len(batches)])  # noqa: E731
     return Ready(
         name=name,
-        version=version_of(name.split()[0]),
+        version=version_of(_package(name)),
         run=run,
         single=run,
         first_call_seconds=_seconds(run),
         inputs=range(len(batches)),
     )
+
+
+def _device_peer(name: str, peer: DevicePeer) -> Ready:
+    """``LOOPS`` calls are on their way at the same time, so that the host is not what is measured."""
+
+    def many(number: int) -> None:
+        for call in range(LOOPS):
+            peer.start(number + call)
+        peer.wait()
+
+    def single(number: int) -> None:
+        peer.start(number)
+        peer.wait()
+
+    return Ready(
+        name=name,
+        version=version_of(_package(name)),
+        run=many,
+        single=single,
+        first_call_seconds=_seconds(single),
+        inputs=range(LOOPS),
+        calls_per_run=LOOPS,
+    )
+
+
+def _package(peer: str) -> str:
+    return peer.split()[0].removesuffix(",")
 
 
 def _seconds(run: Callable[[int], Any]) -> float:
@@ -298,20 +337,27 @@ def _seconds(run: Callable[[int], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _require_equal_outputs(workload: Workload) -> None:
+def _require_equal_outputs(workload: Workload) -> dict[str, float]:
+    """How far each output is from that of the baseline. UserError where that is more than it may be."""
     batch = workload.batches[0]
     expected = jax.jit(workload.programs[workload.baseline])(*workload.constants, *batch)
-    for name in (*workload.programs, *workload.peers):
+    differences = {}
+    for name in (*workload.programs, *workload.peers, *workload.device_peers):
+        tolerance = workload.tolerance
         if name in workload.programs:
             found = jax.jit(workload.programs[name])(*workload.constants, *batch)
-        else:
+        elif name in workload.peers:
             found = workload.peers[name](*(np.asarray(array) for array in batch))
-        off = workload.difference(found, expected)
-        if not off <= workload.tolerance:
+        else:
+            peer = workload.device_peers[name]
+            found, tolerance = peer.result(peer.start(0)), tolerance if peer.tolerance is None else peer.tolerance
+        differences[name] = off = workload.difference(found, expected)
+        if not off <= tolerance:
             raise UserError(
-                f"{workload.kernel}, {workload.name}: {name!r} is {off:.1e} off {workload.baseline!r}, more than {workload.tolerance}, so "
+                f"{workload.kernel}, {workload.name}: {name!r} is {off:.1e} off {workload.baseline!r}, more than {tolerance}, so "
                 "speeds say nothing. This is a bug to report"
             )
+    return differences
 
 
 def measure_ceilings(backend: str, timing: TimingConfig) -> Ceilings:

@@ -7,7 +7,7 @@ This tells from which size on a partition beats brute force, and gives the table
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ def bench_crossover(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CrossoverBenchmark:
-    """Measure on the present backend, and write JSON, a chart and the table of times for ``choose_index`` into ``out``.
+    """Measure on the present backend, and write JSON, a chart and the table of times for ``choose_index`` into ``out``, after each size.
 
     Args:
         sizes: items of each catalogue.
@@ -243,24 +243,25 @@ def bench_crossover(
         UserError: bad sizes, batches, width, k, recalls or folder.
     """
     check_crossover(sizes, batches, k, recalls)
-    folder, points = check_folder(out), []
-    for size in sorted(sizes):
-        progress(f"crossover, {size:,} items: building", 0, 1)
-        queries = hard_queries(NUM_QUERIES, width)
-        ways = built_ways(hard_items(size, width), queries, k, recalls, max(batches))
-        points += [_point(size, batch, ways, queries, timing, progress) for batch in sorted(batches)]
-    device = jax.devices()[0]
+    folder, device = check_folder(out), jax.devices()[0]
     result = CrossoverBenchmark(
         backend=jax.default_backend(),
         device=f"{device.platform} {device.device_kind}" if device.platform != "cpu" else f"cpu, {usable_cores()} cores",
         width=width,
         k=k,
-        points=tuple(sorted(points, key=lambda one: (one.batch, one.num_items))),
+        points=(),
         provenance=provenance(dataset_fingerprint=f"hard items of width {width}, seed 0"),
     )
-    write_json(folder / "retrieval-crossover.json", result.json())
-    result.times().save(folder)
-    result.chart(folder / "retrieval-crossover.png")
+    for size in sorted(sizes):
+        progress(f"crossover, {size:,} items: building", 0, 1)
+        queries = hard_queries(NUM_QUERIES, width)
+        ways = built_ways(hard_items(size, width), queries, k, recalls, max(batches))
+        points = [_point(size, batch, ways, queries, timing, progress) for batch in sorted(batches)]
+        by_batch = sorted((*result.points, *points), key=lambda one: (one.batch, one.num_items))
+        result = replace(result, points=tuple(by_batch))
+        write_json(folder / "retrieval-crossover.json", result.json())
+        result.times().save(folder)
+        result.chart(folder / "retrieval-crossover.png")
     return result
 
 
