@@ -134,7 +134,9 @@ class KernelsBenchmark:
                 shares = (f"{row.copy_share:.0%}", f"{row.matmul_share:.0%}")
                 table.add_row(row.implementation, f"{row.ms.median:.3f}", times(row.times_as_fast), *shares, memory, compiling)
             console.print(table)
-            say(console, [f"not measured: {name} ({why})" for name, why in found.left_out.items()])
+            beside = [one for one in found.measurement.comparisons if one.other != found.baseline]
+            lines = [f"{one.name} is {times(one.ratio)} times as fast as {one.other}" for one in beside]
+            say(console, [*lines, *(f"not measured: {name} ({why})" for name, why in found.left_out.items())])
         rates = ", ".join(f"{dtype} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in self.ceilings.flops_per_second.items())
         versions = dict.fromkeys(row.version for found in self.workloads for row in found.rows)
         lines = [
@@ -213,6 +215,7 @@ def measure_workload(
     ready |= {name: _device_peer(name, peer) for name, peer in workload.device_peers.items()}
     differences = _require_equal_outputs(workload)
     pairs = [(name, workload.baseline) for name in ready if name != workload.baseline]
+    pairs += [(name, peer) for peer in workload.device_peers for name in workload.programs if name != workload.baseline]
     with OtherLoad() as others:
         measurement = measure(
             [Contestant(name=one.name, call=one.call) for one in ready.values()], pairs, timing, progress=progress

@@ -40,7 +40,7 @@ def plain_search(items: Float[Array, "i d"], queries: Float[Array, "b d"], *, k:
 def exact_peers(items: Float[np.ndarray, "i d"], k: int, threads: int, names: Sequence[str] = EXACT_PEERS) -> dict[str, Search]:
     """Exact searches of others, as far as they are installed, over rows 1 to i - 1: of NumPy queries to NumPy item indices.
 
-    torch searches on the GPU where JAX does, if it can.
+    For torch see ``torch_device``.
     """
 
     def by_partition(queries: np.ndarray) -> np.ndarray:
@@ -54,7 +54,7 @@ def exact_peers(items: Float[np.ndarray, "i d"], k: int, threads: int, names: Se
         import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(threads)
-        device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+        device = torch_device()
         transposed = torch.from_numpy(items[1:]).to(device).T
         found["torch"] = lambda queries: (
             1 + torch.topk(torch.from_numpy(queries).to(device) @ transposed, k).indices.cpu().numpy()  # which waits
@@ -67,6 +67,13 @@ def exact_peers(items: Float[np.ndarray, "i d"], k: int, threads: int, names: Se
         index.add(items[1:])
         found["faiss flat"] = lambda queries: 1 + index.search(queries, k)[1]
     return found
+
+
+def torch_device() -> str:
+    """Where torch, which is installed, searches: on the GPU where JAX does, if it can."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
 def torch_on_gpu(

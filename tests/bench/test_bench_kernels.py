@@ -95,6 +95,9 @@ class StandInTensor:
     T = property(lambda self: StandInTensor(self.array.T))
     float = cpu = lambda self: self
 
+    def __matmul__(self, other: "StandInTensor") -> "StandInTensor":
+        return StandInTensor(self.array @ other.array)
+
     def numpy(self) -> np.ndarray:
         return np.asarray(self.array, np.float32) if self.array.dtype == jnp.bfloat16 else self.array
 
@@ -114,9 +117,9 @@ def stand_in_torch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     waits = lambda: StandInTensor.log.append("wait")  # noqa: E731
     dtypes = {"float32": np.float32, "bfloat16": jnp.bfloat16}
-    module = SimpleNamespace(
-        cuda=SimpleNamespace(is_available=lambda: True, synchronize=waits), from_numpy=StandInTensor, mm=mm, topk=topk, **dtypes
-    )
+    cuda = SimpleNamespace(is_available=lambda: True, synchronize=waits)
+    functions = {"from_numpy": StandInTensor, "mm": mm, "topk": topk, "set_num_threads": lambda count: None}
+    module = SimpleNamespace(cuda=cuda, **functions, **dtypes)
     StandInTensor.log.clear()
     monkeypatch.setitem(sys.modules, "torch", module)
     monkeypatch.setattr(search_bench.importlib.util, "find_spec", lambda package: object())
@@ -137,6 +140,31 @@ def test_torch_is_a_peer_on_a_gpu_and_every_turn_waits_for_its_products(stand_in
     assert StandInTensor.log == ["product", "wait"], "the first call"
     assert ready.call(3) == kernels.LOOPS
     assert StandInTensor.log == ["product", "wait", *["product"] * kernels.LOOPS, "wait"], "inputs stay on the GPU"
+
+
+@pytest.mark.usefixtures("stand_in_torch")
+def test_every_program_of_ours_takes_turns_with_torch_on_a_gpu() -> None:
+    workload = search_bench.workload(dataclasses.replace(SEARCH, dtype="bfloat16"), "gpu")
+    few = dataclasses.replace(workload, programs={name: workload.programs[name] for name in (PLAIN, "topk_dot")})
+    ceilings = kernels.Ceilings(copy_bytes_per_second=1.0, flops_per_second={"bfloat16": 1.0})
+    found = kernels.measure_workload(few, "gpu", ceilings, FEW_ROUNDS, lambda done, total: None)
+    assert {row.implementation for row in found.rows} == {PLAIN, "topk_dot", "torch", search_bench.NARROW}
+    assert all(found.measurement.ratio("topk_dot", peer).median > 0 for peer in ("torch", search_bench.NARROW))
+    assert all(row.latency.count > 0 and row.version for row in found.rows)
+
+
+def test_bench_retrieval_searches_by_torch_where_jax_does(
+    stand_in_torch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    for backend, moved in (("cpu", "cpu"), ("gpu", "cuda")):
+        monkeypatch.setattr(search_bench.jax, "default_backend", lambda backend=backend: backend)
+        StandInTensor.log.clear()
+        search = search_bench.exact_peers(items, 3, 1, ("torch",))["torch"]
+        np.testing.assert_array_equal(search(items[7:8])[0], 1 + np.argsort(-(items[1:] @ items[7]))[:3])
+        assert set(StandInTensor.log) == {f"to {moved}"} and search_bench.torch_device() == moved
+    stand_in_torch.cuda.is_available = lambda: False
+    assert search_bench.torch_device() == "cpu"
 
 
 @pytest.mark.usefixtures("stand_in_torch")
