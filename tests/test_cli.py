@@ -17,7 +17,7 @@ import pytest
 
 import cda4rec_jax
 from cda4rec_jax.cli import main
-from cda4rec_jax.cli.bench import BenchTrain
+from cda4rec_jax.cli.bench import BenchDispatch, BenchKernels, BenchPlan, BenchRank, BenchRequest, BenchRetrieval, BenchTrain
 from cda4rec_jax.cli.commands import COMMANDS, Train
 from cda4rec_jax.cli.plan import PlanDiff, PlanExplain, PlanRecord, PlanReplay
 from cda4rec_jax.cli.quickstart import unused
@@ -325,7 +325,11 @@ def test_bad_values_are_refused(
 
 
 OF_PLAN = {"plan explain": PlanExplain, "plan record": PlanRecord, "plan replay": PlanReplay, "plan diff": PlanDiff}
-WITH_FLAGS = {**COMMANDS, "bench train": BenchTrain, **OF_PLAN}
+OF_BENCH = {
+    f"bench {kind.__name__.removeprefix('Bench').lower()}": kind
+    for kind in (BenchTrain, BenchPlan, BenchRank, BenchRetrieval, BenchKernels, BenchRequest, BenchDispatch)
+}
+WITH_FLAGS = {**COMMANDS, **OF_BENCH, **OF_PLAN}
 del WITH_FLAGS["bench"], WITH_FLAGS["plan"]  # have sub-commands alone
 
 
@@ -338,6 +342,7 @@ def test_every_flag_of_every_command_is_explained(command: str, cli: Callable[..
     assert isinstance(body, ast.ClassDef)
     flags = [(field, text) for field, text in pairwise(body.body) if isinstance(field, ast.AnnAssign)]
     assert len(flags) >= 2 and "None" not in shown
+    assert "default:True" not in shown, "beside a --no-flag, which turns it off, that reads as if it were off"
     for field, text in flags:
         assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), f"line {field.lineno} has no explanation"
         assert "".join(str(text.value.value).split()) in shown

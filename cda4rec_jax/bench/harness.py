@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,11 @@ def times(spread: Spread) -> str:
 def megabytes(num_bytes: int) -> str:
     """Of 2^20 bytes."""
     return f"{num_bytes / 2**20:,.1f}"
+
+
+def in_full(dtype: str) -> AbstractContextManager[Any]:
+    """Products of float32 in float32, by all alike: accelerators would round the operands of those that do not say otherwise."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:

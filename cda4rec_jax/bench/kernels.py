@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cda4rec_jax.bench.harness import OtherLoad, check_folder, is_quiet, measurement_json, megabytes, say, times, write_json
+from cda4rec_jax.bench.harness import (
+    OtherLoad,
+    check_folder,
+    in_full,
+    is_quiet,
+    measurement_json,
+    megabytes,
+    say,
+    times,
+    write_json,
+)
 from cda4rec_jax.bench.retrieval_systems import version_of
 from cda4rec_jax.bench.systems import call_times_ms
 from cda4rec_jax.errors import UserError
@@ -23,7 +32,7 @@ from cda4rec_jax.kernels.linear_cross_entropy import bench as linear_cross_entro
 from cda4rec_jax.kernels.rank_candidates import bench as rank_candidates
 from cda4rec_jax.kernels.segment_attention import bench as segment_attention
 from cda4rec_jax.kernels.topk_dot import bench as topk_dot
-from cda4rec_jax.kernels.workloads import Workload
+from cda4rec_jax.kernels.workloads import DevicePeer, Workload
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.runs import provenance
 from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure, usable_cores
@@ -62,8 +71,10 @@ class Row:
     copy_share: float  # bytes that must move over the copy rate
     matmul_share: float  # operations that are needed over the rate of large products
     temporary_bytes: int | None  # by XLA's plan; None for peers, and where the backend has none
-    compile_seconds: float | None  # None for peers
-    latency: LatencySummary | None  # of single calls; None on accelerators, where many are one program
+    compile_seconds: float | None  # None for peers, which prepare in their first call what they do
+    first_call_seconds: float  # after compiling
+    difference: float  # from the baseline's output, as the workload counts it
+    latency: LatencySummary  # of single calls, from the host on accelerators, where ``ms`` is of many in one program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +86,13 @@ class WorkloadFound:
     shapes: str
     baseline: str
     rows: tuple[Row, ...]
+    left_out: Mapping[str, str]  # peers that were not measured, and why
     measurement: Measurement
     others: OtherLoad
 
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
-        told = {key: getattr(self, key) for key in ("kernel", "name", "shapes", "baseline")}
+        told = {key: getattr(self, key) for key in ("kernel", "name", "shapes", "baseline", "left_out")}
         return {
             **told,
             "rows": [asdict(row) for row in self.rows],
@@ -122,6 +134,9 @@ class KernelsBenchmark:
                 shares = (f"{row.copy_share:.0%}", f"{row.matmul_share:.0%}")
                 table.add_row(row.implementation, f"{row.ms.median:.3f}", times(row.times_as_fast), *shares, memory, compiling)
             console.print(table)
+            beside = [one for one in found.measurement.comparisons if one.other != found.baseline]
+            lines = [f"{one.name} is {times(one.ratio)} times as fast as {one.other}" for one in beside]
+            say(console, [*lines, *(f"not measured: {name} ({why})" for name, why in found.left_out.items())])
         rates = ", ".join(f"{dtype} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in self.ceilings.flops_per_second.items())
         versions = dict.fromkeys(row.version for found in self.workloads for row in found.rows)
         lines = [
@@ -171,11 +186,6 @@ def bench_kernels(
     return result
 
 
-def in_full(dtype: str) -> AbstractContextManager[Any]:
-    """Products of float32 in float32, by all alike: accelerators would round the operands of those that do not say otherwise."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ready:
     """An implementation that can be called."""
@@ -183,7 +193,9 @@ class Ready:
     name: str
     version: str
     run: Callable[[int], Any]  # the work of one number; gives its output, which may not be there yet
+    single: Callable[[int], Any]  # the same, but one call of the kernel alone
     inputs: Sequence[int]
+    first_call_seconds: float
     calls_per_run: int = 1
     temporary_bytes: int | None = None
     compile_seconds: float | None = None
@@ -200,26 +212,31 @@ def measure_workload(
     """Compile, compare outputs, then time in turns."""
     ready = {name: _program(workload, name, backend) for name in workload.programs}
     ready |= {name: _peer(workload, name) for name in workload.peers}
-    _require_equal_outputs(workload)
+    ready |= {name: _device_peer(name, peer) for name, peer in workload.device_peers.items()}
+    differences = _require_equal_outputs(workload)
     pairs = [(name, workload.baseline) for name in ready if name != workload.baseline]
+    pairs += [(name, peer) for peer in workload.device_peers for name in workload.programs if name != workload.baseline]
     with OtherLoad() as others:
         measurement = measure(
             [Contestant(name=one.name, call=one.call) for one in ready.values()], pairs, timing, progress=progress
         )
-        waiting = [replace(one, run=one.call) for one in ready.values()]
-        single = call_times_ms(waiting, CALLS, most_seconds=MOST_SECONDS) if backend == "cpu" else {}
+        waiting = [replace(one, run=lambda number, one=one: jax.block_until_ready(one.single(number))) for one in ready.values()]
+        single = call_times_ms(waiting, CALLS, most_seconds=MOST_SECONDS)
     return WorkloadFound(
         kernel=workload.kernel,
         name=workload.name,
         shapes=workload.shapes,
         baseline=workload.baseline,
-        rows=tuple(_row(workload, one, ceilings, measurement, single.get(one.name)) for one in ready.values()),
+        rows=tuple(_row(workload, one, ceilings, measurement, single[one.name], differences[one.name]) for one in ready.values()),
+        left_out=workload.left_out,
         measurement=measurement,
         others=others,
     )
 
 
-def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measurement, single: np.ndarray | None) -> Row:
+def _row(
+    workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measurement, single: np.ndarray, difference: float
+) -> Row:
     rate = measurement.rates[one.name]
     is_baseline = one.name == workload.baseline
     return Row(
@@ -232,7 +249,9 @@ def _row(workload: Workload, one: Ready, ceilings: Ceilings, measurement: Measur
         matmul_share=workload.flops * rate.median / ceilings.flops_per_second[workload.dtype],
         temporary_bytes=one.temporary_bytes,
         compile_seconds=one.compile_seconds,
-        latency=None if single is None else summarise_latency(single),
+        first_call_seconds=one.first_call_seconds,
+        difference=difference,
+        latency=summarise_latency(single),
     )
 
 
@@ -243,10 +262,13 @@ def _program(workload: Workload, name: str, backend: str) -> Ready:
     compiled = jax.jit(function).lower(*constants, *batches[0]).compile()
     compile_seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
+    run = lambda number: compiled(*constants, *batches[number % len(batches)])  # noqa: E731
     unmeasured = Ready(
         name=name,
         version=f"jax {jax.__version__}",
-        run=lambda number: compiled(*constants, *batches[number % len(batches)]),
+        run=run,
+        single=run,
+        first_call_seconds=_seconds(run),
         inputs=range(len(batches)),
         temporary_bytes=None if analysis is None else analysis.temp_size_in_bytes,
         compile_seconds=compile_seconds,
@@ -272,30 +294,73 @@ def in_a_loop(function: Callable[..., Any], constants: tuple[Any, ...], stacked:
 
 def _peer(workload: Workload, name: str) -> Ready:
     batches = [tuple(np.asarray(array) for array in batch) for batch in workload.batches]
-    run = workload.peers[name]
-    package = name.split()[0]
+    peer = workload.peers[name]
+    run = lambda number: peer(*batches[number % len(batches)])  # noqa: E731
     return Ready(
         name=name,
-        version=version_of(package),
-        run=lambda number: run(*batches[number % len(batches)]),
+        version=version_of(_package(name)),
+        run=run,
+        single=run,
+        first_call_seconds=_seconds(run),
         inputs=range(len(batches)),
     )
 
 
-def _require_equal_outputs(workload: Workload) -> None:
+def _device_peer(name: str, peer: DevicePeer) -> Ready:
+    """``LOOPS`` calls are on their way at the same time, so that the host is not what is measured."""
+
+    def many(number: int) -> None:
+        for call in range(LOOPS):
+            peer.start(number + call)
+        peer.wait()
+
+    def single(number: int) -> None:
+        peer.start(number)
+        peer.wait()
+
+    return Ready(
+        name=name,
+        version=version_of(_package(name)),
+        run=many,
+        single=single,
+        first_call_seconds=_seconds(single),
+        inputs=range(LOOPS),
+        calls_per_run=LOOPS,
+    )
+
+
+def _package(peer: str) -> str:
+    return peer.split()[0].removesuffix(",")
+
+
+def _seconds(run: Callable[[int], Any]) -> float:
+    """Of the first call."""
+    start = time.perf_counter()
+    jax.block_until_ready(run(0))
+    return time.perf_counter() - start
+
+
+def _require_equal_outputs(workload: Workload) -> dict[str, float]:
+    """How far each output is from that of the baseline. UserError where that is more than it may be."""
     batch = workload.batches[0]
     expected = jax.jit(workload.programs[workload.baseline])(*workload.constants, *batch)
-    for name in (*workload.programs, *workload.peers):
+    differences = {}
+    for name in (*workload.programs, *workload.peers, *workload.device_peers):
+        tolerance = workload.tolerance
         if name in workload.programs:
             found = jax.jit(workload.programs[name])(*workload.constants, *batch)
-        else:
+        elif name in workload.peers:
             found = workload.peers[name](*(np.asarray(array) for array in batch))
-        off = workload.difference(found, expected)
-        if not off <= workload.tolerance:
+        else:
+            peer = workload.device_peers[name]
+            found, tolerance = peer.result(peer.start(0)), tolerance if peer.tolerance is None else peer.tolerance
+        differences[name] = off = workload.difference(found, expected)
+        if not off <= tolerance:
             raise UserError(
-                f"{workload.kernel}, {workload.name}: {name!r} is {off:.1e} off {workload.baseline!r}, more than {workload.tolerance}, so "
+                f"{workload.kernel}, {workload.name}: {name!r} is {off:.1e} off {workload.baseline!r}, more than {tolerance}, so "
                 "speeds say nothing. This is a bug to report"
             )
+    return differences
 
 
 def measure_ceilings(backend: str, timing: TimingConfig) -> Ceilings:

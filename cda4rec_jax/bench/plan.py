@@ -1,7 +1,7 @@
 """``cda4rec bench plan``: decisions in a second and the time of one, ours beside onnxruntime, torch and NumPy, at equal outputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from cda4rec_jax.bench.charts import bar_chart
 from cda4rec_jax.bench.harness import (
     OtherLoad,
     check_folder,
+    in_full,
     measurement_json,
     method_lines,
     not_installed_lines,
@@ -42,11 +43,16 @@ class BatchFound:
     measurement: Measurement
     others: OtherLoad
 
+    @property
+    def threads(self) -> int:
+        """Of each system: one request runs in one."""
+        return usable_cores() if self.batch > 1 else 1
+
     def json(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
             "batch": self.batch,
-            "systems": systems_json(self.systems, self.latency, usable_cores()),
+            "systems": systems_json(self.systems, self.latency, self.threads),
             "measurement": measurement_json(self.measurement, self.others),
         }
 
@@ -76,7 +82,7 @@ class PlanBenchmark:
         """A table for each batch size, and how it was measured."""
         for found in self.batches:
             console.print(_table(self.policy, found))
-            say(console, [*method_lines(found.measurement, usable_cores(), found.others), *origin_lines(found.systems)])
+            say(console, [*method_lines(found.measurement, found.threads, found.others), *origin_lines(found.systems)])
         lines = [
             "whole decision: context features, mask, predicted costs, network, choice; network alone: from given features to qualities, "
             "for others with the plan tower multiplied into the last layer. NumPy to NumPy; one request runs in one thread",
@@ -97,7 +103,7 @@ def bench_plan(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> PlanBenchmark:
-    """Measure, and write JSON and (where matplotlib is installed) charts into ``out``.
+    """Measure, and write JSON, after each batch size, and (where matplotlib is installed) charts into ``out``.
 
     Args:
         run: a finished joint run; None takes the standard policy with random weights.
@@ -116,27 +122,29 @@ def bench_plan(
     chosen, not_installed = chosen_peers(peers, PLAN_PEERS)
     setting = setting_of(run)
     folder = check_folder(out)
-    found = []
+    result = PlanBenchmark(
+        policy=setting.name,
+        batches=(),
+        not_installed=not_installed,
+        provenance=provenance(dataset_fingerprint=f"policy {setting.name}, contexts v1 of seed 0"),
+    )
     for batch in batches:
 
         def heard(done: int, total: int, batch: int = batch) -> None:
             progress(f"batches of {batch:,}", done, total)
 
-        systems = systems_of(setting, batch, chosen, usable_cores())
-        contestants = [Contestant(name=one.name, call=calls_of(one, batch)) for one in systems]
-        pairs = [(ours, one.name) for one in systems for ours in one.against] + [(DECISION, NETWORK)]
-        with OtherLoad() as others:
-            latency = {name: summarise_latency(taken) for name, taken in call_times_ms(systems, max(50, calls // batch)).items()}
-            measurement = measure(contestants, pairs, timing, progress=heard)
-        found.append(BatchFound(batch=batch, systems=tuple(systems), latency=latency, measurement=measurement, others=others))
-    result = PlanBenchmark(
-        policy=setting.name,
-        batches=tuple(found),
-        not_installed=not_installed,
-        provenance=provenance(dataset_fingerprint=f"policy {setting.name}, contexts v1 of seed 0"),
-    )
-    write_json(folder / f"plan-{setting.name}.json", result.json())
-    for one in found:
+        with in_full("float32"):
+            systems = systems_of(setting, batch, chosen, usable_cores())
+            contestants = [Contestant(name=one.name, call=calls_of(one, batch)) for one in systems]
+            pairs = [(ours, one.name) for one in systems for ours in one.against] + [(DECISION, NETWORK)]
+            with OtherLoad() as others:
+                single = call_times_ms(systems, max(50, calls // batch))
+                latency = {name: summarise_latency(taken) for name, taken in single.items()}
+                measurement = measure(contestants, pairs, timing, progress=heard)
+        found = BatchFound(batch=batch, systems=tuple(systems), latency=latency, measurement=measurement, others=others)
+        result = replace(result, batches=(*result.batches, found))
+        write_json(folder / f"plan-{setting.name}.json", result.json())
+    for one in result.batches:
         bar_chart(
             folder / f"plan-{setting.name}-{one.batch}.png",
             f"Planning by the policy of {setting.name}, {one.batch:,} requests a call",

@@ -1,7 +1,8 @@
 """``cda4rec bench rank``: the device's ranking of one request, ours beside onnxruntime, torch, plain JAX and NumPy, at equal scores."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cda4rec_jax.bench.charts import bar_chart
 from cda4rec_jax.bench.harness import (
     OtherLoad,
     check_folder,
+    in_full,
     measurement_json,
     method_lines,
     not_installed_lines,
@@ -102,7 +104,7 @@ def bench_rank(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> RankBenchmark:
-    """Measure, and write JSON and (where matplotlib is installed) charts into ``out``.
+    """Measure, and write JSON, after each size, and (where matplotlib is installed) charts into ``out``.
 
     Args:
         run: a finished joint run, whose device agent is measured; None takes the sizes of the kernel's workloads, with random weights.
@@ -121,31 +123,16 @@ def bench_rank(
     chosen, not_installed = chosen_peers(peers, RANK_PEERS)
     settings = [case_setting(case) for case in WORKLOAD_CASES] if run is None else [run_setting(run, candidates)]
     folder = check_folder(out)
-    found = []
-    for setting in settings:
-        systems = rank_systems(setting, chosen)
-        contestants = [Contestant(name=one.name, call=calls_of(one, 1)) for one in systems]
-        pairs = [(ours, one.name) for one in systems for ours in one.against]
-        pairs += [(systems[1].name, systems[0].name)]
-
-        def heard(done: int, total: int, name: str = setting.name) -> None:
-            progress(name, done, total)
-
-        with OtherLoad() as others:
-            latency = {name: summarise_latency(taken) for name, taken in call_times_ms(systems, calls).items()}
-            measurement = measure(contestants, pairs, timing, progress=heard)
-        found.append(RankFound(setting=setting, systems=tuple(systems), latency=latency, measurement=measurement, others=others))
     name = "random-weights" if run is None else settings[0].name
-    result = RankBenchmark(
-        sizes=tuple(found),
-        not_installed=not_installed,
-        provenance=provenance(
-            dataset_fingerprint=f"device agent of {name}, random requests of {len(settings[0].requests)} seeds"
-        ),
-    )
-    write_json(folder / f"rank-{name}.json", result.json())
-    for number, one in enumerate(found):
-        chart = folder / f"rank-{name}{f'-{number + 1}' if len(found) > 1 else ''}.png"
+    origin = provenance(dataset_fingerprint=f"device agent of {name}, random requests of {len(settings[0].requests)} seeds")
+    result = RankBenchmark(sizes=(), not_installed=not_installed, provenance=origin)
+    for setting in settings:
+        with in_full("float32"):
+            found = _measured(setting, chosen, calls, timing, partial(progress, setting.name))
+        result = replace(result, sizes=(*result.sizes, found))
+        write_json(folder / f"rank-{name}.json", result.json())
+    for number, one in enumerate(result.sizes):
+        chart = folder / f"rank-{name}{f'-{number + 1}' if len(result.sizes) > 1 else ''}.png"
         bar_chart(
             chart,
             f"Ranking of one request: {_size(one)}",
@@ -154,6 +141,19 @@ def bench_rank(
             [each.name for each in one.systems if not each.against],
         )
     return result
+
+
+def _measured(
+    setting: RankSetting, peers: Sequence[str], calls: int, timing: TimingConfig, progress: Callable[[int, int], None]
+) -> RankFound:
+    systems = rank_systems(setting, peers)
+    contestants = [Contestant(name=one.name, call=calls_of(one, 1)) for one in systems]
+    pairs = [(ours, one.name) for one in systems for ours in one.against]
+    pairs += [(systems[1].name, systems[0].name)]
+    with OtherLoad() as others:
+        latency = {name: summarise_latency(taken) for name, taken in call_times_ms(systems, calls).items()}
+        measurement = measure(contestants, pairs, timing, progress=progress)
+    return RankFound(setting=setting, systems=tuple(systems), latency=latency, measurement=measurement, others=others)
 
 
 def _size(found: RankFound) -> str:

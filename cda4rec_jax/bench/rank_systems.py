@@ -90,7 +90,8 @@ def rank_systems(setting: RankSetting, peers: Sequence[str]) -> list[System]:
     checked, plain = requests[:4], _plain(weights)
     expected = np.stack([plain(*request[1:]) for request in checked])
     version, ready = f"jax {jax.__version__}", []
-    implementations = ("native", "xla") if native_problem() is None else ("xla",)
+    has_native = jax.default_backend() == "cpu" and native_problem() is None
+    implementations = ("native", "xla") if has_native else ("xla",)
     for implementation in implementations:
         ranker = ServedRanker(weights, implementation=implementation)
         ready.append((ours_of(implementation, False), version, _whole(ranker)))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ from cda4rec_jax.bench.request_systems import (
     request_systems,
     waterfall_of,
 )
-from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, first_calls, percentile_cells, systems_json
+from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, first_calls, measure_calls, percentile_cells, systems_json
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.runs import provenance
@@ -91,6 +92,7 @@ class RequestBenchmark:
     latency: dict[str, LatencySummary]  # of single requests
     waterfalls: tuple[Waterfall, ...]
     branches: Measurement
+    branch_latency: dict[str, LatencySummary]  # of single requests, in the rounds
     others: OtherLoad
     paths: tuple[PathFound, ...]
     provenance: dict[str, Any]
@@ -113,7 +115,13 @@ class RequestBenchmark:
             },
             "paper_ms": PAPER_MS,
             "requests": systems_json(self.systems, self.latency, usable_cores()),
-            "branches": {"each_ms": BRANCH_MS, "measurement": measurement_json(self.branches, self.others)},
+            "branches": {
+                "each_ms": BRANCH_MS,
+                "threads": usable_cores(),
+                "version": f"jax {jax.__version__}",
+                "latency": {name: asdict(latency) for name, latency in self.branch_latency.items()},
+                "measurement": measurement_json(self.branches, self.others),
+            },
             "device_path": [one.json() for one in self.paths],
             "waterfalls": [_waterfall_json(one) for one in self.waterfalls],
             "provenance": self.provenance,
@@ -193,7 +201,7 @@ def bench_request(
                 for title, plan, with_link in _WATERFALLS
             )
             progress("warm requests", 1, 1)
-            branches = measure(
+            branches, branch_latency = measure_calls(
                 contestants, [(CONCURRENT, SEQUENTIAL)], timing, progress=lambda *done: progress("two branches", *done)
             )
         paths = [_path_found(device_path(recommender, trained, devices, plan), requests, timing, progress) for plan in PATH_PLANS]
@@ -206,6 +214,7 @@ def bench_request(
         latency=latency,
         waterfalls=waterfalls,
         branches=branches,
+        branch_latency=branch_latency,
         others=others,
         paths=tuple(paths),
         provenance=provenance(dataset_fingerprint=interactions.fingerprint),

@@ -79,7 +79,7 @@ def bench_retrieval(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> RetrievalBenchmark:
-    """Measure, and write JSON and (where matplotlib is installed) charts into ``out``.
+    """Measure, and write JSON, as far as it is done, and (where matplotlib is installed) charts into ``out``.
 
     Args:
         run: a finished joint run, whose item table is measured instead of the generated set.
@@ -107,35 +107,43 @@ def bench_retrieval(
     datasets = (hard_data(size, k) for size in items) if run is None else (trained_data(run, k),)  # one at a time in memory
     folder = check_folder(out)
     name = "hard" if run is None else ""
-    found: list[SearchFound] = []
+    result = RetrievalBenchmark(
+        searches=(),
+        sizes=None,
+        scale=None,
+        crossover=None,
+        not_installed=not_installed,
+        provenance=provenance(dataset_fingerprint=""),
+    )
+
+    def kept(one: SearchFound) -> RetrievalBenchmark:
+        """With one search more, written at once, so that it is kept if a later one fails."""
+        searches = (*result.searches, one)
+        prints = "; ".join(dict.fromkeys(each.fingerprint for each in searches))
+        grown = replace(result, searches=searches, provenance={**result.provenance, "dataset_fingerprint": prints})
+        write_json(folder / f"retrieval-{name}.json", grown.json())
+        return grown
+
     for data in datasets:
         name = data.name
         heard = partial(progress, f"building, {data.num_items:,} items")
         systems, left_out = built_systems(data, k, chosen, max(batches), heard)
         for batch in batches:
             heard = partial(progress, f"{data.num_items:,} items, batches of {batch}")
-            found.append(searched(data, systems, batch, k, RECALL, None, timing, heard, left_out))
-        recall_chart(folder / f"retrieval-{name}-{data.num_items}.png", found[-len(batches) :])
+            result = kept(searched(data, systems, batch, k, RECALL, None, timing, heard, left_out))
+        recall_chart(folder / f"retrieval-{name}-{data.num_items}.png", result.searches[-len(batches) :])
     for num_items, batch, target in EXACT_SHAPES if exact else ():
         heard = partial(progress, f"exact, {num_items:,} items, batches of {batch}")
-        found.append(_exact(num_items, batch, k, target, chosen, timing, heard))
+        result = kept(_exact(num_items, batch, k, target, chosen, timing, heard))
     measured = measure_sizes(sizes, k, chosen, partial(progress, "catalogue sizes")) if sizes else None
     if measured is not None:
         measured.chart(folder / "retrieval-sizes.png")
-    crossed = None
+        result = replace(result, sizes=measured, scale=measure_scale(measured, k))
+        write_json(folder / f"retrieval-{name}.json", result.json())
     if crossover:
         short = replace(timing, block_seconds=min(timing.block_seconds, CROSSOVER_BLOCK_SECONDS))
         crossed = bench_crossover(crossover, batches=batches, k=k, timing=short, out=folder, progress=progress)
-    result = RetrievalBenchmark(
-        searches=tuple(found),
-        sizes=measured,
-        scale=None if measured is None else measure_scale(measured, k),
-        crossover=crossed,
-        not_installed=not_installed,
-        provenance=provenance(dataset_fingerprint="; ".join(dict.fromkeys(one.fingerprint for one in found))),
-    )
-    if found or measured is not None:
-        write_json(folder / f"retrieval-{name}.json", result.json())
+        result = replace(result, crossover=crossed)
     return result
 
 

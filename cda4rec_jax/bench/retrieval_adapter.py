@@ -1,15 +1,18 @@
 """What ``ScannIndex.search`` adds to ScaNN's own search: its checks, its conversions, and its padding."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from cda4rec_jax.bench.harness import OtherLoad, measurement_json
+from cda4rec_jax.bench.retrieval_systems import version_of
+from cda4rec_jax.bench.systems import measure_calls
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.metrics.system import LatencySummary
 from cda4rec_jax.retrieval import ScannIndex
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, usable_cores
 
 ADAPTER, RAW = "ScannIndex.search", "searcher.search"
 TARGET_SINGLE_US, TARGET_SHARE, TARGET_BATCH = 10.0, 0.05, 256  # for one query, and of a batch of so many
@@ -22,6 +25,7 @@ class AdapterOverhead:
     batch: int
     k: int
     measurement: Measurement
+    latency: dict[str, LatencySummary]  # of single calls, in the rounds
     others: OtherLoad
 
     @property
@@ -50,7 +54,9 @@ class AdapterOverhead:
         """Ready for JSON."""
         told = {"batch": self.batch, "raw_us": self.raw_us, "added_us": self.added_us, "share": self.share}
         aims = {"target_single_us": TARGET_SINGLE_US, "target_share": TARGET_SHARE, "target_batch": TARGET_BATCH}
-        return {**told, **aims, "measurement": measurement_json(self.measurement, self.others)}
+        calls = {name: asdict(latency) for name, latency in self.latency.items()}
+        origin = {"threads": usable_cores(), "version": version_of(None), "latency": calls}
+        return {**told, **aims, **origin, "measurement": measurement_json(self.measurement, self.others)}
 
 
 def adapter_overhead(
@@ -79,5 +85,5 @@ def adapter_overhead(
 
     contestants = (Contestant(name=ADAPTER, call=adapter), Contestant(name=RAW, call=raw))
     with OtherLoad() as others:
-        measurement = measure(contestants, [(ADAPTER, RAW)], timing)
-    return AdapterOverhead(batch=batch, k=k, measurement=measurement, others=others)
+        measurement, latency = measure_calls(contestants, [(ADAPTER, RAW)], timing)
+    return AdapterOverhead(batch=batch, k=k, measurement=measurement, latency=latency, others=others)

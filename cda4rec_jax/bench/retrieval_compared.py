@@ -14,7 +14,7 @@ from cda4rec_jax.bench.charts import curves
 from cda4rec_jax.bench.harness import OtherLoad, measurement_json, method_lines, say, times
 from cda4rec_jax.bench.retrieval_adapter import AdapterOverhead, adapter_overhead
 from cda4rec_jax.bench.retrieval_systems import HNSWLIBS, TUNED, IndexSearch, SearchData, SearchSystem
-from cda4rec_jax.bench.systems import System, call_times_ms, calls_of
+from cda4rec_jax.bench.systems import System, call_times_ms, calls_of, started
 from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
 from cda4rec_jax.retrieval import ScannIndex
 from cda4rec_jax.timing import Contestant, Measurement, Spread, TimingConfig, measure, usable_cores
@@ -38,6 +38,7 @@ class SearchFound:
     systems: tuple[SearchSystem, ...]
     ours: str  # the fastest of ours by single calls, which is held against all others
     latency: Mapping[str, LatencySummary]  # of single calls, by name
+    first_call_seconds: Mapping[str, float]  # in such a batch, for which JAX compiles, by name
     measurement: Measurement
     others: OtherLoad
     left_out: Mapping[str, str]  # systems that were not measured here, and why
@@ -87,6 +88,7 @@ class SearchFound:
                 **{key: value for key, value in vars(one).items() if key != "run"},
                 "threads": usable_cores(),
                 "batch": self.batch,
+                "first_call_seconds": self.first_call_seconds[one.name],
                 "queries_per_second": self.queries_per_second(one.name),
                 "latency": asdict(self.latency[one.name]),
             }
@@ -106,19 +108,21 @@ class SearchFound:
         """A table of the systems that were compared."""
         table = Table(title=f"{self.title}, k = {self.k}", box=SIMPLE)
         table.add_column("system")
-        for column in ("recall", "queries/s", "p50 us", "p95 us", "p99 us", "build s", "ours faster by"):
+        for column in ("recall", "queries/s", "p50 us", "p95 us", "p99 us", "build s", "first call s", "ours faster by"):
             table.add_column(column, justify="right")
         for one in self.compared:
             latency = self.latency[one.name]
             percentiles = (f"{1e3 * value:,.0f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
             ratio = "" if one.name == self.ours else times(self.measurement.ratio(self.ours, one.name))
             rate = f"{self.measurement.rates[one.name].median:,.0f}"
-            table.add_row(one.name, f"{one.recall:.3f}", rate, *percentiles, f"{one.build_seconds:.1f}", ratio)
+            seconds = (f"{one.build_seconds:.1f}", f"{self.first_call_seconds[one.name]:.2f}")
+            table.add_row(one.name, f"{one.recall:.3f}", rate, *percentiles, *seconds, ratio)
         console.print(table)
         missed = {one.system: one for one in sorted(self.systems, key=lambda one: one.recall)}
         missed = [f"{name} (at most {one.recall:.3f})" for name, one in missed.items() if one.recall < self.least_recall]
         lines = [
             f"the fastest setting of each that finds {self.least_recall} of the exact items; 'ours' in the last column is {self.ours!r}",
+            "build s: of the index, which its settings share; first call s: of the first such batch, compiling for it included",
             *([f"below that recall: {', '.join(missed)}"] if missed else []),
             *([f"aim: {self.target} times the fastest of others; it is {self.least_ratio:.2f}"] if self.has_aim else []),
             *self._tuned_lines(),
@@ -149,7 +153,8 @@ def searched(
 ) -> SearchFound:
     """Single calls of all, then turns of the fastest setting of each that reaches the recall; ScaNN's own search, if it was tuned."""
     inputs = data.batches(batch)
-    timed = {one.name: System(name=one.name, version=one.version, against=(), run=one.run, inputs=inputs) for one in systems}
+    unstarted = (System(name=one.name, version=one.version, against=(), run=one.run, inputs=inputs) for one in systems)
+    timed = {one.name: started(one) for one in unstarted}
     with OtherLoad() as others:
         taken = call_times_ms(list(timed.values()), max(LEAST_CALLS, CALLS // batch), most_seconds=MOST_SECONDS)
         latency = {name: summarise_latency(values) for name, values in taken.items()}
@@ -175,6 +180,7 @@ def searched(
         systems=tuple(systems),
         ours=ours.name,
         latency=latency,
+        first_call_seconds={name: one.first_call_seconds for name, one in timed.items()},
         measurement=measurement,
         others=others,
         left_out=left_out or {},

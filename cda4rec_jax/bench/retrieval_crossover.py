@@ -5,8 +5,9 @@ reaches it on both halves of the queries: ScaNN as ``tune_search`` finds it, the
 This tells from which size on a partition beats brute force, and gives the table of times by which ``retrieval.choose_index`` chooses.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from rich.table import Table
 from cda4rec_jax.bench.charts import curves
 from cda4rec_jax.bench.harness import OtherLoad, check_folder, is_quiet, measurement_json, say, write_json
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
+from cda4rec_jax.bench.retrieval_systems import version_of
 from cda4rec_jax.bench.retrieval_ways import APPROXIMATE, Searched, built_ways
+from cda4rec_jax.bench.systems import measure_calls
 from cda4rec_jax.errors import UserError
+from cda4rec_jax.metrics.system import LatencySummary
 from cda4rec_jax.processor import vector_instructions
 from cda4rec_jax.retrieval import IndexTime, IndexTimes
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, usable_cores
 
 RECALLS, BATCHES = (0.95, 0.99), (1, 256)
 NUM_QUERIES = 512
@@ -40,6 +44,8 @@ class CrossoverPoint:
     num_items: int
     batch: int
     ways: tuple[Searched, ...]
+    first_call_seconds: Mapping[str, float]  # in such a batch, for which JAX compiles, by name
+    latency: Mapping[str, LatencySummary]  # of single calls, in the rounds, by name
     measurement: Measurement
     others: OtherLoad
 
@@ -56,6 +62,16 @@ class CrossoverPoint:
     def exact(self) -> str:
         """Exact search, as it is here."""
         return self.ways[0].name
+
+    def way_json(self, way: Searched) -> dict[str, Any]:
+        """A row, ready for JSON."""
+        return {
+            **way.json(),
+            "threads": usable_cores(),
+            "version": version_of(None),
+            "first_call_seconds": self.first_call_seconds[way.name],
+            "latency": asdict(self.latency[way.name]),
+        }
 
     @property
     def quiet(self) -> bool:
@@ -141,7 +157,7 @@ class CrossoverBenchmark:
                 {
                     "num_items": one.num_items,
                     "batch": one.batch,
-                    "ways": {way.name: way.json() for way in one.ways},
+                    "ways": {way.name: one.way_json(way) for way in one.ways},
                     "measurement": measurement_json(one.measurement, one.others),
                 }
                 for one in self.points
@@ -211,7 +227,7 @@ def bench_crossover(
     out: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CrossoverBenchmark:
-    """Measure on the present backend, and write JSON, a chart and the table of times for ``choose_index`` into ``out``.
+    """Measure on the present backend, and write JSON, a chart and the table of times for ``choose_index`` into ``out``, after each size.
 
     Args:
         sizes: items of each catalogue.
@@ -227,24 +243,25 @@ def bench_crossover(
         UserError: bad sizes, batches, width, k, recalls or folder.
     """
     check_crossover(sizes, batches, k, recalls)
-    folder, points = check_folder(out), []
-    for size in sorted(sizes):
-        progress(f"crossover, {size:,} items: building", 0, 1)
-        queries = hard_queries(NUM_QUERIES, width)
-        ways = built_ways(hard_items(size, width), queries, k, recalls, max(batches))
-        points += [_point(size, batch, ways, queries, timing, progress) for batch in sorted(batches)]
-    device = jax.devices()[0]
+    folder, device = check_folder(out), jax.devices()[0]
     result = CrossoverBenchmark(
         backend=jax.default_backend(),
         device=f"{device.platform} {device.device_kind}" if device.platform != "cpu" else f"cpu, {usable_cores()} cores",
         width=width,
         k=k,
-        points=tuple(sorted(points, key=lambda one: (one.batch, one.num_items))),
+        points=(),
         provenance=provenance(dataset_fingerprint=f"hard items of width {width}, seed 0"),
     )
-    write_json(folder / "retrieval-crossover.json", result.json())
-    result.times().save(folder)
-    result.chart(folder / "retrieval-crossover.png")
+    for size in sorted(sizes):
+        progress(f"crossover, {size:,} items: building", 0, 1)
+        queries = hard_queries(NUM_QUERIES, width)
+        ways = built_ways(hard_items(size, width), queries, k, recalls, max(batches))
+        points = [_point(size, batch, ways, queries, timing, progress) for batch in sorted(batches)]
+        by_batch = sorted((*result.points, *points), key=lambda one: (one.batch, one.num_items))
+        result = replace(result, points=tuple(by_batch))
+        write_json(folder / "retrieval-crossover.json", result.json())
+        result.times().save(folder)
+        result.chart(folder / "retrieval-crossover.png")
     return result
 
 
@@ -258,14 +275,27 @@ def _point(
 ) -> CrossoverPoint:
     too_many = jax.default_backend() == "cpu" and size * batch > MOST_SORTED
     ways = [way for way in ways if not (way.way == APPROXIMATE and too_many)]
+    contestants, first_call_seconds = [_contestant(way, queries, batch) for way in ways], {}
+    for one in contestants:
+        start = time.perf_counter()
+        one.call(0)
+        first_call_seconds[one.name] = time.perf_counter() - start
     with OtherLoad() as others:
-        measurement = measure(
-            [_contestant(way, queries, batch) for way in ways],
+        measurement, latency = measure_calls(
+            contestants,
             [(way.name, ways[0].name) for way in ways[1:]],
             timing,
             progress=partial(progress, f"crossover, {size:,} items, batches of {batch:,}"),
         )
-    return CrossoverPoint(num_items=size, batch=batch, ways=tuple(ways), measurement=measurement, others=others)
+    return CrossoverPoint(
+        num_items=size,
+        batch=batch,
+        ways=tuple(ways),
+        first_call_seconds=first_call_seconds,
+        latency=latency,
+        measurement=measurement,
+        others=others,
+    )
 
 
 def _contestant(way: Searched, queries: Float[np.ndarray, "n d"], batch: int) -> Contestant:

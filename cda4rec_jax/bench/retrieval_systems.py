@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from cda4rec_jax.bench.retrieval_data import hard_items, hard_queries
 from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
-from cda4rec_jax.kernels.topk_dot.bench import exact_peers
+from cda4rec_jax.kernels.topk_dot.bench import exact_peers, torch_device
 from cda4rec_jax.kernels.topk_dot.native import native_problem
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.pipeline.request import RequestFunctions
@@ -216,11 +216,12 @@ def recall(search: Search, data: SearchData) -> float:
 
 
 def version_of(package: str | None) -> str:
-    """Of a peer's package; of what our indices stand on."""
+    """Of a peer's package, with the device of torch if that is none of the CPU's; of what our indices stand on."""
     if package is None:
         return f"jax {jax.__version__}" + (f", scann {importlib.metadata.version('scann')}" if scann_available() else "")
     distributions = importlib.metadata.packages_distributions().get(package, [package])
-    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}"
+    on_gpu = package == "torch" and torch_device() == "cuda"
+    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}{' on the GPU' if on_gpu else ''}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What ``bench plan`` and ``bench rank`` measure: systems that take inputs in rotation, NumPy to NumPy, and what is told of them."""
+"""Systems that take inputs in rotation, NumPy to NumPy, times of single calls, and what all benchmarks tell of a row."""
 
 import math
 import time
@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from cda4rec_jax.metrics.system import LatencySummary
+from cda4rec_jax.metrics.system import LatencySummary, summarise_latency
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,38 @@ def call_times_ms(systems: Sequence[Timed], calls: int, block: int = 50, most_se
                 if left_ms <= 0.0:
                     break
     return {name: np.asarray(taken) for name, taken in found.items()}
+
+
+def measure_calls(
+    contestants: Sequence[Contestant],
+    pairs: Sequence[tuple[str, str]],
+    timing: TimingConfig,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Measurement, dict[str, LatencySummary]]:
+    """``timing.measure``, and how long its single calls took: of the rounds that count, by contestant.
+
+    For what takes so long that it is not called again for percentiles alone, or what a turn prepares.
+    """
+    taken: dict[str, list[float]] = {one.name: [] for one in contestants}
+
+    def timed(one: Contestant) -> Contestant:
+        def call(number: int) -> float:
+            start = time.perf_counter_ns()
+            work = one.call(number)
+            taken[one.name].append((time.perf_counter_ns() - start) / 1e6)
+            return work
+
+        return replace(one, call=call)
+
+    def heard(done: int, total: int) -> None:
+        if done == 0:  # warming up, or an attempt that was rejected, lies behind
+            for calls in taken.values():
+                calls.clear()
+        progress(done, total)
+
+    measurement = measure([timed(one) for one in contestants], pairs, timing, progress=heard)
+    return measurement, {name: summarise_latency(np.asarray(calls)) for name, calls in taken.items() if calls}
 
 
 def calls_of(one: System, batch: int) -> Callable[[int], float]:

@@ -28,17 +28,19 @@ from cda4rec_jax.bench.harness import (
 )
 from cda4rec_jax.bench.layouts import Batches, both_layouts, num_real_tokens
 from cda4rec_jax.bench.peers import chosen_peers
+from cda4rec_jax.bench.systems import measure_calls
 from cda4rec_jax.bench.train_competitors import OURS, OURS_PADDED, Competitor, Setting, makers
 from cda4rec_jax.bench.train_systems import loss_memory, make_model, packed_batches
 from cda4rec_jax.data import read_interactions
 from cda4rec_jax.data.sources import source_name
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy.native import may_split_operands
+from cda4rec_jax.metrics.system import LatencySummary
 from cda4rec_jax.pipeline.corpus import Corpus
 from cda4rec_jax.presets import preset
 from cda4rec_jax.processor import has_matrix_unit
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, usable_cores
 from cda4rec_jax.training import RunConfig
 
 LOSS_TOLERANCE = 1e-4
@@ -56,6 +58,7 @@ class TrainBenchmark:
     not_installed: tuple[str, ...]
     same_allocator: bool
     measurement: Measurement
+    latency: dict[str, LatencySummary]  # of single steps, in the rounds
     others: OtherLoad
     loss_bytes: int  # temporary memory of our loss with its gradients
     softmax_bytes: int  # of the same with materialised logits
@@ -75,7 +78,7 @@ class TrainBenchmark:
             "packed": {"shape": list(packed[0].targets.shape), "fill": self.batches.packed_fill},
             "padded": {"shape": list(padded[0].rows.targets.shape), "fill": self.batches.padded_fill},
             "threads": usable_cores(),
-            "systems": {one.name: _system_json(one) for one in self.competitors},
+            "systems": {one.name: _system_json(one, self.latency[one.name]) for one in self.competitors},
             "not_installed": list(self.not_installed),
             "same_allocator": self.same_allocator,
             "loss_temporary_bytes": {"ours": self.loss_bytes, "materialised": self.softmax_bytes},
@@ -93,18 +96,21 @@ class TrainBenchmark:
             title=f"Training SASRec on {self.data}: {self.num_items:,} items, {decoder.num_layers} layers, {decoder.num_heads} heads, "
             f"width {decoder.width}, history {self.config.packing.history_length}, full cross-entropy",
             box=SIMPLE,
+            padding=(0, 1, 0, 0),
         )
         table.add_column("system")
-        for column in ("real tokens/s", "ours faster by", "loss", "off ours by", "step MB", "compile s"):
+        for column in ("real tokens/s", "ours faster by", "step ms", "loss", "off ours by", "step MB", "compile s"):
             table.add_column(column, justify="right")
         for one in self.competitors:
             ratio = "" if one.against is None else f"{times(self.measurement.ratio(one.against, one.name))}{_mark(one)}"
             equal = one.equal_loss
             losses = ("-", "-") if equal is None else (f"{equal.loss:.5f}", f"{equal.difference:.0e}")
             rate = f"{self.measurement.rates[one.name].median:,.0f}"
-            table.add_row(one.name, rate, ratio, *losses, megabytes(one.temporary_bytes), f"{one.first_call_seconds:.1f}")
+            latency = self.latency[one.name]
+            steps = " / ".join(f"{value:,.1f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
+            table.add_row(one.name, rate, ratio, steps, *losses, megabytes(one.temporary_bytes), f"{one.first_call_seconds:.1f}")
         for peer in self.not_installed:
-            table.add_row(peer, "not installed", "", "", "", "", "")
+            table.add_row(peer, "not installed")
         console.print(table)
         share = self.softmax_bytes / self.loss_bytes
         lines = [
@@ -114,6 +120,8 @@ class TrainBenchmark:
             f"{megabytes(self.softmax_bytes)} MB, {share:.1f} times as much",
             "step MB: temporary memory of a training step, by XLA's plan for JAX and by torch's profiler for torch; compile s: less "
             "where the program was in the cache of compiled programs; for torch the first step",
+            "step ms: p50, p95 and p99 of single steps, in the rounds",
+            f"versions: {', '.join(dict.fromkeys(one.version for one in self.competitors))}",
             *not_installed_lines(self.not_installed),
             *method_lines(self.measurement, usable_cores(), self.others),
             *self.remarks,
@@ -189,7 +197,7 @@ def bench_train(
             _require_equal_loss(competitors[-1])
         progress("preparing and compiling", len(making), len(making))
         with OtherLoad() as others:
-            measurement = _measured(competitors, timing, same_allocator, partial(progress, "measuring"))
+            measurement, latency = _measured(competitors, timing, same_allocator, partial(progress, "measuring"))
         remarks = tuple(filter(None, (_precision_remark(), *(one.remark() for one in competitors))))
     found = TrainBenchmark(
         data=source_name(source),
@@ -200,6 +208,7 @@ def bench_train(
         not_installed=not_installed,
         same_allocator=same_allocator,
         measurement=measurement,
+        latency=latency,
         others=others,
         loss_bytes=memory[0],
         softmax_bytes=memory[1],
@@ -212,10 +221,10 @@ def bench_train(
 
 def _measured(
     competitors: Sequence[Competitor], timing: TimingConfig, same_allocator: bool, progress: Callable[[int, int], None]
-) -> Measurement:
+) -> tuple[Measurement, dict[str, LatencySummary]]:
     contestants = [Contestant(name=one.name, call=one.call, before=_before(one, same_allocator)) for one in competitors]
     pairs = [(one.against, one.name) for one in competitors if one.against is not None]
-    return measure(contestants, pairs, timing, progress=progress)
+    return measure_calls(contestants, pairs, timing, progress=progress)
 
 
 def _before(one: Competitor, same_allocator: bool) -> Callable[[], object]:
@@ -252,11 +261,14 @@ def _mark(one: Competitor) -> str:
     return " *" if one.against == OURS_PADDED else "  "
 
 
-def _system_json(one: Competitor) -> dict[str, Any]:
+def _system_json(one: Competitor, latency: LatencySummary) -> dict[str, Any]:
     return {
         "against": one.against,
+        "threads": usable_cores(),
+        "version": one.version,
         "temporary_bytes": one.temporary_bytes,
         "memory_by": one.memory_by,
         "first_call_seconds": one.first_call_seconds,
+        "latency": asdict(latency),
         "equal_loss": None if one.equal_loss is None else asdict(one.equal_loss) | {"difference": one.equal_loss.difference},
     }

@@ -19,6 +19,7 @@ from rich.console import Console
 from cda4rec_jax.agents.cloud import CloudConfig
 from cda4rec_jax.bench.harness import OtherLoad, check_folder, measurement_json, method_lines, say, write_json
 from cda4rec_jax.bench.layouts import Segment, num_real_tokens, packed_rows
+from cda4rec_jax.bench.systems import measure_calls
 from cda4rec_jax.bench.train_systems import (
     Model,
     flat_step,
@@ -31,10 +32,11 @@ from cda4rec_jax.data.packing import PackingConfig
 from cda4rec_jax.data.profiles import prefix_size
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.messages import SequenceBatch
+from cda4rec_jax.metrics.system import LatencySummary
 from cda4rec_jax.nn import DecoderConfig, ItemTableConfig
 from cda4rec_jax.pipeline.system import System, SystemConfig
 from cda4rec_jax.runs import provenance
-from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, measure, usable_cores
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig, usable_cores
 from cda4rec_jax.training import RunConfig, StepConfig, TrainConfig
 from cda4rec_jax.training.mesh import Layout
 from cda4rec_jax.training.step import jitted_steps, split_system
@@ -129,6 +131,7 @@ class AcceleratorBenchmark:
     tokens_per_step: float
     flops_per_step: float
     measurement: Measurement  # work is in floating-point operations
+    latency: dict[str, LatencySummary]  # of calls, which are several steps or products
     others: OtherLoad
     provenance: dict[str, Any]
 
@@ -145,6 +148,8 @@ class AcceleratorBenchmark:
         return {
             "benchmark": "train",
             "preset": self.preset_name,
+            "threads": usable_cores(),
+            "version": f"jax {jax.__version__}",
             "num_items": self.preset.num_items,
             "decoder": asdict(self.preset.config.system.cloud.decoder),
             "rows": [self.preset.config.train.rows_per_batch, self.preset.config.packing.row_tokens],
@@ -156,6 +161,10 @@ class AcceleratorBenchmark:
             "flops_per_second": self.flops_per_second,
             "matmul_flops_per_second": self.measurement.rates[MATMUL].median,
             "share_of_matmul_rate": asdict(self.measurement.ratio(STEP, MATMUL)),
+            "calls": {
+                STEP: {"steps": STEPS_PER_CALL, "latency": asdict(self.latency[STEP])},
+                MATMUL: {"products": MATMULS_PER_CALL, "latency": asdict(self.latency[MATMUL])},
+            },
             "measurement": measurement_json(self.measurement, self.others),
             "provenance": self.provenance,
         }
@@ -223,7 +232,7 @@ def measure_accelerator(
 
     contestants = [Contestant(name=STEP, call=train), _matmul(matmul_size)]
     with OtherLoad() as others:
-        measurement = measure(contestants, [(STEP, MATMUL)], timing, progress=partial(progress, "measuring"))
+        measurement, latency = measure_calls(contestants, [(STEP, MATMUL)], timing, progress=partial(progress, "measuring"))
     return AcceleratorBenchmark(
         preset_name=preset_name,
         preset=preset,
@@ -232,6 +241,7 @@ def measure_accelerator(
         tokens_per_step=float(np.mean([num_real_tokens(batch) for batch in host])),
         flops_per_step=float(np.mean(flops)),
         measurement=measurement,
+        latency=latency,
         others=others,
         provenance=provenance(dataset_fingerprint=f"synthetic tokens of {preset_name}"),
     )

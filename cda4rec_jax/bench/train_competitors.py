@@ -1,5 +1,6 @@
 """The systems of ``cda4rec bench train``, each made ready to be timed, with its loss checked against ours."""
 
+import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ class Competitor:
     """A system, ready to be timed."""
 
     name: str
+    version: str  # of all packages that it is made of
     against: str | None  # the system of ours with which it is compared; None for ours
     call: Callable[[int], float]  # one training step on the batch of that number; gives its real tokens
     temporary_bytes: int
@@ -130,6 +132,10 @@ class _JaxTraining:
         return float(self._tokens[place])
 
 
+def _versions(*distributions: str) -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in distributions)
+
+
 def _packed(setting: Setting, check: _Check) -> Competitor:
     """The training step of this package; its loss is compared with that of the same segments on rows of their own."""
     batches = setting.batches.packed
@@ -138,6 +144,7 @@ def _packed(setting: Setting, check: _Check) -> Competitor:
     alone = padded_rows(segments_of(batches[0]), setting.batches.length)
     return Competitor(
         name=OURS,
+        version=_versions("jax"),
         against=None,
         call=training.call,
         temporary_bytes=program.temporary_bytes,
@@ -154,6 +161,7 @@ def _padded(setting: Setting, check: _Check, name: str, loss: LossFunction) -> C
     without_dropout = jax.jit(lambda trunk, batch: decoded_loss(model, trunk, model.frozen, batch, loss, None))
     return Competitor(
         name=name,
+        version=_versions("jax"),
         against=OURS,
         call=training.call,
         temporary_bytes=program.temporary_bytes,
@@ -186,6 +194,7 @@ def _torch(setting: Setting, check: _Check, name: str, *, packed: bool, compiled
 
     return Competitor(
         name=name,
+        version=_versions("torch"),
         against=OURS if packed else OURS_PADDED,
         call=call,
         temporary_bytes=torch_sasrec.peak_step_bytes(trainer, tensors[1 % len(tensors)]),
@@ -221,6 +230,7 @@ def _rectools(setting: Setting) -> Competitor:
 
     return Competitor(
         name="RecTools, its own loop",
+        version=_versions("rectools", "torch", "pytorch-lightning"),
         against=OURS_PADDED,
         call=call,
         temporary_bytes=trainer.peak_step_bytes(),

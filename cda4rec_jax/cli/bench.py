@@ -144,8 +144,9 @@ class BenchRetrieval:
     """Queries of one call."""
     k: int = 100
     """Items to find."""
-    exact: bool = True
-    """Compare exact search too: 12,101 items in batches of 256, and a million items one query at a time."""
+    # tyro would write "--no-exact (default: True)", as if it were off
+    exact: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: it is compared)")] = True
+    """Leave out the comparison of exact search: 12,101 items in batches of 256, and a million items one query at a time."""
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Catalogue sizes at which time and memory are measured; none without numbers. 10 million takes 4 GB of disk."""
     crossover: tuple[int, ...] = ()

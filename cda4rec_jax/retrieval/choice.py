@@ -3,7 +3,10 @@
 ``times_BACKEND.json`` beside this module (of a CPU one for each kind of vector instructions, on which the order of the ways depends)
 holds the times of a call of each index at some catalogue sizes and batches, on vectors without clusters, with the settings that reached a
 recall there; the command ``MEASURE`` writes such a file, to be copied here. Between measured sizes and batches, the logarithm of the time
-is linear in their logarithms; beyond them the nearest one counts, and the reason says so, as it does where the machine was not quiet.
+is linear in their logarithms. Above the largest size what scans all items takes longer in proportion to them, and what searches a tree by
+the power of the size by which it grew between the two largest sizes, at most in proportion; above the largest batch all take longer in
+proportion to it; below the smallest size or batch the nearest one counts. The reason says so, calls recall at such a size not measured,
+and names the points at which the machine was not quiet.
 """
 
 import functools
@@ -25,6 +28,7 @@ from cda4rec_jax.retrieval.scann import ScannConfig, scann_available
 # Ways to search, the simplest first; the second is the first without a compiler.
 Way = Literal["exact", "exact by XLA", "quantised", "scann", "partitioned"]
 LEAST_GAIN = 1.1  # how many times as fast a way must be to be chosen over a simpler one
+TREES: tuple[Way, ...] = ("scann", "partitioned")  # search a part of the items; the others scan all, and find all
 PLAIN = "AVX2"  # stands for instructions under which nothing has been measured
 RECALL = 0.99  # that an index is chosen for where nothing is said
 # Around 16,384 items ScaNN begins to use a partition, so both sides are measured.
@@ -178,17 +182,41 @@ def _offer(times: IndexTimes, way: Way, num_items: int, batch: int, recall: floa
     """What a way takes, from the measured sizes below and above; None where it did not reach the recall on both."""
     around = []
     for size in _around(times.sizes, num_items):
-        rows = [row for row in times.rows if (row.way, row.num_items) == (way, size) and row.recall >= recall]
-        if not rows:
+        row = _measured(times, way, size, recall)
+        if row is None:
             return None
-        around.append(min(rows, key=lambda row: row.recall))
-    logs = [np.interp(np.log(batch), np.log(times.batches), np.log(row.call_ms)) for row in around]
+        around.append(row)
+    logs = [_log_ms(times, row, batch) for row in around]
+    log_ms = np.interp(np.log(num_items), [np.log(row.num_items) for row in around], logs)
+    if num_items > times.sizes[-1]:
+        log_ms += _power(times, around[0], batch, recall) * np.log(num_items / times.sizes[-1])
     return _Offer(
         way=way,
-        call_ms=float(np.exp(np.interp(np.log(num_items), [np.log(row.num_items) for row in around], logs))),
+        call_ms=float(np.exp(log_ms)),
         leaf_share=max((row.leaf_share for row in around if row.leaf_share is not None), default=None),
         reordered=max((row.reordered for row in around if row.reordered is not None), default=None),
     )
+
+
+def _measured(times: IndexTimes, way: Way, size: int, recall: float) -> IndexTime | None:
+    """The row of the least recall that is enough; None where it was not reached."""
+    rows = [row for row in times.rows if (row.way, row.num_items) == (way, size) and row.recall >= recall]
+    return min(rows, key=lambda row: row.recall, default=None)
+
+
+def _log_ms(times: IndexTimes, row: IndexTime, batch: int) -> float:
+    """Logarithm of a call's time, above the largest batch in proportion to it."""
+    beyond = max(0.0, float(np.log(batch / times.batches[-1])))
+    return beyond + float(np.interp(np.log(batch), np.log(times.batches), np.log(row.call_ms)))
+
+
+def _power(times: IndexTimes, largest: IndexTime, batch: int, recall: float) -> float:
+    """Of the size, with which the time of a way grows above the largest size: 1 unless a tree was searched at the size before, too."""
+    before = _measured(times, largest.way, times.sizes[-2], recall) if len(times.sizes) > 1 else None
+    if largest.way not in TREES or before is None or before.leaf_share is None or largest.leaf_share is None:
+        return 1.0
+    growth = _log_ms(times, largest, batch) - _log_ms(times, before, batch)
+    return min(1.0, max(0.0, growth / float(np.log(largest.num_items / before.num_items))))
 
 
 def _around(measured: Sequence[int], wanted: int) -> list[int]:
@@ -203,7 +231,16 @@ def _reason(
     others = sorted((offer for offer in offers if offer is not chosen), key=lambda offer: offer.call_ms)
     around = _around(times.sizes, num_items)
     sizes = " and ".join(f"{size:,}" for size in around) + " items"
-    sizes += ", the nearest size, whose times these are" if len(around) == 1 and around[0] != num_items else ""
+    is_measured = times.sizes[0] <= num_items <= times.sizes[-1]
+    found = f"at a recall@{times.k} of {recall:g}"
+    if num_items < times.sizes[0]:
+        sizes += ", the nearest size, whose times these are"
+    elif not is_measured:
+        sizes += ", the largest size, from which times were extrapolated: of scans in proportion to the items"
+        grown = f" and of trees by their growth from {times.sizes[-2]:,} items on" if len(times.sizes) > 1 else ""
+        sizes += grown if any(offer.way in TREES for offer in offers) else ""
+    if not is_measured and chosen.way in TREES:
+        found = f"with its recall@{times.k} not measured there, but {recall:g} at {around[0]:,} items"
     points = [(size, each) for size in around for each in _around(times.batches, batch)]
     disturbed = " and ".join(f"{each:,} of {size:,}" for size, each in points if (size, each) in times.disturbed)
     devices = times.provenance["devices"]
@@ -214,11 +251,15 @@ def _reason(
         machine += f", while this machine has {here}" if here != times.instructions else ""
     queries = "one query" if batch == 1 else f"{batch:,} queries"
     parts = [
-        f"{chosen.way}: about {_number(chosen.call_ms)} ms for {queries} over {num_items:,} items, at a recall@{times.k} of {recall:g}",
+        f"{chosen.way}: about {_number(chosen.call_ms)} ms for {queries} over {num_items:,} items, {found}",
         *([", ".join(f"{offer.way} {_number(offer.call_ms)} ms" for offer in others)] if others else []),
         *([f"none is {LEAST_GAIN} times as fast"] if others and others[0].call_ms < chosen.call_ms else []),
         f"measured on {times.backend} ({machine}), width {times.width}, at {sizes}",
-        *([f"the nearest batch measured is {times.batches[-1]:,}"] if batch > times.batches[-1] else []),
+        *(
+            [f"the largest batch measured is {times.batches[-1]:,}, and the time in proportion"]
+            if batch > times.batches[-1]
+            else []
+        ),
         *([f"the machine was not quiet for {disturbed} items"] if disturbed else []),
         *missing,
     ]

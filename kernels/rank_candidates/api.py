@@ -42,12 +42,13 @@ def rank_candidates(
       vector_scales: What a candidate's codes are multiplied with.
       features: Of the candidates; that of the inner product is computed, whatever stands there.
       implementation: ``xla`` runs everywhere. ``native`` is a pair of C++ custom calls for float32 on a CPU, which need a compiler on
-        their first use. None takes ``native`` where it can be had, else ``xla``.
+        their first use, and have no gradients: JAX then raises ValueError, also where None has chosen them. None takes ``native`` where
+        it can be had, else ``xla``, whose gradients with regard to tokens need padding that is finite.
 
     Returns:
-      Scores, and the cache with the new tokens. A cache with more tokens than ``weights.window`` does not exist: scores are then NaN,
-      and the caller makes a full pass over the newest events. It cannot be had by dropping the oldest token: later tokens of the second
-      layer on have seen it, and what the prefix says has changed.
+      Scores, in the dtype of the inputs, and the cache with the new tokens. A cache with more tokens than ``weights.window`` does not
+      exist: scores are then NaN, and the caller makes a full pass over the newest events. It cannot be had by dropping the oldest
+      token: later tokens of the second layer on have seen it, and what the prefix says has changed.
 
     Raises:
       UserError: the implementation is unknown, needs another backend or dtype, or cannot be compiled; shapes do not fit.

@@ -45,8 +45,9 @@ def topk_dot(
       excluded: Items that the query of this row must not find, 0 where there is none.
       chunk_size: Items whose scores exist at the same time, for ``xla``. None takes as many as have about a million scores, and at
         least 16,384.
-      implementation: ``reference`` materialises all scores. ``xla`` goes through chunks of items; the only one whose scores have
-        gradients. ``native`` is a C++ custom call for float32 on a CPU; it needs a compiler on its first use. ``triton`` (GPU) and
+      implementation: ``reference`` materialises all scores. ``xla`` goes through chunks of items. ``native`` is a C++ custom call for
+        float32 on a CPU; it needs a compiler on its first use, and is the only one whose scores have no gradients: JAX then raises
+        ValueError, also where None has chosen it. ``triton`` (GPU) and
         ``tpu`` are Pallas kernels that write the maxima of groups of items, and then score the best groups again. None chooses by
         what was measured: ``native`` on a CPU from 8 queries on where it can be had, else ``xla``; also on accelerators, where the
         Pallas kernels have been lowered but not timed.

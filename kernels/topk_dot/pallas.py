@@ -35,7 +35,9 @@ def topk_dot_pallas(
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
     """As the reference, up to the rounding of scores: groups are chosen by the kernel's, and items by those of a plain product."""
     num_rows, width = items.shape
-    maxima = group_maxima(items, queries, allowed, backend, interpret)
+    # Which groups are best has no gradient; the scores of their items have.
+    fixed_items, fixed_queries = jax.lax.stop_gradient((items, queries))
+    maxima = group_maxima(fixed_items, fixed_queries, allowed, backend, interpret)
     num_groups = min(maxima.shape[1], k + excluded.shape[1])
     _, groups = jax.lax.top_k(maxima, num_groups)
     groups = jnp.sort(groups, axis=1)  # candidates by rising index, so that the last top k keeps the order of ties

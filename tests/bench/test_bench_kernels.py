@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import pytest
 from cda4rec_jax.bench import kernels
 from cda4rec_jax.bench.kernels import in_a_loop
 from cda4rec_jax.cli import main
+from cda4rec_jax.errors import UserError
 from cda4rec_jax.kernels.linear_cross_entropy import bench as loss_bench
 from cda4rec_jax.kernels.linear_cross_entropy.cases import Case as LossCase
 from cda4rec_jax.kernels.rank_candidates import bench as ranking_bench
@@ -61,17 +65,122 @@ def test_the_command_measures_every_implementation(tmp_path: Path, capsys: pytes
         "linear_cross_entropy",
         "rank_candidates",
     ]
+    assert all(not one["left_out"] for one in found["workloads"])
     for one in found["workloads"]:
         rows = {row["implementation"]: row for row in one["rows"]}
         assert rows[PLAIN]["times_as_fast"]["median"] == 1.0 and one["kernel"] in rows
         for name, row in rows.items():
             assert row["threads"] > 0 and row["version"] and 0 < row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"]
             assert row["copy_share"] > 0 and row["matmul_share"] > 0 and row["latency"]["p99_ms"] > 0
+            assert row["first_call_seconds"] > 0 and row["difference"] >= 0
             assert (row["temporary_bytes"] is None) == (row["compile_seconds"] is None) == (name == "numpy")
     search = {row["implementation"]: row for row in found["workloads"][0]["rows"]}
     assert {"numpy", "xla"} < set(search)
     expected = 2.0 * 200 * 8 * 9 / (search["xla"]["ms"]["median"] / 1e3) / rates["float32"]
     assert search["xla"]["matmul_share"] == pytest.approx(expected)
+
+
+class StandInTensor:
+    """As much of a torch tensor as a search needs; every array that was moved to the GPU, and every product, is noted."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def to(self, device: str, dtype: Any = None) -> "StandInTensor":
+        self.log.append(f"to {device}")
+        return StandInTensor(self.array if dtype is None else self.array.astype(dtype))
+
+    T = property(lambda self: StandInTensor(self.array.T))
+    float = cpu = lambda self: self
+
+    def __matmul__(self, other: "StandInTensor") -> "StandInTensor":
+        return StandInTensor(self.array @ other.array)
+
+    def numpy(self) -> np.ndarray:
+        return np.asarray(self.array, np.float32) if self.array.dtype == jnp.bfloat16 else self.array
+
+
+@pytest.fixture
+def stand_in_torch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Torch with a GPU: a product waits for nothing, as it would, so that only ``synchronize`` ends a turn."""
+
+    def mm(rows: StandInTensor, table: StandInTensor, out_dtype: Any = jnp.bfloat16) -> StandInTensor:
+        StandInTensor.log.append("product")
+        return StandInTensor((rows.array.astype(np.float32) @ table.array.astype(np.float32)).astype(out_dtype))
+
+    def topk(scores: StandInTensor, k: int) -> SimpleNamespace:
+        found = np.argsort(-scores.array.astype(np.float32), axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(scores.array, found, axis=1)
+        return SimpleNamespace(indices=StandInTensor(found), values=StandInTensor(best))
+
+    waits = lambda: StandInTensor.log.append("wait")  # noqa: E731
+    dtypes = {"float32": np.float32, "bfloat16": jnp.bfloat16}
+    cuda = SimpleNamespace(is_available=lambda: True, synchronize=waits)
+    functions = {"from_numpy": StandInTensor, "mm": mm, "topk": topk, "set_num_threads": lambda count: None}
+    module = SimpleNamespace(cuda=cuda, **functions, **dtypes)
+    StandInTensor.log.clear()
+    monkeypatch.setitem(sys.modules, "torch", module)
+    monkeypatch.setattr(search_bench.importlib.util, "find_spec", lambda package: object())
+    monkeypatch.setattr(kernels, "version_of", lambda package: f"{package} stand-in")
+    return module
+
+
+def test_torch_is_a_peer_on_a_gpu_and_every_turn_waits_for_its_products(stand_in_torch: SimpleNamespace) -> None:
+    case = dataclasses.replace(SEARCH, dtype="bfloat16")
+    workload = search_bench.workload(case, "gpu")
+    assert set(workload.device_peers) == {"torch", search_bench.NARROW} and not workload.left_out
+    differences = kernels._require_equal_outputs(dataclasses.replace(workload, programs={PLAIN: workload.programs[PLAIN]}))
+    assert differences["torch"] <= search_bench.MOST_OTHER_ITEMS["bfloat16"]
+    moved = StandInTensor.log.count("to cuda")
+    StandInTensor.log.clear()
+    ready = kernels._device_peer("torch", workload.device_peers["torch"])
+    assert (ready.version, ready.calls_per_run, moved) == ("torch stand-in", kernels.LOOPS, 1 + search_bench.NUM_BATCHES)
+    assert StandInTensor.log == ["product", "wait"], "the first call"
+    assert ready.call(3) == kernels.LOOPS
+    assert StandInTensor.log == ["product", "wait", *["product"] * kernels.LOOPS, "wait"], "inputs stay on the GPU"
+
+
+@pytest.mark.usefixtures("stand_in_torch")
+def test_every_program_of_ours_takes_turns_with_torch_on_a_gpu() -> None:
+    workload = search_bench.workload(dataclasses.replace(SEARCH, dtype="bfloat16"), "gpu")
+    few = dataclasses.replace(workload, programs={name: workload.programs[name] for name in (PLAIN, "topk_dot")})
+    ceilings = kernels.Ceilings(copy_bytes_per_second=1.0, flops_per_second={"bfloat16": 1.0})
+    found = kernels.measure_workload(few, "gpu", ceilings, FEW_ROUNDS, lambda done, total: None)
+    assert {row.implementation for row in found.rows} == {PLAIN, "topk_dot", "torch", search_bench.NARROW}
+    assert all(found.measurement.ratio("topk_dot", peer).median > 0 for peer in ("torch", search_bench.NARROW))
+    assert all(row.latency.count > 0 and row.version for row in found.rows)
+
+
+def test_bench_retrieval_searches_by_torch_where_jax_does(
+    stand_in_torch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    for backend, moved in (("cpu", "cpu"), ("gpu", "cuda")):
+        monkeypatch.setattr(search_bench.jax, "default_backend", lambda backend=backend: backend)
+        StandInTensor.log.clear()
+        search = search_bench.exact_peers(items, 3, 1, ("torch",))["torch"]
+        np.testing.assert_array_equal(search(items[7:8])[0], 1 + np.argsort(-(items[1:] @ items[7]))[:3])
+        assert set(StandInTensor.log) == {f"to {moved}"} and search_bench.torch_device() == moved
+    stand_in_torch.cuda.is_available = lambda: False
+    assert search_bench.torch_device() == "cpu"
+
+
+@pytest.mark.usefixtures("stand_in_torch")
+def test_a_peer_on_a_gpu_with_other_items_is_refused() -> None:
+    workload = search_bench.workload(dataclasses.replace(SEARCH, dtype="bfloat16"), "gpu")
+    shifted = dataclasses.replace(workload.device_peers["torch"], result=lambda found: (2 + found.indices.numpy(), None))
+    wrong = dataclasses.replace(workload, programs={PLAIN: workload.programs[PLAIN]}, device_peers={"torch": shifted})
+    with pytest.raises(UserError, match=r"'torch' is .* off 'plain jax'"):
+        kernels._require_equal_outputs(wrong)
+
+
+def test_a_gpu_without_torch_is_told(stand_in_torch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch.cuda.is_available = lambda: False
+    assert search_bench.workload(SEARCH, "gpu").left_out == {"torch": "sees no GPU"}
+    monkeypatch.setattr(search_bench.importlib.util, "find_spec", lambda package: None)
+    assert search_bench.workload(SEARCH, "gpu").left_out == {"torch": "not installed"}
 
 
 def test_a_loop_on_the_device_gives_the_output_of_its_last_call() -> None:

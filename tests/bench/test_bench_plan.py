@@ -37,6 +37,7 @@ def test_the_command_measures_a_runs_policy_and_writes_json_and_charts(
     assert [one["batch"] for one in found["batches"]] == [1, 64]
     for one in found["batches"]:
         assert set(one["systems"]) == {DECISION, NETWORK, "numpy, network alone", "numpy, whole decision"}
+        assert all(system["threads"] == (1 if one["batch"] == 1 else found["threads"]) for system in one["systems"].values())
         assert all(system["difference"] <= 1e-5 and system["version"] for system in one["systems"].values())
         latencies = [system["latency"] for system in one["systems"].values()]
         assert all(0 < latency["p50_ms"] <= latency["p95_ms"] <= latency["p99_ms"] for latency in latencies)

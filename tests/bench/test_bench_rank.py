@@ -45,6 +45,7 @@ def test_the_command_measures_a_runs_agent_and_writes_json_and_a_chart(
     (size,) = found["sizes"]
     assert size["candidates"] == 7 and set(size["systems"]) == {*OURS, "plain jax", "numpy"}
     for one in size["systems"].values():
+        assert one["threads"] == 1
         assert one["difference"] <= 1e-4 and one["version"] and one["first_call_seconds"] > 0
         assert 0 < one["latency"]["p50_ms"] <= one["latency"]["p95_ms"] <= one["latency"]["p99_ms"]
     assert len(size["measurement"]["comparisons"]) == 5

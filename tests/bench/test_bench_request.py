@@ -40,6 +40,8 @@ def test_the_command_measures_requests_branches_and_the_devices_part(
         assert row["latency"]["count"] == 6
         assert 0 < row["latency"]["p50_ms"] <= row["latency"]["p95_ms"] <= row["latency"]["p99_ms"]
     branches = found["branches"]["measurement"]
+    assert found["branches"]["threads"] >= 1 and found["branches"]["version"].startswith("jax ")
+    assert all(one["count"] >= 3 and one["p50_ms"] >= 50 for one in found["branches"]["latency"].values())
     (gain,) = branches["comparisons"]
     assert (gain["name"], gain["other"]) == (CONCURRENT, SEQUENTIAL) and gain["ratio"]["median"] > 1.0
     assert branches["nulls"].keys() == {CONCURRENT}

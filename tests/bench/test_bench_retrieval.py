@@ -80,6 +80,7 @@ def test_the_command_measures_and_writes_json_and_charts(
         assert ("plain jax" in rows) == (one["target"] is not None)
         for row in rows.values():
             assert row["recall"] > 0.99 and row["threads"] > 0 and row["version"] and row["latency"]["p99_ms"] > 0
+            assert row["first_call_seconds"] > 0
             assert row["queries_per_second"] == pytest.approx(1e3 * one["batch"] / row["latency"]["p50_ms"])
         others = [x["ratio"]["median"] for x in one["measurement"]["comparisons"] if not x["other"].startswith("ours")]
         assert one["least_ratio"] == min(others) and one["tuned_over_hnswlib"] is None, "hnswlib is not there"
@@ -87,6 +88,8 @@ def test_the_command_measures_and_writes_json_and_charts(
         if scann_available() and one["target"] is None:
             assert "for 0.955 in batches of 16" in rows[TUNED]["setting"] and one["adapter"]["batch"] == one["batch"]
             assert "of ScaNN's own search" in told
+            assert one["adapter"]["threads"] > 0 and "scann" in one["adapter"]["version"]
+            assert all(calls["count"] >= 3 and calls["p99_ms"] > 0 for calls in one["adapter"]["latency"].values())
     points = found["sizes"]["points"]
     assert {(point["system"], point["num_items"]) for point in points if point["system"] == MAPPED} == {
         (MAPPED, 200),

@@ -98,13 +98,18 @@ def test_the_command_writes_json_and_chart_and_prints_what_is_not_installed(
     systems, measured = found["systems"], found["measurement"]
     assert len(systems) == 4 == len(measured["rates"])
     assert all(one["equal_loss"]["difference"] <= 1e-4 and one["temporary_bytes"] > 0 for one in systems.values())
+    for one in systems.values():
+        assert one["threads"] >= 1 and one["version"].startswith("jax ") and one["first_call_seconds"] > 0
+        assert (
+            one["latency"]["count"] >= 3 and 0 < one["latency"]["p50_ms"] <= one["latency"]["p95_ms"] <= one["latency"]["p99_ms"]
+        )
     assert len(measured["comparisons"]) == 3 and all(one["ratio"]["median"] > 0 for one in measured["comparisons"])
     assert (tmp_path / "train-synthetic.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_system_with_another_loss_is_refused() -> None:
     def system(loss: float) -> Competitor:
-        told = {"temporary_bytes": 0, "memory_by": "", "first_call_seconds": 0.0}
+        told = {"version": "", "temporary_bytes": 0, "memory_by": "", "first_call_seconds": 0.0}
         return Competitor(name="one", against=None, call=float, equal_loss=EqualLoss(loss=loss, ours=2.0), **told)
 
     train._require_equal_loss(system(2.00005))
@@ -185,7 +190,11 @@ def test_operations_of_a_model_are_counted_by_hand() -> None:
 
 def test_the_share_of_the_matrix_rate_is_measured_in_turns() -> None:
     found = measure_accelerator("small", small("gpu-256"), FEW_ROUNDS, matmul_size=64).json()
-    assert found["tokens_per_step"] == 128
+    assert found["tokens_per_step"] == 128 and found["threads"] >= 1 and found["version"].startswith("jax ")
+    step = found["calls"]["training step"]
+    assert step["steps"] == 8 and step["latency"]["count"] == 9, (
+        "three rounds with one turn against the product and two of the null"
+    )
     assert found["tokens_per_second"] == pytest.approx(found["flops_per_second"] / found["flops_per_step"] * 128)
     ratio = found["flops_per_second"] / found["matmul_flops_per_second"]
     assert ratio / 4 < found["share_of_matmul_rate"]["median"] < 4 * ratio  # steps of so few tokens are noisy

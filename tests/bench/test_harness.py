@@ -9,7 +9,8 @@ import pytest
 
 from cda4rec_jax.bench import harness
 from cda4rec_jax.bench.harness import OtherLoad, check_folder, method_lines
-from cda4rec_jax.timing import Measurement
+from cda4rec_jax.bench.systems import measure_calls
+from cda4rec_jax.timing import Contestant, Measurement, TimingConfig
 
 
 def make_measurement(null: float, attempts: int = 1) -> Measurement:
@@ -57,6 +58,22 @@ def test_what_cannot_be_believed_is_said() -> None:
     busy = OtherLoad()
     busy.cores = 1e6
     assert "NOT QUIET: other processes" in "\n".join(method_lines(make_measurement(1.01), 2, busy))
+
+
+def test_times_of_single_calls_are_those_of_the_rounds_that_count() -> None:
+    """Slow calls while warming up, and an attempt that no null can pass, leave no trace."""
+    seen = []
+
+    def call(number: int) -> float:
+        seen.append(number)
+        time.sleep(0.05 if len(seen) <= 3 else 0.0)
+        return 1.0
+
+    config = TimingConfig(rounds=4, block_seconds=1e-9, warm_up_turns=2, attempts=3, null_bounds=(2.0, 1.0))
+    measurement, latency = measure_calls([Contestant(name="a", call=call)], [("a", "a")], config)
+    assert measurement.attempts == 3 and len(seen) > 2 * latency["a"].count
+    assert latency["a"].count == 4 * 2 * 2, "four rounds of the pair and of the null, two turns each"
+    assert latency["a"].max_ms < 50.0
 
 
 def test_a_folder_is_made_before_anything_is_measured(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def point(num_items: int, p10: float, batch: int = 1) -> CrossoverPoint:
         null_bounds=(0.95, 1.05),
     )
     ways = (way("exact", 1.0), way("partitioned", 0.9, leaf_share=0.25))
-    return CrossoverPoint(num_items=num_items, batch=batch, ways=ways, measurement=measurement, others=OtherLoad())
+    told: dict[str, Any] = {"first_call_seconds": {}, "latency": {}, "others": OtherLoad()}
+    return CrossoverPoint(num_items=num_items, batch=batch, ways=ways, measurement=measurement, **told)
 
 
 def test_the_crossover_is_the_size_from_which_on_no_measurement_was_lost():
@@ -71,6 +72,9 @@ def test_every_way_is_measured_at_its_recall_and_written(tmp_path, monkeypatch):
     assert not (tmp_path / "retrieval-hard.json").exists()
     assert [(one["num_items"], one["batch"]) for one in written["points"]] == [(600, 1), (600, 8)]
     assert set(written["points"][0]["ways"]) == set(result.names)
+    for row in (row for one in written["points"] for row in one["ways"].values()):
+        assert row["threads"] > 0 and row["version"].startswith("jax ") and row["first_call_seconds"] > 0
+        assert 0 < row["latency"]["p50_ms"] <= row["latency"]["p95_ms"] <= row["latency"]["p99_ms"]
     (file,) = tmp_path.glob("times_cpu_*.json")
     times = IndexTimes.load(file)
     assert times.instructions == vector_instructions() and times == result.times()

@@ -1,6 +1,7 @@
 """The scripts that start runs: they are right for bash, and every command that they would run is one that there is."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cda4rec_jax.bench.kernels import KERNELS
 from cda4rec_jax.cli.app import parse
-from cda4rec_jax.cli.bench import Bench, BenchKernels, BenchTrain
+from cda4rec_jax.cli.bench import Bench, BenchKernels, BenchPlan, BenchRank, BenchRetrieval, BenchTrain
 from cda4rec_jax.cli.commands import Evaluate, Train
 
 RUNS = Path(__file__).resolve().parents[2] / "experiments" / "runs"
@@ -37,16 +39,19 @@ def commands(script: str, folder: Path, *arguments: str, **environment: str) -> 
     bodies = {
         stand_ins / "python3": "",
         tools
-        / "python": 'case "$*" in *device_count*) echo 8 ;; *default_backend*) echo gpu ;; "-m pytest "*) [ "$FAILS" != tests ] ;; esac',
-        tools / "cda4rec": f'printf "%q " "$@" >> {log} && echo >> {log} && [ "$2" != "$FAILS" ]',
+        / "python": 'case "$*" in *device_count*) echo 8 ;; *default_backend*) echo gpu ;; "-m pytest "*) [ "$FAILS" != tests ] ;; '
+        '*test,bench*) [ "$FAILS" != peers ] ;; esac',
+        tools / "cda4rec": f'printf "%q " "$@" >> {log} && echo >> {log} && echo told && [ "$2" != "$FAILS" ] && '
+        'if [ "$2" = "$HANGS" ]; then exec sleep 60; fi',
     }
     for path, body in bodies.items():
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
     path = f"{stand_ins}:{os.environ['PATH']}"
-    environment = {"FAILS": ""} | environment | {"PATH": path}
+    environment = {"FAILS": "", "HANGS": ""} | environment | {"PATH": path}
+    log.touch()
     done = subprocess.run(["bash", str(copy), *arguments], cwd=folder, env=os.environ | environment)
-    assert done.returncode == (1 if environment["FAILS"] else 0)
+    assert done.returncode == (1 if environment["FAILS"] or "BUDGET_S" in environment else 0)
     return [shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
@@ -79,16 +84,48 @@ def test_hosts_of_one_tpu_slice_train_together(tmp_path: Path) -> None:
     assert isinstance(train, Train) and train.distributed and train.mesh == "data=8"
 
 
+PARTS = ("kernels", "train-gpu-256", "train-gpu-1024", "crossover", "retrieval", "rank", "plan", "tests")
+
+
 @pytest.mark.parametrize(
-    ("fails", "told"), [("", ""), ("tests", "kernels.log"), ("kernels", "bench kernels"), ("train", "bench train")]
+    ("fails", "told"),
+    [
+        ("", ()),
+        ("tests", ("tests: failed, see tests.log",)),
+        ("kernels", ("kernels: failed, see kernels.log",)),
+        ("train", ("train-gpu-256: failed", "train-gpu-1024: failed")),
+        ("peers", ("torch and other peers are missing",)),
+    ],
 )
 def test_every_part_runs_on_a_gpu_and_what_failed_is_told(
-    fails: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    fails: str, told: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    kernels, train = map(parse, commands("gpu_bench.sh", tmp_path, "my results", FAILS=fails))
+    out = tmp_path / "my results"
+    parsed = map(parse, commands("gpu_bench.sh", tmp_path, "my results", FAILS=fails))
+    ran = [command.benchmark for command in parsed if isinstance(command, Bench)]
     error = capfd.readouterr().err
-    assert told in error and ("failed" in error) == bool(fails)
-    assert isinstance(kernels, Bench) and isinstance(kernels.benchmark, BenchKernels)
-    assert isinstance(train, Bench) and isinstance(train.benchmark, BenchTrain) and train.benchmark.preset == "gpu-256"
-    assert kernels.benchmark.out == train.benchmark.out == tmp_path / "my results"
-    assert (tmp_path / "my results" / "kernels.log").is_file()
+    assert all(words in error for words in told) and error.count("not done") == len(told)
+    kinds = [BenchKernels, BenchTrain, BenchTrain, BenchRetrieval, BenchRetrieval, BenchRank, BenchPlan]
+    assert [type(one) for one in ran] == kinds and {one.out for one in ran} == {out}
+    assert [one.preset for one in ran if isinstance(one, BenchTrain)] == ["gpu-256", "gpu-1024"]
+    kernels, crossover = ran[0], ran[3]
+    assert isinstance(kernels, BenchKernels) and set(kernels.only or ()) == set(KERNELS)
+    assert isinstance(crossover, BenchRetrieval) and crossover.crossover and not crossover.items and not crossover.exact
+    assert {path.name for path in out.iterdir()} == {f"{part}.log" for part in PARTS}
+    assert (out / "plan.log").read_text() == "told\n"
+
+
+def test_the_parts_on_a_gpu_have_ten_minutes_together() -> None:
+    text = (RUNS / "gpu_bench.sh").read_text(encoding="utf-8")
+    limits = re.findall(r"^(?:JAX_PLATFORMS=\S+ )?part (\S+) (\d+) ", text, re.MULTILINE)
+    assert [name for name, _ in limits] == list(PARTS) and sum(int(limit) for _, limit in limits) <= 600
+
+
+def test_a_part_that_hangs_is_ended_and_what_had_no_time_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ran = commands("gpu_bench.sh", tmp_path / "hangs", "out", HANGS="kernels", BUDGET_S="10")
+    error = capfd.readouterr().err
+    assert ran[0][1] == "kernels" and re.search("kernels: out of time after [23] s; the folder has what it had written", error)
+    assert (tmp_path / "hangs" / "out" / "kernels.log").read_text() == "told\n"
+    assert not commands("gpu_bench.sh", tmp_path / "none", "out", BUDGET_S="0")
+    error = capfd.readouterr().err
+    assert all(f"{part}: no time was left for it" in error for part in PARTS)

@@ -171,6 +171,68 @@ def test_xla_computes_in_float64_where_inputs_are():
         np.testing.assert_allclose(state, expected_by_hand(SMALL_CASE)[0], rtol=1e-12)
 
 
+def test_xla_has_the_gradients_of_the_reference_in_float64():
+    """With regard to weights, tokens and features; tokens that are padding have none."""
+    inputs, (vectors, scales, features) = random_inputs(SMALL_CASE), candidates_of(SMALL_CASE)
+    tokens, share = np.nan_to_num(inputs.tokens), np.cos(np.arange(SMALL_CASE.candidates)).astype(np.float32)
+
+    def reference(weights, tokens, features):
+        state = user_state_reference(weights, tokens[: SMALL_CASE.tokens])
+        return jnp.dot(share, score_candidates_reference(weights, state, vectors, scales, features))
+
+    def by_xla(weights, tokens, features):
+        given = (weights, empty_cache(weights), tokens, SMALL_CASE.tokens, vectors, scales, features)
+        return jnp.dot(share, rank_candidates(*given, implementation="xla")[0])
+
+    def gradients(function, dtype):
+        """Of all leaves that are no whole numbers, the features last and the tokens before them."""
+        leaves, structure = jax.tree.flatten((random_weights(SMALL_CASE), tokens, features))
+        places = [place for place, leaf in enumerate(leaves) if leaf.dtype == np.float32]
+
+        def of_floats(floats):
+            whole = list(map(jnp.asarray, leaves))
+            for place, leaf in zip(places, floats, strict=True):
+                whole[place] = leaf
+            return function(*jax.tree.unflatten(structure, whole))
+
+        return list(map(np.asarray, jax.jit(jax.grad(of_floats))([jnp.asarray(leaves[place], dtype) for place in places])))
+
+    with jax.enable_x64(True):
+        expected = gradients(reference, jnp.float64)
+    actual = gradients(by_xla, jnp.float32)
+    assert len(actual) == len(expected) == 17 and not actual[-2][SMALL_CASE.tokens :].any()
+    for found, wanted in zip(actual, expected, strict=True):
+        close(found, wanted, 1e-4)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("chosen", [None, "native"])
+def test_native_has_no_gradients_and_refuses_them(chosen):
+    weights, state, given = random_weights(SMALL_CASE), jnp.ones(SMALL_CASE.width), candidates_of(SMALL_CASE)
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        jax.grad(lambda state: jnp.sum(score_candidates(weights, state, *given, implementation=chosen)))(state)
+    tokens = jnp.ones((2, SMALL_CASE.width))
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        jax.grad(lambda tokens: jnp.sum(extend_history(weights, empty_cache(weights), tokens, 2, implementation=chosen)[0]))(
+            tokens
+        )
+
+
+def test_bfloat16_inputs_give_bfloat16_scores_near_those_of_float64():
+    def narrowed(leaf):
+        return jnp.asarray(leaf, jnp.bfloat16 if leaf.dtype == np.float32 else None)
+
+    weights = jax.tree.map(narrowed, random_weights(SMALL_CASE))
+    given = map(narrowed, (random_inputs(SMALL_CASE).tokens, *candidates_of(SMALL_CASE)))
+
+    def program(weights, tokens, *candidates):
+        return rank_candidates(weights, empty_cache(weights), tokens, SMALL_CASE.tokens, *candidates)
+
+    scores, cache = jax.jit(program)(weights, *given)
+    assert scores.dtype == cache.keys.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(scores, np.float32), expected_by_hand(SMALL_CASE)[1], rtol=0.03, atol=0.5)
+
+
 @pytest.mark.parametrize("platform", ("cuda", "tpu"))
 def test_it_lowers_for_accelerators_without_the_hardware(platform):
     weights, tokens = random_weights(SMALL_CASE), jnp.zeros((SMALL_CASE.window, SMALL_CASE.width))

@@ -132,14 +132,13 @@ def test_bfloat16_inputs_give_float32_scores(implementation):
     assert_trees_equal(actual, sorted_by_hand(items, queries, SMALL.k))
 
 
-@pytest.mark.parametrize("implementation", ON_CPU)
-def test_vmap_equals_a_loop(implementation):
+@pytest.mark.parametrize("implementation", WAYS)
+def test_under_vmap_every_table_is_searched_by_its_own_queries(implementation):
     items, queries = make_inputs(SMALL)
-    search = functools.partial(topk_dot, k=SMALL.k, implementation=implementation)
-    tables = jnp.stack([items, items[::-1]])
-    together = jax.jit(jax.vmap(lambda table, query: search(table, query)))(tables, jnp.stack([queries, 2 * queries]))
-    for row, inputs in enumerate(((items, queries), (items[::-1], 2 * queries))):
-        assert_trees_equal(jax.tree.map(lambda array, row=row: array[row], together), search(*inputs))
+    tables, rows = jnp.stack([items, items[::-1]]), jnp.stack([queries, 2 * queries])
+    found, scores = jax.vmap(lambda table, query: found_by(table, query, SMALL.k, implementation=implementation))(tables, rows)
+    for place in range(2):
+        assert_trees_equal((found[place], scores[place]), sorted_by_hand(tables[place], rows[place], SMALL.k))
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
@@ -148,7 +147,7 @@ def test_no_query_gives_no_row(implementation):
     assert found.shape == scores.shape == (0, 4)
 
 
-@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("implementation", WAYS)
 def test_two_runs_agree_bit_for_bit(implementation):
     rng = np.random.default_rng(4)
     items, queries = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5000, 16), (40, 16)))
@@ -251,17 +250,30 @@ def test_native_is_right_whatever_the_order_of_the_scores(order):
     assert_trees_equal(actual, sorted_by_hand(items, queries, 70))
 
 
-def test_scores_of_xla_have_the_gradients_of_the_reference():
+@pytest.mark.parametrize("implementation", ["xla", "triton", "tpu"])
+def test_scores_have_the_gradients_of_the_reference(implementation):
     items, queries = make_inputs(Case(name="gradients", num_rows=330, queries=8, width=3, k=2))
 
     def gradients(implementation):
         def total(items, queries):
-            return jnp.sum(jnp.sin(topk_dot(items, queries, 2, implementation=implementation)[1]))
+            return jnp.sum(jnp.sin(found_by(items, queries, 2, implementation=implementation)[1]))
 
         return jax.jit(jax.grad(total, argnums=(0, 1)))(items, queries)
 
-    for actual, expected in zip(gradients("xla"), gradients("reference"), strict=True):
+    for actual, expected in zip(gradients(implementation), gradients("reference"), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("implementation", [None, "native", "8-bit codes"])
+def test_native_has_no_gradients_and_refuses_them(implementation):
+    items, queries = make_inputs(SMALL)
+    if implementation == "8-bit codes":
+        search = functools.partial(topk_dot_quantised, quantise_items(np.asarray(items)))
+    else:
+        search = functools.partial(topk_dot, items, implementation=implementation)
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        jax.grad(lambda queries: jnp.sum(search(queries, k=3)[1]))(queries)
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)

@@ -1,7 +1,9 @@
 """Which index is chosen: by interpolated times, among what can be had and reaches the recall; and what is said of it."""
 
 import dataclasses
+import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from cda4rec_jax.retrieval import (
 )
 
 needs_scann = pytest.mark.skipif(not scann_available(), reason="ScaNN is not installed here")
+MILLION = Path(__file__).resolve().parents[2] / "experiments" / "results" / "retrieval-hard-1m-avx2.json"
 PROVENANCE = {"cores": 2, "devices": ["cpu"]}
 
 
@@ -102,10 +105,42 @@ def test_settings_are_the_wider_ones_of_the_two_sizes_around():
 
 
 @pytest.mark.usefixtures("table")
-def test_beyond_what_was_measured_the_nearest_counts_and_the_reason_says_so():
+def test_above_what_was_measured_scans_take_longer_in_proportion_and_the_reason_says_so():
     chosen = choose_index(10**6, batch=5000, recall=1.0)
-    assert chosen.implementation == "exact" and "exact: about 1,000 ms for 5,000 queries over 1,000,000 items" in chosen.reason
-    assert "at 10,000 items, the nearest size" in chosen.reason and "the nearest batch measured is 100" in chosen.reason
+    expected = 1000.0 * 100 * 50
+    assert f"exact: about {expected:,.0f} ms for 5,000 queries over 1,000,000 items, at a recall@100 of 1;" in chosen.reason
+    assert "at 10,000 items, the largest size, from which times were extrapolated: of scans in proportion" in chosen.reason
+    assert "trees" not in chosen.reason, "none of them finds all"
+    assert "the largest batch measured is 100, and the time in proportion" in chosen.reason
+    assert ", quantised 2,500 ms, " in choose_index(10**6, recall=0.9).reason
+
+
+@pytest.mark.usefixtures("table")
+def test_above_what_was_measured_trees_take_longer_by_their_growth_and_recall_is_not_measured():
+    chosen = choose_index(40_000, batch=100, recall=0.9)
+    assert "partitioned: about 100 ms" in chosen.reason, "it was faster at 10,000 items than at 100, which is no growth"
+    assert "with its recall@100 not measured there, but 0.9 at 10,000 items" in chosen.reason
+    assert "of scans in proportion to the items and of trees by their growth from 100 items on" in chosen.reason
+    assert "scann 2,000 ms" in chosen.reason, "without a tree at 100 items: in proportion"
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(("before_ms", "expected_ms"), [(1.0, 25.0), (0.1, 45.0)], ids=["root", "at most in proportion"])
+def test_a_tree_grows_by_the_power_of_the_size_between_the_two_largest(before_ms, expected_ms, monkeypatch):
+    """5 ms at 10,000 items; from 1 ms at 400 on by the root of the size, to 25 times as many items."""
+    sizes = (row("exact", 400, (4.0, 4.0)), row("exact", 10_000, (100.0, 100.0)))
+    trees = [row("scann", size, (ms, ms), 0.9, leaf_share=0.2, reordered=150) for size, ms in ((400, before_ms), (10_000, 5.0))]
+    times = dataclasses.replace(TIMES, rows=(*sizes, *trees))
+    monkeypatch.setattr(choice, "measured_times", {"cpu": times}.get)
+    num_items = 250_000 if expected_ms == 25.0 else 90_000
+    assert f"scann: about {expected_ms:g} ms for one query" in choose_index(num_items, recall=0.9).reason
+
+
+@pytest.mark.usefixtures("table")
+def test_below_what_was_measured_the_nearest_size_counts_and_the_reason_says_so():
+    chosen = choose_index(50, recall=0.9)
+    assert "quantised: about 0.95 ms for one query over 50 items, at a recall@100 of 0.9" in chosen.reason
+    assert "at 100 items, the nearest size, whose times these are" in chosen.reason
 
 
 @pytest.mark.usefixtures("table")
@@ -162,6 +197,23 @@ def test_the_committed_tables_have_exact_search_and_scann_at_every_size(here, mo
         assert len(one.call_ms) == len(times.batches) and min(one.call_ms) > 0
         has_tree = one.way == "partitioned" or (one.way == "scann" and one.num_items > ScannConfig().tree_items)
         assert (one.leaf_share is not None) == has_tree
+
+
+def test_what_is_extrapolated_to_a_million_items_is_near_what_was_measured_there(monkeypatch):
+    monkeypatch.setattr(choice, "vector_instructions", lambda: "AVX2")
+    times, searches = measured_times.__wrapped__("cpu"), json.loads(MILLION.read_text(encoding="utf-8"))["searches"]
+    assert times is not None and times.sizes[-1] < 10**6 and {one["batch"] for one in searches} == {1, 256}
+    for one in searches:
+        assert one["num_items"] == 10**6
+        ways: tuple[tuple[choice.Way, str, str], ...] = (
+            ("exact", "ours, exact", ""),
+            ("quantised", "ours, quantised", ""),
+            ("scann", "ours, scann tuned", "for 0.955"),
+        )
+        for way, system, setting in ways:
+            (found,) = [row for row in one["systems"] if row["system"] == system and row["setting"].startswith(setting)]
+            offer = choice._offer(times, way, 10**6, one["batch"], 0.95)
+            assert offer is not None and 0.7 < offer.call_ms / found["latency"]["p50_ms"] < 1.4, (way, one["batch"])
 
 
 @needs_scann

@@ -188,9 +188,15 @@ def overlapping_clusters(num_items: int, num_queries: int) -> tuple[np.ndarray, 
 
 
 @needs_scann
-@pytest.mark.parametrize(("clusters", "leaf_share"), [(False, 0.2), (True, 0.1)], ids=("no clusters", "clusters"))
-def test_recall_is_within_a_hundredth_of_scann_over_equally_many_leaves_and_exact_scores(clusters, leaf_share):
-    """The recalls were .708 and ScaNN's .691 without clusters, .978 and .967 with: well below 1, so that either may fall short."""
+@pytest.mark.parametrize(
+    ("clusters", "leaf_share", "above"), [(False, 0.2, 0.03), (True, 0.1, 0.02)], ids=("no clusters", "clusters")
+)
+def test_recall_is_at_most_a_hundredth_below_scann_over_equally_many_leaves_and_exact_scores_and_not_far_above(
+    clusters, leaf_share, above
+):
+    """The recalls were .708 and ScaNN's .691 to .695 without clusters, .978 and .967 to .979 with: well below 1, so that either may fall
+    short. To be better is no fault, but an index that searches more than it says would be better by more than ours was in any build.
+    """
     num_items, k = 10_000, 100
     vectors, asked = overlapping_clusters(num_items, 256) if clusters else (hard_items(num_items, 64), hard_queries(256, 64))
     expected, _ = ExactIndex.build(vectors).search(asked, k)
@@ -205,7 +211,8 @@ def test_recall_is_within_a_hundredth_of_scann_over_equally_many_leaves_and_exac
     assert scann.num_leaves == ours.num_leaves and round(share * scann.num_leaves) == ours.leaves_searched == searched
     of_scann = recall(scann.search(asked, k)[0], expected)
     assert of_scann < 0.99
-    assert recall(ours.search(asked, k)[0], expected) >= of_scann - 0.01
+    of_ours = recall(ours.search(asked, k)[0], expected)
+    assert of_scann - 0.01 <= of_ours <= of_scann + above
 
 
 def test_filters_leave_k_items_even_where_the_leaves_searched_hold_fewer(built, vectors, queries):
