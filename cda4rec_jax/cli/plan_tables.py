@@ -41,12 +41,12 @@ def print_explanation(found: Explanation, console: Console) -> None:
     _say(console, f"chosen: {decision.chosen.name}")
     if decision.runner_up is not None and decision.margin is not None:
         in_logit = "" if decision.tau is None else f" ({decision.margin / decision.tau:.2f} in the logit)"
-        margin = f"{decision.margin:.5f} {_of_sum(decision.chosen)}{in_logit}"
+        margin = f"{decision.margin:.5f} {'utility' if decision.chosen.is_utility else 'in the sum'}{in_logit}"
         _say(console, f"runner-up: {decision.runner_up.name}, behind by {margin}")
     console.print()
     named = [name.replace("_", " ") for name in decision.chosen.further]
     prices = ["time", "energy", "exposure", *decision.chosen.own] if decision.chosen.prices_count else []
-    terms = ["plan", "quality", *prices, *named, _of_sum(decision.chosen)]
+    terms = ["plan", "quality", *prices, *named, "utility" if decision.chosen.is_utility else "sum"]
     costs = ["plan", "ms", "mJ", "exposed", "up B"]
     title = f"Allowed plans, costs of {found.planned_for}"
     rows = [(_terms(plan), _costs(plan)) for plan in found.ranked]
@@ -77,10 +77,6 @@ def print_explanation(found: Explanation, console: Console) -> None:
             _say(
                 console, f"Another value of {_NAMES.get(flip.axis, flip.axis)} alone never changes the plan (tried {flip.tried})."
             )
-
-
-def _of_sum(terms: PlanTerms) -> str:
-    return "utility" if terms.is_utility else "sum"
 
 
 def _terms(terms: PlanTerms) -> list[str]:

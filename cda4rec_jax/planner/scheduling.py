@@ -115,7 +115,7 @@ def worth_to_later_requests(context: Context, freshness: Float[Array, "consents 
     older = jnp.minimum(context.cache_age_events.astype(jnp.int32) + 1, oldest) * (context.cache_level > 0)
     level = jnp.where(fresh_level > 0, fresh_level, context.cache_level[:, None])
     age = jnp.where(fresh_level > 0, min(1, oldest), older[:, None])
-    return freshness[context.consent[:, None], level, age]
+    return jnp.asarray(freshness)[context.consent[:, None], level, age]
 
 
 class CallScheduler(LearnedPlanner):
