@@ -55,7 +55,7 @@ def as_commanded(
         users: at most so many; None takes what the command takes.
         progress: hears (stage, done, total).
     """
-    config = ScheduleFitting() if users is None else ScheduleFitting(users=users)
+    config = ScheduleFitting() if users is None else ScheduleFitting(users=users, sequences=2 * users)
     sequences = validation_sequences(run, run.world(), config, progress)
     all_calls = sequences.outcome(sequences.timed(calls=True))["calls"] * REQUESTS_PER_DAY
     budgets = {share: Budget(limited=Limited.CALLS, limit=share * all_calls) for share in shares}

@@ -40,7 +40,7 @@ def print_explanation(found: Explanation, console: Console) -> None:
     )
     _say(console, f"chosen: {decision.chosen.name}")
     if decision.runner_up is not None and decision.margin is not None:
-        in_logit = "" if decision.tau is None else f" ({decision.margin / decision.tau:.2f} in the logit)"
+        in_logit = "" if decision.tau in (None, 1.0) else f" ({decision.margin / decision.tau:.2f} in the logit)"
         margin = f"{decision.margin:.5f} {'utility' if decision.chosen.is_utility else 'in the sum'}{in_logit}"
         _say(console, f"runner-up: {decision.runner_up.name}, behind by {margin}")
     console.print()

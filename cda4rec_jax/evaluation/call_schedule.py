@@ -36,6 +36,7 @@ from cda4rec_jax.runs.planner_runs import load_for_planner_run, write_planner_ru
 TARGET = f"{CallScheduler.__module__}:{CallScheduler.__name__}"
 HORIZON = 1.0 / (1.0 - DISCOUNT)  # requests; quality is at most 1 in each, so that no call is worth a price above it
 SEARCH_STEPS = 16
+MAX_DRAWS = 20
 COUNTED = ("calls", "hit_rate@10", "ndcg@10", "latency_ms", "exposure", "utility")
 RANKS, PRICE = "ranks by age of the cache", "price of a call"  # the stages that a caller hears of
 
@@ -51,7 +52,7 @@ class ScheduleFitting:
     """
 
     users: int = 2000  # at most so many
-    sequences: int = 4000  # at least so many, over all users
+    sequences: int = 4000  # at least so many over all users, but at most MAX_DRAWS of each
     unseen: int = 10  # requests at the beginning of a sequence that do not count
     counted: int = 10  # requests that do
     seed: int = 0
@@ -174,7 +175,7 @@ def validation_sequences(
 
     means = QualityByAge.estimated(quality_under, oldest, trained.config.space)
     older = np.pad(ranks, ((0, 0), (0, max(0, steps - oldest)), (0, 0), (0, 0)), mode="edge")
-    draws = -(-config.sequences // len(users))
+    draws = min(MAX_DRAWS, -(-config.sequences // len(users)))
     records = record_sequence(trained, world, users, positions, older, steps=steps, draws=draws)
     return Sequences(
         policy=policy,

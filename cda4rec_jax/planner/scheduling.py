@@ -110,16 +110,20 @@ def freshness_values(means: QualityByAge, price: float, discount: float = DISCOU
 
 
 def worth_to_later_requests(context: Context, freshness: Float[Array, "consents levels ages"], space: PlanSpace) -> PlanValues:
-    """What the cache that each plan leaves is worth by ``freshness_values``, [b, p]; a cache past the last age has the last age."""
+    """By ``freshness_values``, what the cache that each plan leaves is worth above the one that is there, an event later, [b, p].
+
+    A cache past the last age has the last age. Of a choice only differences count, and so a plan that renews nothing gets 0.
+    """
     fresh_level, oldest = jnp.asarray(space.table.level)[None, :], freshness.shape[2] - 1
     older = jnp.minimum(context.cache_age_events.astype(jnp.int32) + 1, oldest) * (context.cache_level > 0)
     level = jnp.where(fresh_level > 0, fresh_level, context.cache_level[:, None])
     age = jnp.where(fresh_level > 0, min(1, oldest), older[:, None])
-    return jnp.asarray(freshness)[context.consent[:, None], level, age]
+    values, consent = jnp.asarray(freshness), context.consent  # NumPy where weights were loaded
+    return values[consent[:, None], level, age] - values[consent, context.cache_level, older][:, None]
 
 
 class CallScheduler(LearnedPlanner):
-    """logit_p = quality_p(context) - price (p uses the link) + what the cache that p leaves is worth to later requests.
+    """logit_p = quality_p(context) - price (p uses the link) + what the cache that p leaves adds to later requests.
 
     Quality is that of a trained ``Policy``; price and worth are set from data and never trained (``evaluation/call_schedule.py``). Time,
     energy and exposure play no part: it is for who wants the most quality from a number of calls.
@@ -163,7 +167,7 @@ class CallScheduler(LearnedPlanner):
     def further_terms(self, context: Context, costs: PlanCosts) -> dict[str, PlanValues]:
         """The price of a call, and the worth of a fresh cache to later requests."""
         later = worth_to_later_requests(context, self.freshness[...], costs.space)
-        price = -self.price[...] * jnp.asarray(costs.space.table.uses_link)
+        price = jnp.where(jnp.asarray(costs.space.table.uses_link), -self.price[...], 0.0)
         return {"price_of_a_call": jnp.broadcast_to(price, later.shape), "worth_to_later_requests": later}
 
     def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:

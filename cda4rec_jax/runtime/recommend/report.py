@@ -176,11 +176,13 @@ def _term(terms: PlanTerms, name: str) -> str:
 
 def _summary(found: Recommendation) -> str:
     decision = found.choice.decision
-    costs = f"Costs are those of the {found.planned_for} profile, with which the planner was trained"
+    costs = f"Costs are those of the {found.planned_for} profile"
+    if decision.chosen.prices_count:
+        costs += ", with which the planner was trained"
     chosen, other = decision.chosen, decision.runner_up
     if chosen.quality is None:
         return f"This planner tells no quality, so its logit cannot be taken apart: the prices are what the plan costs. {costs}."
-    told = "" if chosen.prices_count else " and are told, but play no part in this planner's choice"
+    told = "" if chosen.prices_count else ", and play no part in this planner's choice"
     costs = f"{costs}{told}; quality is learned."
     if other is None:
         return f"No other plan is allowed here. {costs}"
@@ -188,9 +190,12 @@ def _summary(found: Recommendation) -> str:
     gained = [name for name, gap in gaps.items() if gap > 0]
     paid = [name for name, gap in gaps.items() if gap < 0]
     words = f"Against {other.name} it gains in {_listed(gained)} and pays in {_listed(paid)}"
-    logit = f"{chosen.logit - other.logit:+.2f} in the logit" + (
-        "" if decision.tau is None else f" ({'utility' if chosen.is_utility else 'the sum'} / {decision.tau:.4g})"
-    )
+    margin = chosen.logit - other.logit
+    if decision.tau == 1.0:  # a logit in units of quality, where a hundredth is much
+        logit = f"{margin:+.4f} in the logit, which is the sum"
+    else:
+        of_what = "" if decision.tau is None else f" ({'utility' if chosen.is_utility else 'the sum'} / {decision.tau:.4g})"
+        logit = f"{margin:+.2f} in the logit{of_what}"
     return f"{words}: {logit}. {costs}"
 
 
