@@ -9,7 +9,8 @@ says so, and tells the last apart.
 
 Schedulers are held against each other at equal numbers of calls (plans that use the link), as a share of those of a planner that always
 calls. A price of a call brings each one to the budget. Prices, plans and values of freshness are estimated on one half of the users and
-measured on the other, and the other way round.
+measured on the other, and the other way round. The planner of ``cda4rec train-planner --budget`` is made as the command makes it, from the
+run and the validation events of its own data.
 
 ``--resident-items`` asks the same of devices that hold the records of more (or fewer) items than those of the run: on its trunks, head and
 policy are trained again with what such devices find. Writes ``replay-<dataset>[-resident-<items>].json``, ``.md``, ``.png``.
@@ -40,11 +41,12 @@ from harness import (
 from replay_lab import (
     ALWAYS,
     BUDGET,
+    COMMAND,
+    COMPARED,
     LAST,
     NEVER,
     PLUG_IN,
     POLICY,
-    PRICED,
     QUANTITIES,
     RANDOM,
     RULES,
@@ -53,6 +55,7 @@ from replay_lab import (
     THIRD,
     TIMED,
     Key,
+    as_commanded,
     cross_fitted,
 )
 from rich.console import Console
@@ -141,7 +144,8 @@ def _protocol(setting: Setting, held_out: int) -> str:
         f"the last {setting.steps} events of each user with {setting.steps + MIN_PAST} or more, in order{seen}; the first request finds "
         "an embedding made one event before at the level of consent; seen items removed; ties count against the target; contexts v1, with "
         f"consent, tier and memory of the first request, {setting.draws} draws; plans, prices and values of freshness from the other half "
-        "of the users; paired bootstrap by user, 95%, 2000 resamples, means over seeds first"
+        f"of the users, those of {COMMAND} from the run's own validation events; paired bootstrap by user, 95%, 2000 resamples, means "
+        "over seeds first"
     )
 
 
@@ -151,14 +155,17 @@ def _over_seeds(
     """Quantities of every user by scheduler and share, and what the age of a cache costs."""
     of_seeds, tables = [], []
     for seed in study.seeds:
-        trained = _trained(study, seed, setting)
+        run = _run(study, seed, setting)
+        trained = replace(run, corpus=Corpus(interactions=study.interactions, text=run.corpus.text))
         held = "" if setting.resident_items is None else f"-resident-{setting.resident_items}"
         name = f"{OURS}-{seed}-replay{setting.steps}-ranks{held}"
         ranks = study.cell(name, partial(_ranks, trained, users, positions, study.console))["ranks"]
+        with StagesView(study.console) as view:
+            commanded = as_commanded(run, setting.shares, study.options.users, view.progress)
         with study.console.status(f"replaying, seed {seed}"):
             world = trained.world()
             records = record_replay(trained, world, users, positions, ranks, setting.draws)
-            of_seeds.append(cross_fitted(trained, world, records, setting.shares))
+            of_seeds.append(cross_fitted(trained, world, records, setting.shares, commanded))
         tables.append(ranks[EgressLevel.FULL - 1])
     found = {
         key: {name: np.stack([of_seed[key][name] for of_seed in of_seeds], axis=1) for name in (*QUANTITIES, LAST)}
@@ -172,8 +179,8 @@ def _ranks(trained: TrainedSystem, users: np.ndarray, positions: np.ndarray, con
         return {"ranks": cached_ranks(trained, users, positions, partial(view.progress, "ranks by level and age of the cache"))}
 
 
-def _trained(study: Study, seed: int, setting: Setting) -> TrainedSystem:
-    """The given run, or a system that was trained before the replayed events, over the corpus that has them.
+def _run(study: Study, seed: int, setting: Setting) -> TrainedSystem:
+    """The given run, or a system that was trained before the replayed events, over its own corpus.
 
     With other resident items than it was trained with, its head and policy are those that were trained with these.
     """
@@ -183,7 +190,7 @@ def _trained(study: Study, seed: int, setting: Setting) -> TrainedSystem:
         system = replace(trained.config, resident_items=setting.resident_items)
         make = partial(refit_deciders, trained.run.path, system=system, overwrite=True)
         trained = study.trained(f"{variant}-resident-{setting.resident_items}", seed, make=make)
-    return replace(trained, corpus=Corpus(interactions=study.interactions, text=trained.corpus.text))
+    return trained
 
 
 def _trained_before(study: Study, seed: int, steps: int) -> TrainedSystem:
@@ -200,7 +207,7 @@ def _trained_before(study: Study, seed: int, steps: int) -> TrainedSystem:
 
 def _resident(study: Study, setting: Setting) -> dict[str, Any]:
     """What devices hold for good, and what that weighs."""
-    catalogue = _trained(study, 0, setting).catalogue
+    catalogue = _run(study, 0, setting).catalogue
     count, record = len(catalogue.residents.items), resident_item_bytes(catalogue)
     return {"resident_items": count, "resident_kb": record * count / 1e3, "record_bytes": int(record)}
 
@@ -230,7 +237,7 @@ def _at_budget(found: dict[Key, Columns]) -> list[dict[str, Any]]:
         return found[name, share]["hit_rate@10"]
 
     rows = []
-    for name in PRICED:
+    for name in COMPARED:
         others = {SPACED: hits(SPACED), RANDOM: hits(RANDOM), THIRD: hits(THIRD, None)}
         gains = estimates({f"minus {other}": hits(name) - column for other, column in others.items()})
         relative = estimates({"relative": _relative(hits(name), found[ALWAYS, None]["hit_rate@10"])})["relative"]
@@ -303,6 +310,9 @@ def page(result: dict[str, Any]) -> str:
     reached = f"relative above {result['target']:.0%}, and above spaced and random"
     lines += ["## hit_rate@10 gained there", "", *markdown_table(["scheduler", *names, f"reached ({reached})"], rows)]
     lines += [
+        f"{COMMAND} was fitted as the command does it, on the validation events of the run's own data; all others were fitted on the other "
+        "half of the users.",
+        "",
         f"{POLICY} and {PLUG_IN} pay for time, energy and exposure too, as contexts ask; the others for calls alone. {RULES} cannot be "
         "priced.",
         "",
@@ -325,8 +335,8 @@ def page(result: dict[str, Any]) -> str:
     return markdown_page(result, "Sequential replay", lines)
 
 
-_LINES = ("black", "gray", "tab:brown", "tab:cyan", "tab:blue", "tab:orange", "tab:red", "tab:green")
-COLOURS = dict(zip((*TIMED, *PRICED), _LINES, strict=True))
+_LINES = ("black", "gray", "tab:brown", "tab:cyan", "tab:blue", "tab:orange", "tab:red", "tab:green", "tab:pink")
+COLOURS = dict(zip((*TIMED, *COMPARED), _LINES, strict=True))
 
 
 def _draw(result: dict[str, Any], pyplot: Any) -> Any:

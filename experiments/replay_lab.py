@@ -1,26 +1,31 @@
 """The schedulers of ``replay``: which there are, and what each earns on users from whom nothing of it was estimated."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from cda4rec_jax.errors import UserError
+from cda4rec_jax.evaluation.call_schedule import Report, ScheduleFitting, fit_schedule, validation_sequences
 from cda4rec_jax.evaluation.replay import ReplayRecords, Scheduler, play
 from cda4rec_jax.evaluation.schedulers import (
+    Followed,
     Priced,
-    QualityByAge,
     Schedule,
     Worth,
     calibrated_price,
     evenly_spaced,
-    freshness_values,
     no_freshness,
+    quality_by_age,
     unpriced,
 )
 from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.planners import PlugIn
 from cda4rec_jax.planner import RulesPlanner
+from cda4rec_jax.planner.budgets import REQUESTS_PER_DAY, Budget, Limited
+from cda4rec_jax.planner.scheduling import CallScheduler, freshness_values
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
 BUDGET = 0.3  # of the calls of the planner that always calls: the share at which schedulers are compared
@@ -31,16 +36,43 @@ GAIN, BY_AGE = "largest predicted gain", "mean gain by age"
 FRESH = " + freshness"
 TIMED = (SPACED, RANDOM)
 PRICED = (PLUG_IN, POLICY, POLICY + FRESH, GAIN, GAIN + FRESH, BY_AGE + FRESH)
+COMMAND = "train-planner --budget"
+COMPARED = (*PRICED, COMMAND)
 QUANTITIES = ("hit_rate@10", "ndcg@10", "calls", "latency_ms", "exposure", "utility")
 LAST = "hit_rate@10 of the last"
 
 Key = tuple[str, float | None]  # scheduler, and the share of calls that it was brought to
 
 
+def as_commanded(
+    run: TrainedSystem, shares: tuple[float, ...], users: int | None, progress: Report
+) -> dict[float, CallScheduler]:
+    """The planners that ``train-planner --budget`` makes of a run, by share of the calls of always calling: of its validation events alone.
+
+    Args:
+        run: over its own data.
+        shares: of the calls.
+        users: at most so many; None takes what the command takes.
+        progress: hears (stage, done, total).
+    """
+    config = ScheduleFitting() if users is None else ScheduleFitting(users=users, sequences=2 * users)
+    sequences = validation_sequences(run, run.world(), config, progress)
+    all_calls = sequences.outcome(sequences.timed(calls=True))["calls"] * REQUESTS_PER_DAY
+    budgets = {share: Budget(limited=Limited.CALLS, limit=share * all_calls) for share in shares}
+    return {share: fit_schedule(sequences, budget, progress).planner for share, budget in budgets.items()}
+
+
 def cross_fitted(
-    trained: TrainedSystem, world: PlanningWorld, records: ReplayRecords, shares: tuple[float, ...]
+    trained: TrainedSystem,
+    world: PlanningWorld,
+    records: ReplayRecords,
+    shares: tuple[float, ...],
+    commanded: Mapping[float, CallScheduler],
 ) -> dict[Key, dict[str, np.ndarray]]:
-    """Quantities of every user by scheduler and share: everything that is estimated comes from the other half of the users."""
+    """Quantities of every user by scheduler and share: everything that is estimated comes from the other half of the users.
+
+    But for ``as_commanded``, which saw none of these requests.
+    """
     folds = np.random.default_rng(0).permutation(records.num_users) % 2
     worths = _worths(trained)
     merged: dict[Key, dict[str, np.ndarray]] = {}
@@ -49,7 +81,8 @@ def cross_fitted(
         run = partial(play, world=world, max_cache_age=trained.config.max_cache_age)
         schedulers = _Schedulers(records.of(other), run, worths)
         measured = records.of(own)
-        for key, scheduler in schedulers.all(measured, shares).items():
+        followed = {(COMMAND, share): Followed(planner=planner) for share, planner in commanded.items()}
+        for key, scheduler in (schedulers.all(measured, shares) | followed).items():
             played = run(measured, scheduler=scheduler)
             columns = {name: played.per_user(name) for name in QUANTITIES}
             columns[LAST] = played.per_user("hit_rate@10", slice(-1, None))
@@ -62,10 +95,17 @@ def cross_fitted(
 def _worths(trained: TrainedSystem) -> dict[str, Worth]:
     """What planners expect of plans, in units of quality."""
     policy = trained.system.policy
+    policy = policy.policy if isinstance(policy, CallScheduler) else policy  # of a run that is scheduled already
     assert policy is not None
+    tau = policy.tau()
+    if tau is None:
+        raise UserError(
+            f"{trained.run.path} has a planner, {type(policy).__name__}, whose logits are not in units of quality (it has no tau), and "
+            "calls are priced in these: name a run with another planner"
+        )
 
     def worth(context: Any, costs: Any, mask: Any) -> Any:
-        return policy.logits(context, costs, mask) * policy.tau()
+        return policy.logits(context, costs, mask) * tau
 
     return {POLICY: worth, GAIN: unpriced(worth), RULES: RulesPlanner().logits}
 
@@ -74,7 +114,7 @@ class _Schedulers:
     """All schedulers, from the replay of users on whom nothing is measured."""
 
     def __init__(self, calibration: ReplayRecords, run: Any, worths: dict[str, Worth]):
-        self._means = QualityByAge.of(calibration)
+        self._means = quality_by_age(calibration)
         self._calling, self._local = self._means.best(calls=True), self._means.best(calls=False)
         # Plug-in knows one mean for each plan: that of plans which reuse a cache is over the caches that calls at the budget leave.
         self._run = partial(run, calibration)

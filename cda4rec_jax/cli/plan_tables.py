@@ -40,11 +40,13 @@ def print_explanation(found: Explanation, console: Console) -> None:
     )
     _say(console, f"chosen: {decision.chosen.name}")
     if decision.runner_up is not None and decision.margin is not None:
-        in_logit = "" if decision.tau is None else f" ({decision.margin / decision.tau:.2f} in the logit)"
-        margin = f"{decision.margin:.5f} utility{in_logit}"
+        in_logit = "" if decision.tau in (None, 1.0) else f" ({decision.margin / decision.tau:.2f} in the logit)"
+        margin = f"{decision.margin:.5f} {'utility' if decision.chosen.is_utility else 'in the sum'}{in_logit}"
         _say(console, f"runner-up: {decision.runner_up.name}, behind by {margin}")
     console.print()
-    terms = ["plan", "quality", "time", "energy", "exposure", *decision.chosen.own, "utility"]
+    named = [name.replace("_", " ") for name in decision.chosen.further]
+    prices = ["time", "energy", "exposure", *decision.chosen.own] if decision.chosen.prices_count else []
+    terms = ["plan", "quality", *prices, *named, "utility" if decision.chosen.is_utility else "sum"]
     costs = ["plan", "ms", "mJ", "exposed", "up B"]
     title = f"Allowed plans, costs of {found.planned_for}"
     rows = [(_terms(plan), _costs(plan)) for plan in found.ranked]
@@ -78,7 +80,8 @@ def print_explanation(found: Explanation, console: Console) -> None:
 
 
 def _terms(terms: PlanTerms) -> list[str]:
-    parts = (terms.quality, terms.time, terms.energy, terms.exposure, *terms.own.values(), terms.utility)
+    prices = (terms.time, terms.energy, terms.exposure, *terms.own.values()) if terms.prices_count else ()
+    parts = (terms.quality, *prices, *terms.further.values(), terms.total)
     return [terms.name, *("-" if part is None else f"{part:.4f}" for part in parts)]
 
 

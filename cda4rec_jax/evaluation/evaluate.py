@@ -267,9 +267,11 @@ def _planners(job: _Job) -> dict[str, Logits]:
 def _protocol(job: _Job) -> str:
     training_seed = job.trained.run.read_config("run", dict)["train"]["seed"]
     in_sample = ""
-    if job.split is Split.VALIDATION and job.trained.run.has("planner_training.json"):
+    how = {"planner_training.json": "trained and selected", "call_schedule.json": "fitted to a budget"}
+    found = [words for file, words in how.items() if job.trained.run.has(file)]
+    if job.split is Split.VALIDATION and found:
         in_sample = (
-            "; the policy was trained and selected on validation events of these users, and here is measured on them: what it gains "
+            f"; the policy was {' and then '.join(found)} on validation events of these users, and here is measured on them: what it gains "
             "over other planners, and the intervals, are within the sample"
         )
     return (

@@ -19,7 +19,7 @@ from cda4rec_jax.array_typing import Array, PlanRanks
 from cda4rec_jax.evaluation.answers import happened_latency_ms
 from cda4rec_jax.evaluation.conditions import cache_plans, plan_ranks
 from cda4rec_jax.links import LinkConfig
-from cda4rec_jax.messages import Context, EgressLevel, HistoryBatch
+from cda4rec_jax.messages import Context, HistoryBatch
 from cda4rec_jax.metrics import hit_rate, ndcg
 from cda4rec_jax.pipeline.catalogue import Catalogue, ItemTables
 from cda4rec_jax.pipeline.decisions import PlanningWorld, Requests, facts_of, requests_of
@@ -34,9 +34,9 @@ from cda4rec_jax.planner import (
     realised_utility,
     sample_contexts,
 )
+from cda4rec_jax.planner.scheduling import CACHE_LEVELS
 from cda4rec_jax.runs.artifacts import TrainedSystem
 
-CACHE_LEVELS = tuple(EgressLevel)[1:]  # that an embedding may have been made at
 OF_THE_DEVICE = ("consent", "tier", "free_memory_mb")  # fields of a context that stay over a user's requests
 LINKS, CONTEXTS = LinkConfig(), ContextConfig()
 
@@ -161,6 +161,39 @@ def record_replay(
     return ReplayRecords(ranks=ranks, contexts=context, realised=realised, failed=failed)
 
 
+def record_sequence(
+    trained: TrainedSystem,
+    world: PlanningWorld,
+    users: Int[np.ndarray, "n"],
+    positions: Int[np.ndarray, "n"],
+    ranks: Int[np.ndarray, "levels ages n p"],
+    *,
+    steps: int,
+    draws: int,
+) -> ReplayRecords:
+    """One event of each user, asked for ``steps`` times in a row: what a request finds changes, and what plans are worth does not.
+
+    Contexts are those of distribution v1, every request a draw of its own, but that a device stays what it is, as in ``record_replay``.
+
+    Args:
+        trained, world: whose.
+        users: of the events.
+        positions: of the events.
+        ranks: under every plan for every cache that may be found, ages 1 to ``steps``.
+        steps: requests of each sequence.
+        draws: sequences of each user.
+    """
+    function = partial(_repeated, steps=steps, draws=draws, max_cache_age=trained.config.max_cache_age)
+    drawn = trained.population.over_users(function, jax.device_put(trained.weights), users, positions, trained.tables, world)
+
+    def in_rows(leaf: np.ndarray) -> np.ndarray:
+        return np.moveaxis(leaf, 0, 2).reshape(steps, draws * len(users), *leaf.shape[3:])
+
+    context, realised, failed = jax.tree.map(in_rows, drawn)
+    of_steps = np.broadcast_to(ranks[:, :, :, None], (*ranks.shape[:3], steps, ranks.shape[3]))
+    return ReplayRecords(ranks=of_steps, contexts=context, realised=realised, failed=failed)
+
+
 def _situations(
     system: System,
     catalogue: Catalogue,
@@ -177,6 +210,28 @@ def _situations(
     return situations(history, tables, world, draw, history.event_ids - step, max_cache_age)
 
 
+def _repeated(
+    system: System,
+    catalogue: Catalogue,
+    history: HistoryBatch,
+    tables: ItemTables,
+    world: PlanningWorld,
+    *,
+    steps: int,
+    draws: int,
+    max_cache_age: int,
+) -> tuple[Context, PlanCosts, Array]:
+    """Context, realised costs and failure of all requests of each user, leaves [b, steps, draws]."""
+    del system, catalogue
+
+    def one(step: Array, draw: Array) -> tuple[Context, PlanCosts, Array]:
+        first = draw * steps
+        return situations(history, tables, world, first + step, history.event_ids, max_cache_age, device_draw=first)
+
+    of_step = jax.vmap(one, in_axes=(None, 0), out_axes=1)
+    return jax.vmap(of_step, in_axes=(0, None), out_axes=1)(jnp.arange(steps), jnp.arange(draws))
+
+
 def situations(
     history: HistoryBatch,
     tables: ItemTables,
@@ -184,13 +239,15 @@ def situations(
     draw: Array | int,
     device_events: Int[Array, "b"],
     max_cache_age: int,
+    device_draw: Array | int | None = None,
 ) -> tuple[Context, PlanCosts, Array]:
     """Context, realised costs and failure of requests before the events of ``history``, by devices that stay what they are.
 
-    Consent, tier and memory are drawn for the event ``device_events`` of each device, all else for the request's own. Jittable.
+    Consent, tier and memory are draw ``device_draw`` (``draw`` if None) for the event ``device_events`` of each device, all else is
+    draw ``draw`` for the request's own. Jittable.
     """
     facts = facts_of(history, tables, max_cache_age)
-    first = sample_contexts(facts, device_events, world.scales, draw, CONTEXTS)
+    first = sample_contexts(facts, device_events, world.scales, draw if device_draw is None else device_draw, CONTEXTS)
     drawn = sample_contexts(facts, history.event_ids, world.scales, draw, CONTEXTS)
     context = replace(drawn, **{name: getattr(first, name) for name in OF_THE_DEVICE})
     requests = requests_of(world, context, history.event_ids, draw, LINKS)

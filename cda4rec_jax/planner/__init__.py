@@ -6,6 +6,7 @@
 - ``costs``: time, energy, exposure and bytes of every plan.
 - ``utility``: quality minus the price of costs; the scales of the prices.
 - ``policy``: the learned planners. ``simple``: fixed, rules, random. ``extension``: a planner from elsewhere.
+- ``scheduling``: a planner that spends a number of cloud calls where they gain most.
 - ``relaxation``: masked probabilities and how training differentiates a choice.
 - ``explain``: the terms of a decision. ``counterfactual``: what would change it.
 """

@@ -129,23 +129,24 @@ def _problems(planner: Any) -> list[str]:
 
 
 def _try_out(planner: type[LearnedPlanner], config: PolicyConfig, space: PlanSpace, target: str) -> None:
-    """Trace ``logits`` and ``quality`` for two requests, so that a mistake is told before hours of training and not after."""
+    """Trace what a planner says of two requests, so that a mistake is told before hours of training and not after."""
     size, num_plans = 2, space.num_plans
     context, costs, mask = blank_requests(size, space)
 
-    def ask() -> tuple[Any, Any, Any]:
+    def ask() -> tuple[Any, Any, Any, Any]:
         made: Any = planner(config, space=space, rngs=nnx.Rngs(0))  # pyright: ignore[reportCallIssue]
-        return made.logits(context, costs, mask), made.quality(context_features(context)), cost_in_utility(costs, context)
+        quality, further = made.quality(context_features(context)), dict(made.further_terms(context, costs))
+        return made.logits(context, costs, mask), quality, further, cost_in_utility(costs, context)
 
     try:
-        logits, quality, _ = jax.eval_shape(ask)
+        logits, quality, further, _ = jax.eval_shape(ask)
     except UserError as error:
         raise UserError(f"planner {target}: {error}") from error
     except Exception as error:  # whatever code of a user's own raises
         raise UserError(
             f"planner {target}: it fails on a batch of {size} requests and {num_plans} plans with {type(error).__name__}: {error}"
         ) from error
-    for name, found in (("logits", logits), ("quality", quality)):
+    for name, found in (("logits", logits), ("quality", quality), *further.items()):
         if found is not None and getattr(found, "shape", None) != (size, num_plans):
             raise UserError(
                 f"planner {target}: {name} gives {getattr(found, 'shape', type(found).__name__)} for {size} requests, expected "

@@ -39,10 +39,12 @@ class LearnedPlanner(nnx.Module):
     Attributes:
         plans: plans of its own, beside the standard ones.
         cost_terms: costs of its own, see ``plan_space.CostTerm``.
+        prices_count: whether what time, energy, exposure and ``cost_terms`` cost is a part of the logit that ``tau`` tells of.
     """
 
     plans: ClassVar[tuple[Plan, ...]] = ()
     cost_terms: ClassVar[tuple[CostTerm, ...]] = ()
+    prices_count: ClassVar[bool] = True
 
     def logits(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
         """Scores [b, p] from the predicted ``costs``; higher is better. Where ``mask`` is False nothing that it says counts."""
@@ -57,8 +59,13 @@ class LearnedPlanner(nnx.Module):
         return None
 
     def tau(self) -> Float[Array, ""] | None:
-        """Temperature, where logit = (quality - costs in utility) / tau; None: the logit is something else."""
+        """Temperature, where logit = (quality - costs in utility + ``further_terms``) / tau; None: the logit is something else."""
         return None
+
+    def further_terms(self, context: Context, costs: PlanCosts) -> dict[str, PlanValues]:
+        """What the logit has beside quality and prices, each [b, p] in units of quality, by a name to show; an underscore is a space."""
+        del context, costs
+        return {}
 
     def standardise(self, quality_gap: Float[Array, ""], mean_quality: Float[Array, "p"]) -> None:
         """Hears dQ and the mean quality of each plan whenever training has measured them, in units of quality."""

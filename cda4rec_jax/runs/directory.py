@@ -36,7 +36,7 @@ FINISHED = "training.json"  # is written last
 _METRICS = "metrics.jsonl"
 KEPT_FILES = frozenset(  # that nothing else may replace
     {_CONFIG, FINISHED, _METRICS, "statistics.npz", "text.npz", "provenance.json"}
-    | {f"{name}.json" for name in ("exposure", "planner", "planner_training", "cost_profile", "calibration")}
+    | {f"{name}.json" for name in ("exposure", "planner", "planner_training", "call_schedule", "cost_profile", "calibration")}
 )
 _T = TypeVar("_T")
 

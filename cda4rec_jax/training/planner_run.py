@@ -1,20 +1,19 @@
 """Planners that are trained alone on the agents of a run: at the end of joint training, and anew in a run of their own."""
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.pipeline.system import with_planner
 from cda4rec_jax.planner import Policy
-from cda4rec_jax.runs import RunDirectory, provenance
-from cda4rec_jax.runs.artifacts import JOINT, TrainedSystem, load_trained, save_weights
+from cda4rec_jax.planner.scheduling import CallScheduler
+from cda4rec_jax.runs import RunDirectory
+from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained, save_weights
+from cda4rec_jax.runs.planner_runs import load_for_planner_run, weights_with, write_planner_run
 from cda4rec_jax.runs.processes import first_does, tree_from_first
 from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.planner_only import (
@@ -27,7 +26,7 @@ from cda4rec_jax.training.planner_only import (
     train_planner,
 )
 
-_COPIED = ("data", "index", "text.npz", "statistics.npz", "exposure.json", "planner.json", "cost_profile.json")
+_TRAINED = "planner_training"  # the file that tells how a planner was trained alone
 
 
 def train_planner_run(
@@ -55,36 +54,35 @@ def train_planner_run(
         progress: hears (stage, done, total).
 
     Raises:
-        UserError: no finished run, one without a planner, a class that is no planner, ``out`` is that run or holds another without
-            ``overwrite``, too few users.
+        UserError: no finished run, one without a planner, a class that is no planner or is not trained, ``out`` is that run or holds
+            another without ``overwrite``, too few users.
     """
     config = config or PlannerTraining()
-    given = RunDirectory.open(path)
-    if given.kind != JOINT:
-        raise UserError(f"{given.path} is a run of kind {given.kind!r}, which has no planner: name a joint run")
-    out = given.apart(out)
-    RunDirectory.check_destination(out, overwrite)
-    trained = load_trained(given.path)
+    trained, out = load_for_planner_run(path, out, overwrite)
     if planner is not None:
         trained = replace(trained, config=with_planner(trained.config, planner))
     own = trained.config.planner
+    kind = Policy if own is None else own.load()
+    if issubclass(kind, CallScheduler):
+        raise UserError(
+            f"{kind.__name__} is not trained but fitted to a budget: name the run that {trained.run.path} was made from, fit it to another "
+            "budget with --budget calls=NUMBER, or name another --planner"
+        )
     world = trained.world(profile)
     config = _with_sizes_of(trained, config)
     examples = planner_examples(trained, world, config, progress)
-    start = new_planner(examples, world, config, Policy if own is None else own.load())
-    found = train_planner(examples, world, config, start, progress)
-    origin = {"run": str(given.path), "profile": profile, "training": config}
-    kinds = {"run": dict, "system": dict, "source": str, "text": dict}
-    configs = {name: given.read_config(name, kind) for name, kind in kinds.items()}
-    configs |= {"system": trained.config, "run": {**configs["run"], "system": trained.config}}
-    run = RunDirectory.create(out, {**configs, "planner": origin}, JOINT, overwrite)
-    for name in _COPIED:
-        copy = shutil.copytree if (given.path / name).is_dir() else shutil.copy
-        copy(given.path / name, run.path / name)
-    save_weights(run, _with_policy(trained, found.policy))
-    _record(run, found, "planner")
-    run.write_json("provenance", provenance(dataset_fingerprint=trained.corpus.interactions.fingerprint))
-    run.write_json("training", {"seconds": found.seconds, "best_step": found.best_step})
+    found = train_planner(examples, world, config, new_planner(examples, world, config, kind), progress)
+    run = write_planner_run(
+        trained,
+        out,
+        trained.config,
+        found.policy,
+        {"profile": profile, "training": config},
+        {_TRAINED: _told(found)},
+        training={"seconds": found.seconds, "best_step": found.best_step},
+        overwrite=overwrite,
+        metrics=_curve(found, "planner"),
+    )
     return run, found
 
 
@@ -124,7 +122,9 @@ def finish_policy(
     def train_on() -> Any:
         world = trained.world()
         found = train_planner(planner_examples(trained, world, config, progress), world, config, policy, progress)
-        _record(run, found, "policy", first_step)
+        for row in _curve(found, "policy", first_step):
+            run.append_metric(row)
+        run.write_json(_TRAINED, _told(found))
         for line in found.lines():
             tell(line)
         return nnx.state(found.policy)
@@ -132,23 +132,19 @@ def finish_policy(
     found = first_does(train_on)
     graph, start = nnx.split(policy)
     policy = nnx.merge(graph, tree_from_first(start if found is None else found))
-    save_weights(run, _with_policy(trained, policy))
+    save_weights(run, weights_with(trained, policy))
 
 
-def _record(run: RunDirectory, found: TrainedPlanner, phase: str, first_step: int = 0) -> None:
-    """Keep how a planner was trained; its start, which is the end of something else, is in the curve alone."""
+def _curve(found: TrainedPlanner, phase: str, first_step: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows of the log. The start of a planner, which is the end of something else, is not among them."""
     for row in found.curve[1:]:
-        run.append_metric({"phase": phase, **row, "step": first_step + int(row["step"])})
-    run.write_json("planner_training", {name: value for name, value in vars(found).items() if name != "policy"})
+        yield {"phase": phase, **row, "step": first_step + int(row["step"])}
+
+
+def _told(found: TrainedPlanner) -> dict[str, Any]:
+    return {name: value for name, value in vars(found).items() if name != "policy"}
 
 
 def _with_sizes_of(trained: TrainedSystem, config: PlannerTraining) -> PlannerTraining:
     """The sizes of the policy are those of the run, whose weights it becomes a part of."""
     return PlannerTraining(**{**vars(config), "policy": trained.config.policy})
-
-
-def _with_policy(trained: TrainedSystem, policy: Any) -> Any:
-    """The weights of a system, with this policy in the place of its own."""
-    system = nnx.merge(trained.graph, trained.weights)
-    system.policy = policy
-    return jax.tree.map(np.asarray, nnx.state(system))

@@ -12,16 +12,16 @@ from cda4rec_jax.evaluation.conditions import plan_ranks
 from cda4rec_jax.evaluation.replay import Cache, ReplayRecords, cached_ranks, next_cache, play, record_replay, replay_positions
 from cda4rec_jax.evaluation.schedulers import (
     Priced,
-    QualityByAge,
     Schedule,
     calibrated_price,
     evenly_spaced,
-    freshness_values,
     no_freshness,
+    quality_by_age,
     unpriced,
 )
 from cda4rec_jax.messages import EgressLevel, Link
 from cda4rec_jax.planner import NUM_PLANS, PLANS, local_repair, plan_index
+from cda4rec_jax.planner.scheduling import QualityByAge, freshness_values
 from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
 
 STEPS, USERS, MAX_AGE = 4, 24, 20
@@ -112,7 +112,7 @@ def test_the_device_stays_and_its_situation_changes(records: ReplayRecords):
 
 
 def test_no_cache_is_above_consent_and_no_choice_depends_on_the_other_users(trained: TrainedSystem, records: ReplayRecords):
-    means = QualityByAge.of(records)
+    means = quality_by_age(records)
     scheduler = Priced(worth=means.worth, price=0.0, freshness=freshness_values(means, 0.0))
     played = play(records, trained.world(), scheduler, MAX_AGE)
     assert (played.cache_level <= records.contexts.consent).all() and played.cache_level.max() > 1
@@ -177,7 +177,7 @@ def test_quality_by_age_is_relative_to_a_fresh_plan_on_the_same_requests(records
     reuses = [plan.name.startswith(("reuse", "local-reuse")) for plan in PLANS]
     ranks[..., 2:, :] = 3  # late requests are harder, by whatever plan: worth 1 / log2(4) = .5
     ranks[:, 1:, ..., np.array(reuses)] = 200  # and a cache of more than one event is worth nothing
-    quality = QualityByAge.of(replace(records, ranks=ranks)).quality
+    quality = quality_by_age(replace(records, ranks=ranks)).quality
     np.testing.assert_allclose(quality[0, 0], np.where(reuses, 0.0, 0.75))
     np.testing.assert_allclose(quality[2, 1], np.where(reuses, 0.75, 0.75))
     np.testing.assert_allclose(quality[2, 3], np.where(reuses, 0.25, 0.75))

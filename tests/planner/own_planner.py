@@ -103,4 +103,9 @@ class Broken(DirectPolicy):
         return features @ jnp.zeros((3, 3))
 
 
+class OneTerm(DirectPolicy):
+    def further_terms(self, context, costs):
+        return {"loyalty": context.history_length}
+
+
 not_a_class = 3

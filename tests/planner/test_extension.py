@@ -199,6 +199,7 @@ def test_a_decision_shows_the_own_cost_and_a_planner_without_quality_is_not_take
         (f"{HERE}:Nameless", "write each as a function with a name of its own"),
         (f"{HERE}:OneNumber", r"cost term one_price has shape \(2,\), expected .* \(2, 32\)"),
         (f"{HERE}:StandardPlansOnly", r"logits gives \(2, 32\) for 2 requests, expected \(2, 35\)"),
+        (f"{HERE}:OneTerm", r"loyalty gives \(2,\) for 2 requests, expected \(2, 32\)"),
         (f"{HERE}:Broken", "it fails on a batch of 2 requests and 32 plans with TypeError"),
     ],
 )

@@ -120,9 +120,10 @@ class Explanation:
             "chosen_with_costs_of": self.planned_for,
             "chosen": self.decision.chosen.name,
             "runner_up": None if self.decision.runner_up is None else self.decision.runner_up.name,
-            "utility_margin": self.decision.margin,
+            "margin": self.decision.margin,
+            "utility_margin": self.decision.utility_margin,
             "tau": self.decision.tau,
-            "ranked": [{**asdict(terms), "utility": terms.utility} for terms in self.ranked],
+            "ranked": [{**asdict(terms), "utility": terms.utility, "total": terms.total} for terms in self.ranked],
             "forbidden": self.forbidden,
             "flips": [_flip(flip, self.plans) for flip in self.flips],
         }
@@ -160,7 +161,14 @@ def explain_request(recommender: Recommender, user_id: str, situation: Situation
         context=stored_context(planned.context),
         planned_for=planner.trained_for.profile.name,
         decision=choose(planned, None).decision,
-        ranked=ranked_terms(planned.logits, planned.quality, planned.costs, planned.context),
+        ranked=ranked_terms(
+            planned.logits,
+            planned.quality,
+            planned.costs,
+            planned.context,
+            further=planned.further,
+            prices_count=planned.prices_count,
+        ),
         forbidden={
             plan.name: tuple(rule for rule, found in rules.items() if found[index])
             for index, plan in enumerate(space.plans)

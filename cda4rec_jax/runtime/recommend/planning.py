@@ -1,7 +1,7 @@
 """From one user's history and a declared situation to the planner's decision, and afterwards to why it was made."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,9 @@ class Planned:
     Attributes:
         context, mask, costs, logits: of the policy, which plans for the deployment that it was trained for.
         quality, tau: of a policy that tells them, else None.
-        regret: of every plan: expected utility of the best allowed plan minus its own, in units of dQ, [1, p]; None without quality.
+        further, prices_count: further terms of the logit, and whether prices are among its terms, as ``LearnedPlanner`` has them.
+        regret: of every plan: what the policy goes by (utility, for most) of the best allowed plan minus its own, in units of dQ, [1, p];
+            None without quality.
         repaired: for every plan, what answers in its place where the mask forbids it; [p].
         fallback: for every plan, the local plan that answers where its link fails; [1, p].
         subtask_ms: expected compute time here, [1, p, subtask].
@@ -77,6 +79,8 @@ class Planned:
     quality: PlanValues | None
     logits: PlanLogits
     tau: jax.Array | np.ndarray | None
+    further: dict[str, PlanValues]
+    prices_count: bool = field(metadata={"static": True})
     regret: PlanValues | None
     repaired: jax.Array | np.ndarray
     fallback: jax.Array | np.ndarray
@@ -197,7 +201,16 @@ def choose(planned: Planned, plan_index: int | None) -> Choice:
     """The policy's choice, or the plan that is asked for."""
     forced = None if plan_index is None else int(planned.repaired[plan_index])
     tau = None if planned.tau is None else float(planned.tau)
-    decision = explain_decision(planned.logits, planned.quality, planned.costs, planned.context, tau=tau, chosen=forced)
+    decision = explain_decision(
+        planned.logits,
+        planned.quality,
+        planned.costs,
+        planned.context,
+        tau=tau,
+        further=planned.further,
+        prices_count=planned.prices_count,
+        chosen=forced,
+    )
     return Choice(
         plan_index=decision.chosen.plan_index,
         decision=decision,
@@ -239,9 +252,10 @@ def _planned(policy: LearnedPlanner, trained_for: PlanningWorld, measured: Plann
     # The times were measured on this machine, whatever device the situation names: only the highest tier is taken as it is.
     here = replace(context, tier=jnp.full_like(context.tier, int(DeviceTier.HIGH)))
     transfer = predicted_transfer(here, *plan_bytes(here, measured.sizes, space), measured.profile.queue_ms)
-    regret = None
+    further, regret = dict(policy.further_terms(context, scores.costs)), None
     if scores.quality is not None:
-        worth = utility(scores.quality, scores.costs, context)
+        worth = utility(scores.quality, scores.costs, context) if policy.prices_count else scores.quality
+        worth = sum(further.values(), start=worth)
         regret = expected_regret(worth, scores.mask) / trained_for.scales.quality_gap
     return Planned(
         context=context,
@@ -250,6 +264,8 @@ def _planned(policy: LearnedPlanner, trained_for: PlanningWorld, measured: Plann
         quality=scores.quality,
         logits=scores.logits,
         tau=policy.tau(),
+        further=further,
+        prices_count=policy.prices_count,
         regret=regret,
         repaired=repair(jnp.arange(space.num_plans), jnp.broadcast_to(scores.mask, (space.num_plans, space.num_plans)), space),
         fallback=local_repair(scores.mask, space),

@@ -95,7 +95,8 @@ class Recommendation:
                 "chosen_with_costs_of": self.planned_for,
                 "chosen": _terms(decision.chosen),
                 "runner_up": None if decision.runner_up is None else _terms(decision.runner_up),
-                "utility_margin": decision.margin,
+                "margin": decision.margin,
+                "utility_margin": decision.utility_margin,
                 "tau": decision.tau,
             },
             "time": {
@@ -123,7 +124,7 @@ class Recommendation:
 
 
 def _terms(terms: PlanTerms) -> dict[str, Any]:
-    return {**dataclasses.asdict(terms), "utility": terms.utility}
+    return {**dataclasses.asdict(terms), "utility": terms.utility, "total": terms.total}
 
 
 def _times(stage: Stage) -> dict[str, Any]:

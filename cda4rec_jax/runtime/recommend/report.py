@@ -37,7 +37,7 @@ _FLAGS = {
     "context_shift": "link or cloud took much longer than estimated",
     "device_exhausted": "the device computed much longer than expected, or had no memory left",
 }
-_TERMS = ("quality", "time", "energy", "exposure")
+_PRICES = ("time", "energy", "exposure")
 
 
 def render(found: Recommendation, width: int) -> Iterator[RenderableType]:
@@ -121,13 +121,14 @@ def in_words(plan: Plan, cache_level: EgressLevel) -> str:
 def _reasons(decision: Decision, width: int) -> Table:
     chosen, other = decision.chosen, decision.runner_up
     table = _table("terms of the logit", chosen.name, other.name if other else "(no other plan)", "difference")
-    names = [name for name in (*_TERMS, *chosen.own, "utility", "logit") if _value(chosen, name) is not None]
-    for name in names if chosen.quality is None else names[:-1]:
-        style = "bold" if name == names[-1] else None
-        label = {"quality": "expected quality", "utility": "utility = their sum", "logit": "logit, as the planner gives it"}
-        row = [label.get(name, f"price of {name.replace('_', ' ')}"), _term(chosen, name)]
+    last = "logit" if chosen.quality is None else "total"
+    for name in (*_summed(chosen), last):
+        row = [_label(chosen, name), _term(chosen, name)]
         row += [_term(other, name), f"{_gap(chosen, other, name):+.4f}"] if other else ["", ""]
-        table.add_row(*row, style=style)
+        table.add_row(*row, style="bold" if name == last else None)
+    for name in () if chosen.prices_count else (*_PRICES, *chosen.own):
+        row = [f"{name.replace('_', ' ')}, not counted", _term(chosen, name)]
+        table.add_row(*row, *([_term(other, name), ""] if other else ["", ""]), style="dim")
     # On a narrow terminal columns stand closer, then the names of plans fold, and those of terms stay whole.
     table.padding = (0, 2 if width >= ROOMY else 1, 0, 0)
     table.columns[0].min_width = max(len(str(cell)) for cell in table.columns[0].cells)
@@ -136,8 +137,25 @@ def _reasons(decision: Decision, width: int) -> Table:
     return table
 
 
+def _summed(terms: PlanTerms) -> tuple[str, ...]:
+    """Names of what sums to the planner's logit; of what a plan costs where it tells no quality."""
+    quality = () if terms.quality is None else ("quality",)
+    return (*quality, *((*_PRICES, *terms.own) if terms.prices_count else ()), *terms.further)
+
+
+def _label(terms: PlanTerms, name: str) -> str:
+    known = {
+        "quality": "expected quality",
+        "total": "utility = their sum" if terms.is_utility else "their sum",
+        "logit": "logit, as the planner gives it",
+    }
+    named = name.replace("_", " ")
+    return known.get(name, named if name in terms.further else f"price of {named}")
+
+
 def _value(terms: PlanTerms, name: str) -> float | None:
-    return terms.own[name] if name in terms.own else getattr(terms, name)
+    named = {**terms.own, **terms.further}
+    return named[name] if name in named else getattr(terms, name)
 
 
 def _gap(chosen: PlanTerms, other: PlanTerms, name: str) -> float:
@@ -151,25 +169,33 @@ def _term(terms: PlanTerms, name: str) -> str:
         "energy": f"{terms.energy_mj:6.0f} mJ  ",
         "exposure": f"{terms.exposure_share:6.0%}     ",
     }.get(name, "")
-    return f"{cost}{_value(terms, name):+.4f}"
+    counted = terms.prices_count or name not in (*_PRICES, *terms.own)
+    value = f"{_value(terms, name):+.4f}"
+    return f"{cost}{value}" if counted else cost.strip() or value
 
 
 def _summary(found: Recommendation) -> str:
     decision = found.choice.decision
-    costs = f"Costs are those of the {found.planned_for} profile, with which the planner was trained"
+    costs = f"Costs are those of the {found.planned_for} profile"
+    if decision.chosen.prices_count:
+        costs += ", with which the planner was trained"
     chosen, other = decision.chosen, decision.runner_up
     if chosen.quality is None:
         return f"This planner tells no quality, so its logit cannot be taken apart: the prices are what the plan costs. {costs}."
-    costs = f"{costs}; quality is learned."
+    told = "" if chosen.prices_count else ", and play no part in this planner's choice"
+    costs = f"{costs}{told}; quality is learned."
     if other is None:
         return f"No other plan is allowed here. {costs}"
-    gaps = {name.replace("_", " "): _gap(chosen, other, name) for name in (*_TERMS, *chosen.own)}
+    gaps = {name.replace("_", " "): _gap(chosen, other, name) for name in _summed(chosen)}
     gained = [name for name, gap in gaps.items() if gap > 0]
     paid = [name for name, gap in gaps.items() if gap < 0]
     words = f"Against {other.name} it gains in {_listed(gained)} and pays in {_listed(paid)}"
-    logit = f"{chosen.logit - other.logit:+.2f} in the logit" + (
-        "" if decision.tau is None else f" (utility / {decision.tau:.4g})"
-    )
+    margin = chosen.logit - other.logit
+    if decision.tau == 1.0:  # a logit in units of quality, where a hundredth is much
+        logit = f"{margin:+.4f} in the logit, which is the sum"
+    else:
+        of_what = "" if decision.tau is None else f" ({'utility' if chosen.is_utility else 'the sum'} / {decision.tau:.4g})"
+        logit = f"{margin:+.2f} in the logit{of_what}"
     return f"{words}: {logit}. {costs}"
 
 
