@@ -18,9 +18,10 @@ import pytest
 import cda4rec_jax
 from cda4rec_jax.cli import main
 from cda4rec_jax.cli.bench import BenchDispatch, BenchKernels, BenchPlan, BenchRank, BenchRequest, BenchRetrieval, BenchTrain
-from cda4rec_jax.cli.commands import COMMANDS, Train
+from cda4rec_jax.cli.commands import COMMANDS
 from cda4rec_jax.cli.plan import PlanDiff, PlanExplain, PlanRecord, PlanReplay
 from cda4rec_jax.cli.quickstart import unused
+from cda4rec_jax.cli.train import Train
 from cda4rec_jax.data import load_prepared
 from cda4rec_jax.data.text_vectors import load_text_vectors
 from cda4rec_jax.presets import preset

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 
 from cda4rec_jax.cli.arguments import Level, Link
-from cda4rec_jax.cli.commands import train
 from cda4rec_jax.cli.console import StagesView, in_shell
+from cda4rec_jax.cli.train import train
 from cda4rec_jax.data import Split
 from cda4rec_jax.evaluation import evaluate_run
 from cda4rec_jax.messages import EgressLevel

@@ -12,7 +12,8 @@ import pytest
 from cda4rec_jax.bench.kernels import KERNELS
 from cda4rec_jax.cli.app import parse
 from cda4rec_jax.cli.bench import Bench, BenchKernels, BenchPlan, BenchRank, BenchRetrieval, BenchTrain
-from cda4rec_jax.cli.commands import Evaluate, Train
+from cda4rec_jax.cli.commands import Evaluate
+from cda4rec_jax.cli.train import Train
 
 RUNS = Path(__file__).resolve().parents[2] / "experiments" / "runs"
 SCRIPTS = sorted(RUNS.glob("*.sh"))
