@@ -85,8 +85,12 @@ def test_plan_explain_ranks_by_the_sum(scheduled: Path, cli: Cli) -> None:
 def test_a_scheduled_run_is_fitted_to_another_budget_and_not_trained(
     scheduled: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, _, err = cli("train-planner", "--run", scheduled, "--out", tmp_path / "other")
-    assert code == 2 and "CallScheduler is not trained but fitted to a budget" in err
+    for untrained in (
+        ("train-planner", "--run", scheduled),
+        ("train", "--preset", "tiny", "--planner", "cda4rec_jax.planner.scheduling:CallScheduler"),
+    ):
+        code, _, err = cli(*untrained, "--out", tmp_path / "other")
+        assert code == 2 and "CallScheduler is not trained but fitted to a budget" in err and not (tmp_path / "other").exists()
     monkeypatch.setattr(call_schedule, "ScheduleFitting", SMALL)
     flags = ("--budget", "calls=6", "--requests-per-day", 20, "--out", tmp_path / "other")
     code, out, _ = cli("train-planner", "--run", scheduled, *flags)

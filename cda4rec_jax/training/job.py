@@ -41,7 +41,7 @@ from cda4rec_jax.training.config import TrainConfig
 from cda4rec_jax.training.loop import Progress, Trainer
 from cda4rec_jax.training.mesh import rows_multiple
 from cda4rec_jax.training.planner_only import OUTCOMES, TRAINING
-from cda4rec_jax.training.planner_run import finish_policy
+from cda4rec_jax.training.planner_run import check_is_trained, finish_policy
 from cda4rec_jax.training.step import StepConfig
 
 _PHASES = {OUTCOMES: "outcomes", TRAINING: "policy"}  # in which a policy is trained alone
@@ -90,8 +90,8 @@ def train_run(
         tell: hears one line about each other stage.
 
     Raises:
-        UserError: bad data, a text file that is bad or of other items, an existing run without ``resume`` or ``overwrite``, an
-            unwritable directory, a batch that the mesh cannot divide.
+        UserError: bad data, a planner that is not trained, a text file that is bad or of other items, an existing run without ``resume``
+            or ``overwrite``, an unwritable directory, a batch that the mesh cannot divide.
         Interrupted: Ctrl-C; all is saved.
     """
     out = Path(out).expanduser()
@@ -235,6 +235,8 @@ def _start(source: str, config: RunConfig, out: Path, overwrite: bool, tell: Cal
     """A new run that has its data, prepared beside it first."""
     out = out.resolve()
     RunDirectory.check_destination(out, overwrite)
+    if config.system.planner is not None:
+        check_is_trained(config.system.planner.load())
     vectors = _text_vectors(config)
     staged = out.with_name(f".{out.name}.data-{os.getpid()}")
     try:

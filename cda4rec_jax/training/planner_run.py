@@ -9,7 +9,7 @@ from flax import nnx
 
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.pipeline.system import with_planner
-from cda4rec_jax.planner import Policy
+from cda4rec_jax.planner import LearnedPlanner, Policy
 from cda4rec_jax.planner.scheduling import CallScheduler
 from cda4rec_jax.runs import RunDirectory
 from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained, save_weights
@@ -63,11 +63,7 @@ def train_planner_run(
         trained = replace(trained, config=with_planner(trained.config, planner))
     own = trained.config.planner
     kind = Policy if own is None else own.load()
-    if issubclass(kind, CallScheduler):
-        raise UserError(
-            f"{kind.__name__} is not trained but fitted to a budget: name the run that {trained.run.path} was made from, fit it to another "
-            "budget with --budget calls=NUMBER, or name another --planner"
-        )
+    check_is_trained(kind)
     world = trained.world(profile)
     config = _with_sizes_of(trained, config)
     examples = planner_examples(trained, world, config, progress)
@@ -84,6 +80,15 @@ def train_planner_run(
         metrics=_curve(found, "planner"),
     )
     return run, found
+
+
+def check_is_trained(planner: type[LearnedPlanner]) -> None:
+    """Refuse a class whose numbers come from elsewhere. Raises UserError."""
+    if issubclass(planner, CallScheduler):
+        raise UserError(
+            f"{planner.__name__} is not trained but fitted to a budget: cda4rec train-planner --run DIR --budget calls=NUMBER makes a run "
+            "with it, of any whose planner was trained or fitted; or name another --planner"
+        )
 
 
 def finish_policy(
