@@ -262,7 +262,10 @@ def _program(workload: Workload, name: str, backend: str) -> Ready:
     compiled = jax.jit(function).lower(*constants, *batches[0]).compile()
     compile_seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
-    run = lambda number: compiled(*constants, *batches[number % len(batches)])  # noqa: E731
+
+    def run(number: int) -> Any:
+        return compiled(*constants, *batches[number % len(batches)])
+
     unmeasured = Ready(
         name=name,
         version=f"jax {jax.__version__}",
@@ -295,7 +298,10 @@ def in_a_loop(function: Callable[..., Any], constants: tuple[Any, ...], stacked:
 def _peer(workload: Workload, name: str) -> Ready:
     batches = [tuple(np.asarray(array) for array in batch) for batch in workload.batches]
     peer = workload.peers[name]
-    run = lambda number: peer(*batches[number % len(batches)])  # noqa: E731
+
+    def run(number: int) -> Any:
+        return peer(*batches[number % len(batches)])
+
     return Ready(
         name=name,
         version=version_of(_package(name)),

@@ -13,20 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from cda4rec_jax.array_typing import PlanLogits, PlanMask
 from cda4rec_jax.data.splits import Split
 from cda4rec_jax.errors import UserError
 from cda4rec_jax.evaluation.conditions import cache_plans, can_be_stale, plan_ranks
 from cda4rec_jax.evaluation.replay import ReplayRecords, Scheduler, play, record_sequence
-from cda4rec_jax.evaluation.schedulers import Priced, Schedule, calibrated_price
-from cda4rec_jax.messages import Context
+from cda4rec_jax.evaluation.schedulers import Followed, Schedule, calibrated_price
 from cda4rec_jax.pipeline.decisions import PlanningWorld
 from cda4rec_jax.pipeline.system import with_planner
-from cda4rec_jax.planner import PlanCosts, Policy, context_features, plan_quality
+from cda4rec_jax.planner import Policy, plan_quality
 from cda4rec_jax.planner.budgets import Budget, Limited
 from cda4rec_jax.planner.scheduling import CACHE_LEVELS, DISCOUNT, OLDEST, CallScheduler, QualityByAge, freshness_values
 from cda4rec_jax.runs import RunDirectory
@@ -74,14 +71,9 @@ class Sequences:
     max_cache_age: int
     unseen: int
 
-    def worth(self, context: Context, costs: PlanCosts, mask: PlanMask) -> PlanLogits:
-        """Quality that the policy expects, whatever plans cost."""
-        del costs
-        return jnp.where(mask, self.policy.quality(context_features(context)), -jnp.inf)
-
-    def priced(self, price: float) -> Priced:
-        """What a ``CallScheduler`` of this price does."""
-        return Priced(worth=self.worth, price=price, freshness=freshness_values(self.means, price))
+    def priced(self, price: float) -> CallScheduler:
+        """The planner that asks this price of a call."""
+        return CallScheduler.of(self.policy, price, freshness_values(self.means, price))
 
     def timed(self, *, calls: bool) -> Schedule:
         """Always or never calling, by the plans that are best on average."""
@@ -232,7 +224,7 @@ def fit_schedule(sequences: Sequences, budget: Budget, progress: Report = lambda
         nonlocal tried
         tried += 1
         progress(PRICE, min(tried, 2 * SEARCH_STEPS), 2 * SEARCH_STEPS)
-        return sequences.outcome(sequences.priced(price))["calls"]
+        return sequences.outcome(Followed(planner=sequences.priced(price)))["calls"]
 
     if allowed == 0:
         price = HORIZON
@@ -244,12 +236,13 @@ def fit_schedule(sequences: Sequences, budget: Budget, progress: Report = lambda
             high *= 2.0
         price = calibrated_price(calls_at, allowed, 0.0, high, SEARCH_STEPS)
     progress(PRICE, 2 * SEARCH_STEPS, 2 * SEARCH_STEPS)
+    planner = sequences.priced(price)
     schedulers = {
-        "scheduled": sequences.priced(price),
+        "scheduled": Followed(planner=planner),
         **{name: sequences.timed(calls=name == "always") for name in ("always", "never")},
     }
     return CallSchedule(
-        planner=CallScheduler.of(sequences.policy, price, freshness_values(sequences.means, price)),
+        planner=planner,
         budget=budget,
         price=price,
         outcomes={name: sequences.outcome(scheduler) for name, scheduler in schedulers.items()},

@@ -1,6 +1,7 @@
 """A budget of calls made into a planner, on simulated requests before validation events."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from cda4rec_jax.evaluation.call_schedule import (
 )
 from cda4rec_jax.evaluation.conditions import plan_ranks
 from cda4rec_jax.evaluation.replay import play
-from cda4rec_jax.evaluation.schedulers import Followed
+from cda4rec_jax.evaluation.schedulers import Followed, Priced, unpriced
 from cda4rec_jax.messages import EgressLevel
 from cda4rec_jax.planner import DirectPolicy
 from cda4rec_jax.planner.budgets import Budget, Limited
-from cda4rec_jax.planner.scheduling import OLDEST
+from cda4rec_jax.planner.scheduling import OLDEST, freshness_values
 from cda4rec_jax.runs.artifacts import TrainedSystem, load_trained
 
 FITTING = ScheduleFitting(users=60, sequences=120, unseen=3, counted=4)
@@ -53,21 +54,30 @@ def test_a_budget_is_kept_and_a_smaller_one_costs_more(sequences: Sequences, fit
     spent = [fitted[calls].calls_per_day for calls in (0.0, 2.0, 4.0, 10.0)]
     assert spent[0] == 0.0 and spent[1] <= 2.0 and spent[2] <= 4.0 and spent[3] > 4.0
     for calls in (2.0, 4.0):  # and no price that is surely lower keeps it
-        lower = sequences.outcome(sequences.priced(0.98 * fitted[calls].price))["calls"] * 10
+        lower = sequences.outcome(Followed(planner=sequences.priced(0.98 * fitted[calls].price)))["calls"] * 10
         assert lower > calls
     outcomes = fitted[2.0].outcomes
     assert outcomes["never"]["calls"] == 0.0 and outcomes["always"]["calls"] > 0.7
     assert outcomes == {**fitted[4.0].outcomes, "scheduled": outcomes["scheduled"]}
 
 
-def test_the_planner_does_what_the_priced_scheduler_did(
+def test_the_planner_does_what_the_priced_scheduler_of_a_replay_does(
     trained: TrainedSystem, sequences: Sequences, fitted: dict[float, CallSchedule]
 ) -> None:
+    policy, means = sequences.policy, sequences.means
+
+    def worth(context: Any, costs: Any, mask: Any) -> Any:
+        return policy.logits(context, costs, mask) * policy.tau()
+
+    by_quality = unpriced(worth)
     for calls in (2.0, 4.0):
         found = fitted[calls]
         played = [
             play(sequences.records, sequences.world, scheduler, trained.config.max_cache_age)
-            for scheduler in (Followed(planner=found.planner), sequences.priced(found.price))
+            for scheduler in (
+                Followed(planner=found.planner),
+                Priced(worth=by_quality, price=found.price, freshness=freshness_values(means, found.price)),
+            )
         ]
         np.testing.assert_array_equal(played[0].plans, played[1].plans)
         assert played[0].values["calls"][FITTING.unseen :].mean() == pytest.approx(found.outcomes["scheduled"]["calls"])
